@@ -1,0 +1,1721 @@
+"""What the eleven steps of the lab share: data, models, training, scores, figures.
+
+Read it from top to bottom; a clip travels the same way:
+
+    label file -> entries -> arrays -> one resident tensor -> Subset -> batch
+    -> backbone -> head -> loss or scores -> metrics -> files
+
+Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train and
+evaluate, 8 Metrics, 9 Plots, 10 Records.
+
+Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
+C channels, H hidden units, K classes, N clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+# ======================================================================================
+# 1. Run: command line, data folder, device, seeds
+# ======================================================================================
+
+
+class InputError(ValueError):
+    """A mistake in what the user handed in: one line on stderr, exit code 2."""
+
+
+class StepFailed(RuntimeError):
+    """A step that ran as asked and did not reach its goal: one line, exit code 1."""
+
+
+def in_notebook() -> bool:
+    """True in a Jupyter cell, where sys.argv belongs to the kernel and not to us."""
+    return "ipykernel" in sys.modules and not hasattr(sys.modules["__main__"], "__file__")
+
+
+def kaggle_root() -> Path:
+    """/kaggle, or the folder in $PATREC_KAGGLE_ROOT that stands in for it in tests."""
+    return Path(os.environ.get("PATREC_KAGGLE_ROOT", "/kaggle"))
+
+
+def on_kaggle() -> bool:
+    return (kaggle_root() / "working").is_dir()
+
+
+def _number(kind, low, high=math.inf):
+    """Return an argparse type that accepts `kind` values in [low, high] only."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    return parse
+
+
+def make_parser(description, training=False, **defaults) -> argparse.ArgumentParser:
+    """Build the command line that every step shares.
+
+    Parameters
+    ----------
+    description : str
+        The step's docstring, shown by --help.
+    training : bool
+        Add the flags of steps that train a network.
+    **defaults
+        Defaults of a step that differ from the shared ones, e.g. ``batch_size=64``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a mistyped flag must fail, not be guessed
+    )
+    add = functools.partial(_add_with_default, parser)
+    add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
+    add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
+    add("--seed", type=_number(int, 0, 2**31), default=42, help="seed of splits, weights and batches")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
+    add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
+    if training:
+        add("--epochs", type=_number(int, 1), help="passes over the training clips; else scaled to their number")
+        add("--batch-size", type=_number(int, 2), default=32, help="clips in a batch")
+        add("--lr", type=_number(float, 1e-8, 10), default=1e-3, help="highest learning rate")
+        add("--subset", type=_number(int, 8), metavar="N", help="train on N clips only (torch Subset)")
+        add("--overfit-batch", action="store_true", help="check that the network can learn 4 batches by heart")
+        add("--resume", action="store_true", help="go on from the last finished epoch in the output folder")
+        add("--max-minutes", type=_number(float, 0.01), help="stop training cleanly after this long")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _add_with_default(parser, name, help, **options):
+    """Add a flag whose help ends with its default ('%(default)s' follows set_defaults)."""
+    if options.get("default") is not None:
+        help += " (default: %(default)s)"
+    parser.add_argument(name, help=help, **options)
+
+
+def parse_args(parser, argv=None) -> argparse.Namespace:
+    """Parse the command line; in a notebook cell there is none, so only defaults."""
+    if argv is None and in_notebook():
+        argv = []
+    args = parser.parse_args(argv)
+    if args.smoke and hasattr(args, "epochs"):
+        args.epochs, args.subset = args.epochs or 2, args.subset or 64
+    args.started = time.monotonic()
+    return args
+
+
+def seconds_left(args, runs_left=1) -> float:
+    """Share of --max-minutes that the next of `runs_left` trainings may take, in s."""
+    if getattr(args, "max_minutes", None) is None:
+        return math.inf
+    return max(0.0, args.started + 60 * args.max_minutes - time.monotonic()) / runs_left
+
+
+def run_main(main):
+    """Call a step's main; turn a user's mistake into one line, keep a bug's traceback.
+
+    Exit codes: 2 bad input, 1 the step did not reach its goal, 130 stopped by hand.
+    """
+    try:
+        return main()
+    except InputError as error:
+        message, code = f"error: {error}", 2
+    except StepFailed as error:
+        message, code = f"failed: {error}", 1
+    except KeyboardInterrupt:
+        message, code = "stopped; finished epochs are kept, --resume goes on from them", 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        message, code = f"error: {error.filename}: {error.strerror}; choose another --out-dir or free some space", 2
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
+KAGGLE_MOUNTS = (  # the classic layout and the one of newer kernels
+    "input/patreco3-multitask-affective-music/data",
+    "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
+)
+
+
+def part_folder(data_dir, part, beat=False) -> Path:
+    """Folder of one part of the data: part is 'genre' or 'emotion'."""
+    return Path(data_dir) / (FOLDERS[part] + ("_beat" if beat else ""))
+
+
+def find_data(data_dir=None) -> Path:
+    """Find the folder that holds fma_genre_spectrograms and its three siblings.
+
+    Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
+    scripts; as a last resort, and never on Kaggle, makes the synthesised demo set.
+
+    Raises
+    ------
+    InputError
+        Nothing found; the message names the places tried.
+    """
+    given = data_dir or os.environ.get("PATREC_DATA")
+    here = Path(globals().get("__file__", "common.py")).resolve().parent
+    if given:
+        places = [Path(given)]
+    elif on_kaggle():
+        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS]
+    else:
+        places = [here / "data", here / "data" / "demo"]
+    for place in places:
+        # One level too high or too low is what people hand in most often: take it.
+        for root in (place, place / "data", place.parent):
+            if any(part_folder(root, part).is_dir() for part in FOLDERS):
+                return root.resolve()
+    tried = ", ".join(map(str, places))
+    if given:
+        raise InputError(f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}; name the folder that holds them in --data-dir")
+    if on_kaggle():
+        raise InputError(f"data set not attached (looked in {tried}); add geoparslp/patreco3-multitask-affective-music under Input")
+    maker = here / "make_dataset.py"
+    if not maker.exists():
+        raise InputError(f"no data in {tried} and no make_dataset.py to make a demo set; give --data-dir")
+    print("No data set found: synthesising a demo set. Scores on it say nothing about real music.", file=sys.stderr)
+    # A separate process, so that this file imports no other of the project.
+    if subprocess.run([sys.executable, str(maker), "--demo", "--out", str(places[-1])]).returncode:
+        raise InputError(f"make_dataset.py could not write the demo set to {places[-1]}; give --data-dir")
+    return places[-1]
+
+
+def pick_device(name="auto") -> torch.device:
+    """Return a device that was seen to compute.
+
+    A card that torch has no code for says is_available() and fails at the first
+    operation (P100 on Kaggle), so one small operation is run before believing it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    for kind in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
+        if not available[kind]:
+            if name == kind:
+                raise InputError(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu")
+            continue
+        try:
+            x = torch.ones(8, 8, device=kind)
+            (x @ x).sum().item()
+            return torch.device(kind)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if name == kind:
+                raise InputError(f"--device {name} cannot compute ({reason}); use --device cpu") from error
+            print(f"{kind} cannot compute ({reason}); going on without it", file=sys.stderr)
+    raise AssertionError("the CPU always computes")
+
+
+def seed_everything(seed) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@functools.cache
+def fast_dtype(device_type) -> torch.dtype:
+    """Number format for matrix work: half precision only where the chip computes in it.
+
+    torch.cuda.is_bf16_supported() is True by emulation on a T4, hence the capability
+    test; a CPU gains from bf16 only with avx512_bf16 or AMX.
+    """
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    if device_type == "cpu" and Path("/proc/cpuinfo").exists():
+        flags = Path("/proc/cpuinfo").read_text()
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            return torch.bfloat16
+    return torch.float32
+
+
+def environment(device) -> dict:
+    """Facts that a reader needs to place a number: versions, processor, threads."""
+    packages = ("torch", "numpy", "librosa", "scikit-learn", "matplotlib", "pandas", "scipy")
+    facts = {"python": platform.python_version(), "platform": platform.platform()}
+    facts |= {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"device": str(device), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+# ======================================================================================
+# 2. Features: waveform -> (140, T) spectrogram, as the lab's own extractor computes it
+# ======================================================================================
+
+SR = 22_050  # sampling rate, in Hz
+N_FFT = 2048  # window of a frame, in samples (93 ms)
+HOP = 512  # step from frame to frame, in samples (23 ms)
+N_MELS = 128  # mel bands: rows 0-127, in dB relative to the clip's loudest cell, [-80, 0]
+N_CHROMA = 12  # pitch classes C ... B: rows 128-139, in [0, 1]
+N_ROWS = N_MELS + N_CHROMA
+DB_FLOOR = -80.0  # power_to_db cuts off here
+BANDS = {"mel": slice(0, N_MELS), "chroma": slice(N_MELS, N_ROWS), "fused": slice(0, N_ROWS)}
+NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+
+
+def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the full and the beat-synchronised spectrogram of a clip.
+
+    Beats are tracked on the percussive part (HPSS); between two beats the median of the
+    frames is taken, for mel on power, before the step to dB.
+
+    Parameters
+    ----------
+    waveform : np.ndarray [shape=(n,)]
+        Mono audio at SR, at least N_FFT samples.
+
+    Returns
+    -------
+    full : np.ndarray [shape=(140, T)], float64
+        128 mel bands in dB, then 12 chroma values.
+    beat : np.ndarray [shape=(140, n_beats + 1)], float64
+        The same, one column per beat interval.
+
+    Source: the course's lab3/feature_extractor.py (slp-ntua/patrec-labs); Müller, 2015,
+    Fundamentals of Music Processing, ch. 6.3 (beat-synchronous features).
+    """
+    import librosa
+
+    if waveform.ndim != 1 or len(waveform) < N_FFT:
+        raise InputError(f"waveform of shape {waveform.shape}: one channel of at least {N_FFT} samples is needed")
+    mel_power = librosa.feature.melspectrogram(y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS)
+    chroma = librosa.feature.chroma_cqt(y=waveform, sr=SR, hop_length=HOP)
+    # mel and CQT may differ by a frame in odd cases; the common length keeps them aligned.
+    n_frames = min(mel_power.shape[1], chroma.shape[1])
+    mel_power, chroma = mel_power[:, :n_frames], chroma[:, :n_frames]
+
+    percussive = librosa.effects.percussive(waveform)
+    _, beat_frames = librosa.beat.beat_track(y=percussive, sr=SR, hop_length=HOP)
+
+    def stack(power, pitch):
+        db = librosa.power_to_db(power, ref=np.max) if power.max() > 0 else np.full_like(power, DB_FLOOR)
+        return np.vstack([db, np.clip(pitch, 0, 1)]).astype(np.float64)
+
+    sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
+    return stack(mel_power, chroma), stack(sync(mel_power), sync(chroma))
+
+
+# ======================================================================================
+# 3. Dataset: label files -> entries -> one resident tensor -> torch Dataset
+# ======================================================================================
+
+MERGE = {  # the lab's step 4b: similar classes merged, ill-defined or tiny ones dropped (None)
+    "Rock": "Rock", "Psych-Rock": "Rock", "Post-Rock": "Rock", "Indie-Rock": None,
+    "Folk": "Folk", "Psych-Folk": "Folk", "Metal": "Metal", "Punk": "Metal", "Post-Punk": None,
+    "Electronic": "Electronic", "Chiptune": "Electronic", "Trip-Hop": "Trip-Hop", "Hip-Hop": "Hip-Hop",
+    "Pop": "Pop", "Classical": "Classical", "Blues": "Blues", "Jazz": "Jazz",
+    "Soundtrack": None, "International": None, "Old-Time": None,
+}  # fmt: skip
+EMOTIONS = ("valence", "energy", "danceability")
+
+
+class Entry(NamedTuple):
+    """One clip: its id, its array on disk, its genre name or its three emotion values."""
+
+    clip_id: str
+    path: Path
+    label: str | tuple[float, float, float] | None
+
+
+def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
+    """Read a label file of any of the three forms that the data set has.
+
+    ``Id<TAB>Genre`` for genre, ``Id,valence,energy,danceability`` for emotion. The clip's
+    id is what stands before the first dot of the first column.
+
+    Returns
+    -------
+    list of (clip_id, label), in the file's order; label is the genre name or the tuple
+    (valence, energy, danceability), each in [0, 1].
+
+    Raises
+    ------
+    InputError
+        Names the file, the line and the fault.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: a BOM is no part of the header
+    except FileNotFoundError:
+        raise InputError(f"{path}: label file missing; is the data set complete?") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise InputError(f"{path}: empty; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+    header = rows[0][1].strip()
+    separator = "\t" if "\t" in header else ","
+    columns = [name.strip() for name in header.split(separator)]
+    is_genre = columns == ["Id", "Genre"]
+    # Columns are found by name: a fixed number is how valence once was read as energy.
+    if not is_genre and not (separator == "," and columns[0] == "Id" and set(columns[1:]) == set(EMOTIONS) and len(columns) == 4):
+        raise InputError(f"{path}: header {header!r}; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+    if is_genre and separator != "\t":
+        raise InputError(f"{path}: columns separated by {separator!r}; expected a tab")
+
+    labels, seen = [], {}
+    for number, line in rows[1:]:
+        where = f"{path}, line {number}"
+        cells = [cell.strip() for cell in line.split(separator)]
+        if len(cells) != len(columns) or not all(cells):
+            raise InputError(f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line")
+        clip_id = cells[0].split(".")[0]
+        if not clip_id or any(mark in cells[0] for mark in "/\\:"):
+            raise InputError(f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz")
+        if is_genre:
+            label = cells[1]
+        else:
+            try:
+                values = dict(zip(columns[1:], map(float, cells[1:]), strict=True))
+            except ValueError:
+                raise InputError(f"{where}: {line!r} holds a value that is no number; mend or remove the line") from None
+            label = tuple(values[name] for name in EMOTIONS)
+            if not all(0 <= value <= 1 for value in label):
+                raise InputError(f"{where}: {line!r} holds a value outside [0, 1]; mend or remove the line")
+        if seen.setdefault(clip_id, label) != label:
+            raise InputError(f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, now {label!r}; keep one")
+        labels.append((clip_id, label))
+    if not labels:
+        raise InputError(f"{path}: a header and no clips")
+    return list(dict(labels).items())  # a row given twice is one clip
+
+
+def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
+    """List the clips of one split of one part.
+
+    Parameters
+    ----------
+    part : 'genre' or 'emotion'
+    split : 'train' or 'test'
+    beat : bool
+        Beat-synchronised arrays instead of full ones.
+    merge : bool
+        Apply the lab's merge of classes (genre only).
+    """
+    folder = part_folder(data_dir, part, beat)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; --data-dir must hold {folder.name}")
+    arrays = folder / split
+    if part == "emotion" and split == "test":  # the lab publishes no labels for these
+        labels = [(path.name.split(".")[0], None) for path in sorted(arrays.glob("*.npy"))]
+    else:
+        labels = read_labels(folder / f"{split}_labels.txt")
+        if isinstance(labels[0][1], str) != (part == "genre"):
+            raise InputError(f"{folder / f'{split}_labels.txt'}: holds the labels of the other part; expected {part} labels")
+    entries = [Entry(clip_id, arrays / f"{clip_id}.fused.full.npy", label) for clip_id, label in labels]
+    return merge_classes(entries) if merge and part == "genre" else entries
+
+
+def merge_classes(entries) -> list[Entry]:
+    """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
+    unknown = sorted({entry.label for entry in entries} - set(MERGE))
+    if unknown:
+        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
+    return [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
+
+
+def read_array(path) -> np.ndarray:
+    """Read one array and check it.
+
+    Returns
+    -------
+    np.ndarray [shape=(140, T)], float32
+
+    Raises
+    ------
+    InputError
+        Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)  # never unpickle: a pickle can run code
+        fault = _shape_fault(array)
+        array = None if fault else np.asarray(array, dtype=np.float32)
+    except FileNotFoundError:
+        fault = "missing, though the label file names it"
+    except (ValueError, OSError, EOFError) as error:
+        fault = f"not a readable .npy array ({str(error).splitlines()[0] if str(error) else 'empty file'})"
+    if not fault:
+        fault = _value_fault(array)
+    if fault:
+        raise InputError(f"{path}: {fault}; replace the file, or leave such clips out with --skip-bad")
+    return array
+
+
+def _shape_fault(array) -> str | None:
+    if array.dtype.kind != "f":
+        return f"numbers of type {array.dtype}, expected floating point"
+    if array.ndim != 2 or array.shape[0] != N_ROWS:
+        turned = "; it looks transposed" if array.ndim == 2 and array.shape[1] == N_ROWS else ""
+        return f"shape {array.shape}, expected ({N_ROWS}, T){turned}"
+    return None if array.shape[1] else f"shape {array.shape}: no frames"
+
+
+def _value_fault(array) -> str | None:
+    low, high = array[:N_MELS].min(), array[:N_MELS].max()  # NaN and inf survive min and max
+    chroma_low, chroma_high = array[N_MELS:].min(), array[N_MELS:].max()
+    if not np.isfinite([low, high, chroma_low, chroma_high]).all():
+        return "holds NaN or infinite values"
+    if low < DB_FLOOR - 1e-3 or high > 1e-3:
+        return f"mel rows span {low:.1f} to {high:.1f}, expected dB in [{DB_FLOOR:.0f}, 0]"
+    if chroma_low < -1e-3 or chroma_high > 1 + 1e-3:
+        return f"chroma rows span {chroma_low:.2f} to {chroma_high:.2f}, expected [0, 1]"
+    return None
+
+
+@dataclasses.dataclass
+class ClipStore:
+    """All clips of a split in one tensor, clip after clip, without padding.
+
+    frames : torch.Tensor [shape=(total frames, 140)], float16
+        dB and chroma as on disk. Half precision is .06 dB at worst and a quarter of the
+        memory of float64.
+    starts, lengths : torch.Tensor [shape=(N,)], int64, in frames
+    digests : list of str
+        A checksum of every 16th frame of a clip: equal digests are identical arrays.
+    """
+
+    entries: list[Entry]
+    frames: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    digests: list[str]
+
+
+def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
+    """Load the arrays of `entries`, in their order, into a ClipStore.
+
+    The first time, threads read, check and convert the files into one cache file; later
+    starts map that file. The cache's name is a hash of every file's name, size and time,
+    so a changed data set is read anew.
+
+    Raises
+    ------
+    InputError
+        For the first bad array, unless `skip_bad`: then bad clips are named on stderr and
+        left out.
+    """
+    if not entries:
+        raise InputError("no clips to load")
+    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        facts = list(pool.map(_file_facts, [entry.path for entry in entries]))
+        key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
+        cache = cache_dir() / f"{key}.clips"
+        if not cache.exists():
+            _fill_cache(cache, entries, pool)
+    footer, frames = _open_cache(cache)
+    faults = footer["faults"]
+    if faults and not skip_bad:
+        raise InputError(faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""))
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not footer["kept"]:
+        raise InputError(f"{entries[0].path.parent}: none of {len(entries)} clips can be read")
+    lengths = torch.tensor(footer["lengths"])
+    kept = [entries[index] for index in footer["kept"]]
+    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, footer["digests"])
+
+
+CACHE_VERSION = 1
+
+
+def cache_dir() -> Path:
+    """Return a writable scratch folder for caches; inputs may be read-only.
+
+    $PATREC_CACHE, else /tmp on Kaggle, else ~/.cache. It may be deleted at any time.
+    """
+    if "PATREC_CACHE" in os.environ:
+        folder = Path(os.environ["PATREC_CACHE"])
+    elif on_kaggle():
+        folder = Path(tempfile.gettempdir()) / "patrec-music"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "patrec-music"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: no cache folder can be made there ({error.strerror}); set $PATREC_CACHE") from error
+    return folder
+
+
+def _file_facts(path) -> tuple:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (str(path), None, None)
+    return (str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _convert(entry) -> tuple[np.ndarray | None, str | None]:
+    """Read one clip as (T, 140) float16, or say what is wrong with it."""
+    try:
+        array = torch.from_numpy(read_array(entry.path))
+    except InputError as error:
+        return None, str(error)
+    return array.half().T.contiguous().numpy(), None  # (T, 140): a crop in time is one block
+
+
+def _fill_cache(cache, entries, pool) -> None:
+    """Write the cache file: all frames, then a JSON footer, then the footer's length."""
+    footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
+    partial = cache.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
+            for first in range(0, len(entries), 256):  # in blocks, so that few arrays wait in memory
+                for index, (frames, fault) in enumerate(pool.map(_convert, entries[first : first + 256]), start=first):
+                    bar.update()
+                    if fault:
+                        footer["faults"].append(fault)
+                        continue
+                    file.write(frames)
+                    footer["kept"].append(index)
+                    footer["lengths"].append(len(frames))
+                    footer["digests"].append(hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest())
+            text = json.dumps(footer).encode()
+            file.write(text + len(text).to_bytes(8, "little"))
+        os.replace(partial, cache)
+    except OSError as error:
+        raise InputError(f"{partial}: {error.strerror}; point $PATREC_CACHE to a folder with more room") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open_cache(cache) -> tuple[dict, torch.Tensor]:
+    """Map a cache file; returns its footer and the frames, (total frames, 140) float16."""
+    with open(cache, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(-8 - size, os.SEEK_END)
+        footer = json.loads(file.read(size))
+    shape = (sum(footer["lengths"]), N_ROWS)
+    # Mode "c" (copy on write): torch wants writable memory, and nothing reaches the file.
+    frames = np.memmap(cache, np.float16, "c", shape=shape) if shape[0] else np.empty(shape, np.float16)
+    return footer, torch.from_numpy(frames)
+
+
+class SpectrogramDataset(Dataset):
+    """The lab's Dataset: item -> (spectrogram, target, length).
+
+    Spectrograms are standardised per band and only then padded, so that padding is the
+    band's mean. (Padding dB with zeros would pad with the loudest value there is.)
+
+    Parameters
+    ----------
+    store : ClipStore
+    targets : array-like [shape=(N,) or (N, 3)]
+        Class numbers, or emotion values.
+    features : 'mel', 'chroma' or 'fused'
+    stats : (mean, std), each torch.Tensor [shape=(F,)]
+        From `band_statistics` of the training part.
+    crop : int or None
+        Fetch a random stretch of this many frames instead of the whole clip.
+    """
+
+    def __init__(self, store, targets, features="mel", stats=None, crop=None):
+        self.store, self.features, self.crop = store, features, crop
+        targets = torch.as_tensor(np.asarray(targets))
+        self.targets = targets.float() if targets.is_floating_point() else targets.long()
+        self.stats = stats
+        if len(self.targets) != len(store.entries):
+            raise ValueError(f"{len(self.targets)} targets for {len(store.entries)} clips")
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        """Return (spectrogram (T, F) float32, target, length) of one clip."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        """Fetch a whole batch by one index operation; DataLoader calls this by itself.
+
+        Returns a list of (spectrogram (T, F), target, length), all padded to the longest
+        clip of the batch, as the standard collate function wants them.
+        """
+        indices = torch.as_tensor(indices)
+        starts, lengths = self.store.starts[indices], self.store.lengths[indices]
+        if self.crop:
+            spare = (lengths - self.crop).clamp(min=0)
+            starts = starts + (torch.rand(len(indices)) * (spare + 1)).long()
+            lengths = lengths.clamp(max=self.crop)
+        frames = self.store.frames[:, BANDS[self.features]]
+        t = torch.arange(int(lengths.max()))
+        rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)  # (B, T), past the end: the last frame
+        x = frames[rows.to(frames.device)].float()  # (B, T, F)
+        if self.stats:
+            mean, std = (value.to(x.device) for value in self.stats)
+            x = x.sub_(mean).div_(std)
+        padding = t >= lengths[:, None]
+        if padding.any():
+            x.masked_fill_(padding[..., None].to(x.device), 0.0)
+        return list(zip(x, self.targets[indices], lengths, strict=True))
+
+    def variant(self, **changes):
+        """Return the same data seen otherwise, e.g. ``variant(crop=None)``; no copy."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+
+def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every band over the frames of some clips.
+
+    Call it with the training part only: statistics of validation or test clips in the
+    input would be a leak.
+
+    Returns
+    -------
+    mean, std : torch.Tensor [shape=(F,)], in the units of the rows (dB; chroma 0 to 1)
+    """
+    total, squares, n_frames = 0.0, 0.0, 0
+    for index in indices:
+        start, length = int(store.starts[index]), int(store.lengths[index])
+        x = store.frames[start : start + length, BANDS[features]].float()
+        total = total + x.sum(0, dtype=torch.float64)
+        squares = squares + x.square().sum(0, dtype=torch.float64)
+        n_frames += length
+    mean = total / n_frames
+    std = (squares / n_frames - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)  # a silent band stays finite
+    return mean.float().cpu(), std.float().cpu()
+
+
+def encode_labels(entries, classes) -> np.ndarray:
+    """Genre names -> class numbers; `classes` comes from the training part, sorted."""
+    number = {name: index for index, name in enumerate(classes)}
+    unknown = sorted({entry.label for entry in entries} - set(number))
+    if unknown:
+        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} does not occur in the training part {list(classes)}")
+    return np.array([number[entry.label] for entry in entries])
+
+
+def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np.ndarray]:
+    """Split range(n_clips) at random, seeded, into a larger and a smaller part.
+
+    Parameters
+    ----------
+    fraction : float
+        Share of the smaller (validation or test) part.
+    classes : np.ndarray [shape=(n_clips,)], optional
+        Class numbers, to keep every class's share in both parts.
+    """
+    if classes is not None:
+        counts = np.bincount(classes)
+        if (counts == 1).any():
+            raise InputError(f"class number {int(np.argmax(counts == 1))} has a single clip, which cannot be in both the training and the validation part; merge or drop it")
+    n_held_out = max(math.ceil(fraction * n_clips), 1 if classes is None else len(np.unique(classes)))
+    if n_clips < 2 * n_held_out:
+        raise InputError(f"{n_clips} clips are too few to split")
+    return tuple(train_test_split(np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes))
+
+
+@dataclasses.dataclass
+class GenreData:
+    """The genre training split, ready to train on; the test split stays unread."""
+
+    train: Subset
+    val: Subset
+    classes: list[str]
+    settings: dict  # what a checkpoint needs to prepare new clips: features, beat, merge, classes, stats
+
+
+def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=None, subset=None, device="cpu", skip_bad=False) -> GenreData:
+    """Load the genre training split and cut it into training and validation part.
+
+    Parameters
+    ----------
+    crop : int or None
+        Random crops of this many frames for training; validation sees whole clips.
+    subset : int or None
+        Keep only this many training clips (in proportion to the classes).
+    """
+    store = load_clips(read_entries(data_dir, "genre", "train", beat, merge), skip_bad)
+    classes = sorted({entry.label for entry in store.entries})
+    targets = encode_labels(store.entries, classes)
+    train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, targets)
+    if subset and subset < len(train_idx):
+        # Rows are shuffled by the split already; a clip per class first, then as they come.
+        first = [train_idx[targets[train_idx] == k][0] for k in range(len(classes))]
+        rest = [index for index in train_idx if index not in set(first)]
+        train_idx = np.array((first + rest)[: max(subset, len(classes))])
+    stats = band_statistics(store, train_idx, features)
+    store.frames = to_resident(store.frames, device)
+    whole = SpectrogramDataset(store, targets, features, stats)
+    settings = {"part": "genre", "features": features, "beat": beat, "merge": merge, "classes": classes, "stats": stats}
+    return GenreData(Subset(whole.variant(crop=crop), train_idx.tolist()), Subset(whole, val_idx.tolist()), classes, settings)
+
+
+VAL_FRACTION = 0.2  # of the training split; the rest is trained on
+
+
+def load_genre_test(data_dir, settings, *, beat=None, device="cpu", skip_bad=False, allow_leak=False) -> SpectrogramDataset:
+    """Load the genre test split the way a trained model wants it; only after training.
+
+    Raises
+    ------
+    InputError
+        A test clip is in the training split too (same id or same array).
+    """
+    beat = settings["beat"] if beat is None else beat
+    store = load_clips(read_entries(data_dir, "genre", "test", beat, settings["merge"]), skip_bad)
+    train = load_clips(read_entries(data_dir, "genre", "train", beat, settings["merge"]), skip_bad)
+    leaked = find_leak(train, store)
+    if leaked and not allow_leak:
+        raise InputError(f"{store.entries[0].path.parent}: {len(leaked)} test clips are in the training split too, e.g. {leaked[0]}; remove them from one, or pass --allow-leak")
+    store.frames = to_resident(store.frames, device)
+    return SpectrogramDataset(store, encode_labels(store.entries, settings["classes"]), settings["features"], settings["stats"])
+
+
+def find_leak(train, test) -> list[str]:
+    """Ids of test clips that the training clips hold too, by id or by content."""
+    ids, digests = {entry.clip_id for entry in train.entries}, set(train.digests)
+    return [e.clip_id for e, digest in zip(test.entries, test.digests, strict=True) if e.clip_id in ids or digest in digests]
+
+
+# ======================================================================================
+# 4. Batches: loader, residence, augmentation on the device
+# ======================================================================================
+
+
+def to_resident(frames, device) -> torch.Tensor:
+    """Move all frames onto the GPU where they fit in half of its free memory.
+
+    The lab's 5,331 clips take 1.9 GB in half precision, so batches are then cut on the
+    GPU and nothing is copied while training.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        return frames.to(device)
+    return frames
+
+
+def make_loader(dataset, batch_size, shuffle=False) -> DataLoader:
+    """Plain DataLoader. No workers: the data are resident and a batch is one index away."""
+    return DataLoader(dataset, batch_size, shuffle=shuffle)
+
+
+@dataclasses.dataclass
+class Augment:
+    """Random changes of a training batch, drawn on the device; off where 0.
+
+    mixup : float
+        Alpha of the Beta distribution of the mixing weight (Zhang et al., 2018, mixup).
+    mask_bands, mask_frames : int
+        Widest stripe that is set to the mean (Park et al., 2019, SpecAugment).
+    """
+
+    mixup: float = 0.3
+    mask_bands: int = 16
+    mask_frames: int = 32
+    n_classes: int = 0  # > 0: targets are class numbers and become probabilities
+
+    def __call__(self, x, targets):
+        """x (B, T, F), targets (B,) or (B, 3) -> the same, changed; classes as (B, K)."""
+        if self.n_classes:
+            targets = nn.functional.one_hot(targets, self.n_classes).float()
+        for dim, widest in ((1, self.mask_frames), (2, self.mask_bands)):
+            if widest:
+                x = _mask_stripe(x, dim, min(widest, x.shape[dim] // 4))
+        if self.mixup:
+            weight = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+            weight = max(weight, 1 - weight)  # the clip keeps the larger share
+            other = torch.randperm(len(x), device=x.device)
+            x = torch.lerp(x[other], x, weight)
+            targets = torch.lerp(targets[other], targets, weight)
+        return x, targets
+
+
+def _mask_stripe(x, dim, widest):
+    """Set one random stripe per clip, up to `widest` wide along `dim`, to 0 (the mean)."""
+    size = x.shape[dim]
+    width = torch.rand(len(x), 1, device=x.device) * widest
+    start = torch.rand(len(x), 1, device=x.device) * (size - width)
+    position = torch.arange(size, device=x.device)
+    stripe = (position >= start) & (position < start + width)  # (B, size)
+    return x.masked_fill(stripe.unsqueeze(3 - dim), 0.0)
+
+
+# ======================================================================================
+# 5. Models: a backbone turns a clip into one vector, a head turns it into an answer
+# ======================================================================================
+
+
+def time_mask(lengths, n_steps, device) -> torch.Tensor:
+    """(B, S, 1) float mask: 1 within each clip, 0 in its padding."""
+    return (torch.arange(n_steps) < lengths[:, None]).unsqueeze(2).to(device, torch.float32)
+
+
+class LSTMBackbone(nn.Module):
+    """LSTM over a spectrogram -> one vector per clip.
+
+    Parameters
+    ----------
+    n_bands : int
+        F, bands of a frame.
+    hidden_size : int
+        H, units of one direction.
+    frames_per_step : int
+        Frames averaged into one step. 1,293 steps are slow and the gradient does not
+        survive them (step 2 measures both); 8 frames are 0.19 s.
+    readout : 'pool' or 'last'
+        Mean and maximum over the clip's steps, or the last step of the clip: never the
+        last step of the padding.
+    """
+
+    def __init__(self, n_bands, hidden_size=128, n_layers=2, bidirectional=True, dropout=0.3, frames_per_step=1, readout="pool"):
+        super().__init__()
+        self.config = {
+            "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers, "bidirectional": bidirectional,
+            "dropout": dropout, "frames_per_step": frames_per_step, "readout": readout,
+        }  # fmt: skip
+        self.frames_per_step, self.readout = frames_per_step, readout
+        n_directions = 2 if bidirectional else 1
+        # One nn.LSTM per layer and direction: the backward ones read the reversed clip, so
+        # that they start at its end and not in the padding. (Packed sequences do the same
+        # and are four times slower on a CPU.)
+        sizes = [n_bands] + [hidden_size * n_directions] * (n_layers - 1)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for _ in range(n_directions)) for size in sizes
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.feature_size = hidden_size * n_directions * (2 if readout == "pool" else 1)
+
+    def forward(self, x, lengths):
+        """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
+        x, lengths = average_frames(x, lengths, self.frames_per_step)  # (B, S, F)
+        order = reverse_order(lengths, x.shape[1]).to(x.device)
+        for index, layer in enumerate(self.layers):
+            x = self.dropout(x) if index else x
+            outputs = [layer[0](x)[0]]
+            if len(layer) == 2:
+                outputs.append(flip_clips(layer[1](flip_clips(x, order))[0], order))
+            x = torch.cat(outputs, dim=2)  # (B, S, H * directions)
+        if self.readout == "last":
+            # The last step of the clip forwards; backwards that direction ends at step 0.
+            forward_h, *backward_h = x.chunk(len(self.layers[0]), dim=2)
+            last = forward_h[torch.arange(len(x), device=x.device), (lengths - 1).to(x.device)]
+            return torch.cat([last] + [h[:, 0] for h in backward_h], dim=1)  # (B, H * directions)
+        mask = time_mask(lengths, x.shape[1], x.device)
+        return masked_mean_max(x, mask)  # (B, 2 * H * directions)
+
+
+def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average every n frames: (B, T, F) -> (B, ceil(T / n), F); padding does not count."""
+    if n == 1:
+        return x, lengths
+    n_steps = math.ceil(x.shape[1] / n)
+    x = nn.functional.pad(x, (0, 0, 0, n_steps * n - x.shape[1]))  # zeros, as all padding here
+    sums = x.unflatten(1, (n_steps, n)).sum(2)
+    counts = (lengths[:, None] - n * torch.arange(n_steps)).clamp(1, n)  # (B, S) real frames in a step
+    return sums / counts.unsqueeze(2).to(x), torch.div(lengths + n - 1, n, rounding_mode="floor")
+
+
+def reverse_order(lengths, n_steps) -> torch.Tensor:
+    """(B, S) indices that turn each clip around within its own length; its own inverse."""
+    t = torch.arange(n_steps).expand(len(lengths), n_steps)
+    return torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
+
+
+def flip_clips(x, order):
+    """Reorder the steps of (B, S, F) by (B, S) indices."""
+    return x.gather(1, order.unsqueeze(2).expand_as(x))
+
+
+def masked_mean_max(x, mask):
+    """Mean and maximum over the clip's own steps: (B, S, D), (B, S, 1) -> (B, 2 D)."""
+    mean = (x * mask).sum(1) / mask.sum(1)
+    highest = x.masked_fill(mask == 0, -torch.inf).amax(1)
+    return torch.cat([mean, highest], dim=1)
+
+
+class CNNBackbone(nn.Module):
+    """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
+
+    The spectrogram is an image of one channel. What the blocks leave is pooled over time
+    only: where in frequency something happens is what tells genres apart, so the
+    frequency axis is kept and goes with the channels into the vector. No size depends on
+    the clip's length, and padding is cut off after every block, so that a clip gives the
+    same vector however far it is padded.
+
+    Parameters
+    ----------
+    n_bands : int
+        F, at least 16 (four poolings by 2).
+    channels : sequence of 4 ints
+    kernel_size : int, odd
+    """
+
+    def __init__(self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3):
+        super().__init__()
+        self.config = {"n_bands": n_bands, "channels": list(channels), "kernel_size": kernel_size}
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False),  # the norm has a bias
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            )
+            for c_in, c_out in zip([1, *channels[:-1]], channels, strict=True)
+        )
+        self.feature_size = 2 * channels[-1] * (n_bands // 2 ** len(channels))
+
+    def forward(self, x, lengths):
+        """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
+        shortest = 2 ** len(self.blocks)
+        if x.shape[1] < shortest:
+            x = nn.functional.pad(x, (0, 0, 0, shortest - x.shape[1]))
+        x = x.unsqueeze(1)  # (B, 1, T, F)
+        for block in self.blocks:
+            x = block(x)  # (B, C, T / 2, F / 2)
+            lengths = torch.div(lengths, 2, rounding_mode="floor").clamp(min=1)
+            mask = time_mask(lengths, x.shape[2], x.device)  # (B, T, 1)
+            if (lengths < x.shape[2]).any():
+                x = x * mask.unsqueeze(1)
+        x = x.transpose(1, 2).flatten(2).float()  # (B, T, C * F)
+        return masked_mean_max(x, mask)
+
+
+class Classifier(nn.Module):
+    """Backbone -> logits, one per class."""
+
+    def __init__(self, backbone, n_classes, dropout=0.4):
+        super().__init__()
+        self.backbone, self.config = backbone, {"n_classes": n_classes, "dropout": dropout}
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(backbone.feature_size, n_classes))
+
+    def forward(self, x, lengths):
+        """(B, T, F), (B,) -> logits (B, K)."""
+        return self.head(self.backbone(x, lengths))
+
+
+class Regressor(nn.Module):
+    """Backbone -> one emotion value per clip, in the labels' own units.
+
+    mean, std : float
+        Of the training labels: the network works on standardised values, its output does not.
+    """
+
+    def __init__(self, backbone, mean=0.5, std=0.25, dropout=0.4):
+        super().__init__()
+        self.backbone, self.config = backbone, {"mean": mean, "std": std, "dropout": dropout}
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(backbone.feature_size, 1))
+
+    def forward(self, x, lengths):
+        """(B, T, F), (B,) -> (B,). Not (B, 1): against (B,) that broadcasts to (B, B)."""
+        z = self.head(self.backbone(x, lengths)).squeeze(1)  # only dim 1: a batch of one stays a batch
+        return self.config["mean"] + self.config["std"] * z
+
+
+class MultitaskRegressor(nn.Module):
+    """One backbone, one head per emotion: -> (B, 3), columns in the order of EMOTIONS.
+
+    mean, std : sequences of 3 floats, of the training labels
+    """
+
+    def __init__(self, backbone, mean=(0.5,) * 3, std=(0.25,) * 3, dropout=0.4):
+        super().__init__()
+        self.backbone, self.config = backbone, {"mean": list(mean), "std": list(std), "dropout": dropout}
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleDict({name: nn.Linear(backbone.feature_size, 1) for name in EMOTIONS})
+
+    def forward(self, x, lengths):
+        """(B, T, F), (B,) -> (B, 3)."""
+        vector = self.dropout(self.backbone(x, lengths))
+        z = torch.cat([self.heads[name](vector) for name in EMOTIONS], dim=1)  # (B, 3)
+        return z.new_tensor(self.config["mean"]) + z.new_tensor(self.config["std"]) * z
+
+
+MODELS = {model.__name__: model for model in (LSTMBackbone, CNNBackbone, Classifier, Regressor, MultitaskRegressor)}
+
+
+def model_spec(model) -> dict:
+    """What is needed to build the model again, in plain values."""
+    return {
+        "head": type(model).__name__, "head_args": model.config,
+        "backbone": type(model.backbone).__name__, "backbone_args": model.backbone.config,
+    }  # fmt: skip
+
+
+def build_model(spec) -> nn.Module:
+    """Build an untrained model from `model_spec`."""
+    return MODELS[spec["head"]](MODELS[spec["backbone"]](**spec["backbone_args"]), **spec["head_args"])
+
+
+def count_weights(model) -> int:
+    return sum(weights.numel() for weights in model.parameters())
+
+
+# ======================================================================================
+# 6. Losses
+# ======================================================================================
+
+
+def regression_loss(outputs, targets, std) -> torch.Tensor:
+    """Squared error in units of the labels' spread, plus half of 1 - Pearson's r.
+
+    The first term fits the values, the second the order, which Spearman's score judges
+    (Atmaja & Akagi, 2020, found such losses above plain squared error for emotion).
+
+    outputs, targets : torch.Tensor [shape=(B,)]
+    std : float, of the training labels of this axis
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)} would broadcast")
+    error = ((outputs - targets) / std).square().mean()
+    if len(outputs) < 3:  # a correlation of two points says nothing
+        return error
+    a, b = outputs - outputs.mean(), targets - targets.mean()
+    pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
+    return error + 0.5 * (1 - pearson)
+
+
+class RegressionLoss(nn.Module):
+    """`regression_loss` of one axis, its spread measured on the training labels."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.std = float(std)
+
+    def forward(self, outputs, targets):
+        return regression_loss(outputs, targets, self.std)
+
+
+class MultitaskLoss(nn.Module):
+    """Sum of the losses of valence, energy and danceability (lab, step 10b).
+
+    Each squared error is divided by its axis's variance, measured on the training
+    labels, which brings the three into one order of magnitude. With `learned`, each task
+    has a weight exp(-s) besides and pays s / 2 for it (Kendall et al., 2018).
+    """
+
+    def __init__(self, std, learned=False):
+        super().__init__()
+        self.std = [float(value) for value in std]
+        self.log_var = nn.Parameter(torch.zeros(3), requires_grad=learned)
+
+    def forward(self, outputs, targets):
+        """outputs, targets (B, 3) -> scalar."""
+        losses = torch.stack([regression_loss(outputs[:, i], targets[:, i], self.std[i]) for i in range(3)])
+        return (torch.exp(-self.log_var) * losses + self.log_var / 2).sum()
+
+
+# ======================================================================================
+# 7. Train and evaluate
+# ======================================================================================
+
+
+def show_bars() -> bool:
+    """Progress bars belong on terminals and in notebooks; logs get a line per epoch."""
+    return in_notebook() or sys.stderr.isatty()
+
+
+def epochs_for(n_clips, presentations, low=12, high=80) -> int:
+    """Epochs that show about `presentations` clips in all: small sets get more passes."""
+    return int(min(max(round(presentations / n_clips), low), high))
+
+
+@dataclasses.dataclass
+class Recipe:
+    """How to train: the numbers of one training run."""
+
+    epochs: int
+    lr: float  # highest rate of the one-cycle schedule
+    weight_decay: float = 0.01
+    ema: float = 0.99  # decay per step of the averaged weights; 0: none
+    augment: Augment | None = None
+    window: int | None = None  # frames of a window when scoring; None: the whole clip
+    warm_up: float = 0.1  # share of the steps in which the rate rises
+
+
+def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, settings, *,
+          device="cpu", overfit_batch=False, resume=False, max_seconds=math.inf) -> dict:  # fmt: skip
+    """Train a model, keep its best epoch.
+
+    Adam with decoupled weight decay (AdamW), one-cycle learning rate, gradients clipped
+    to norm 1, running average of the weights. After each epoch the averaged weights are
+    scored on the validation set; the best ones are kept in ``folder/best.pt``, the state
+    to go on from in ``folder/last.pt``, the curve in ``folder/history.csv``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Called as ``model(x, lengths)``. Holds the best weights on return.
+    loss_fn : callable
+        (outputs, targets) -> scalar tensor.
+    score_fn : callable
+        (outputs, targets) -> float, higher is better, over the whole validation set.
+    settings : dict
+        What to prepare new clips with; goes into the checkpoint.
+    overfit_batch : bool
+        Learn 4 fixed batches by heart instead (lab, step 5b).
+    resume : bool
+        Go on from ``last.pt`` if it is there.
+    max_seconds : float
+        No epoch is begun that would end later than this; one epoch always runs.
+
+    Returns
+    -------
+    dict
+        epochs, best_epoch, val_score, train_seconds, stopped_early.
+
+    Raises
+    ------
+    StepFailed
+        The loss became NaN or infinite (epoch, batch and rate are named), or the four
+        batches were not learned.
+    """
+    model.to(device)
+    if overfit_batch:
+        return overfit(model, train_loader, loss_fn, recipe, folder, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    loss_fn.to(device)
+    trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
+    n_steps = recipe.epochs * len(train_loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, pct_start=recipe.warm_up)
+    decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # in a short run the average must forget its start too
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
+    scaler = torch.amp.GradScaler(device_type(device), enabled=fast_dtype(device_type(device)) == torch.float16)
+    parts = {"model": model, "average": average, "loss": loss_fn, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+
+    history, best, spent = [], (-math.inf, -math.inf), 0.0
+    if resume and (folder / "last.pt").exists():
+        history, best, spent = _restore(folder / "last.pt", parts, recipe)
+        print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
+    began = time.monotonic()
+    stopped_early = False
+    for epoch in range(len(history) + 1, recipe.epochs + 1):
+        epoch_began = time.monotonic()
+        train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
+        outputs, targets = predict(average, val_loader, device, recipe.window)
+        score = score_fn(outputs, targets)
+        val_loss = float(loss_fn(outputs.to(device), targets.to(device)))
+        seconds = time.monotonic() - epoch_began
+        history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss,
+                        "val_loss": val_loss, "val_score": score, "seconds": seconds})  # fmt: skip
+        # Compared from minus infinity, the loss only breaking ties, so something is always kept.
+        if (score, -val_loss) > best:
+            best = (score, -val_loss)
+            save_checkpoint(folder / "best.pt", average.module, settings, epoch=epoch, val_score=score)
+        elapsed = spent + time.monotonic() - began
+        _save_torch(folder / "last.pt", _state(parts, recipe, history, best, elapsed))
+        write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+        print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s", flush=True)
+        if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
+            print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
+            stopped_early = True
+            break
+    checkpoint = load_checkpoint(folder / "best.pt")
+    model.load_state_dict(checkpoint["state"])
+    return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
+            "train_seconds": history and spent + time.monotonic() - began, "stopped_early": stopped_early}  # fmt: skip
+
+
+def device_type(device) -> str:
+    return torch.device(device).type
+
+
+def half_precision(device):
+    """Context in which matrix work runs in the device's fast format."""
+    dtype = fast_dtype(device_type(device))
+    return torch.autocast(device_type(device), dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch) -> float:
+    """One pass over the training clips; returns the mean loss."""
+    model.train()  # every epoch: validation has switched batch norm and dropout over
+    losses = []
+    for x, targets, lengths in tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False):
+        x, targets = x.to(device), targets.to(device)
+        if recipe.augment:
+            x, targets = recipe.augment(x, targets)
+        with half_precision(device):
+            outputs = model(x, lengths)
+        loss = loss_fn(outputs.float(), targets)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        average.update_parameters(model)
+        losses.append(loss.detach())
+    losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
+    if not losses.isfinite().all():
+        batch = int((~losses.isfinite()).nonzero()[0])
+        raise StepFailed(f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate {schedule.get_last_lr()[0]:.2g}; the best epoch so far is kept, try a smaller --lr")
+    return float(losses.mean())
+
+
+@torch.inference_mode()
+def predict(model, loader, device="cpu", window=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a model over a loader's clips in evaluation mode.
+
+    Parameters
+    ----------
+    window : int or None
+        Cut each clip into half-overlapping windows of this many frames and average
+        their outputs; None: the whole clip at once.
+
+    Returns
+    -------
+    outputs : torch.Tensor [shape=(N, ...)], float32, on the CPU
+    targets : torch.Tensor [shape=(N,) or (N, 3)], on the CPU
+    """
+    model.eval()
+    outputs, targets = [], []
+    for x, y, lengths in loader:
+        x = x.to(device)
+        n_clips = len(x)
+        if window and x.shape[1] > window:
+            x, lengths = cut_windows(x, lengths, window)
+        with half_precision(device):
+            out = model(x, lengths).float()
+        outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
+        targets.append(y.cpu())
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, F) -> (B * W, window, F): W windows spread evenly over each clip."""
+    n_windows = 2 * math.ceil(int(lengths.max()) / window) - 1
+    last = (lengths - window).clamp(min=0)  # (B,)
+    starts = (last[:, None] * torch.linspace(0, 1, n_windows)).long()  # (B, W)
+    rows = starts[:, :, None] + torch.arange(window)  # (B, W, window)
+    clips = torch.arange(len(x))[:, None, None]
+    cut = x[clips.to(x.device), rows.to(x.device)].flatten(0, 1)
+    return cut, lengths.clamp(max=window).repeat_interleave(n_windows)
+
+
+def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=300, goal=0.01) -> dict:
+    """Learn a few fixed batches by heart, without regularisation (lab, step 5b).
+
+    A network that cannot bring the loss to 0 on four batches cannot be trained at all:
+    gradients, loss or labels are broken (Karpathy, 2019, A Recipe for Training Neural
+    Networks).
+
+    Returns
+    -------
+    dict
+        steps, loss, accuracy (None for regression).
+
+    Raises
+    ------
+    StepFailed
+        The loss is not under `goal`, with every clip right, after `limit` passes.
+    """
+    batches = [batch for batch, _ in zip(loader, range(n_batches), strict=False)]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    model.train()
+    history = []
+    for sweep in range(1, limit + 1):
+        losses, hits = [], []
+        for x, targets, lengths in batches:
+            targets = targets.to(device)
+            outputs = model(x.to(device), lengths)
+            loss = loss_fn(outputs, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            if outputs.dim() == 2 and not targets.is_floating_point():
+                hits.append((outputs.argmax(1) == targets).float().mean().item())
+        history.append({"epoch": sweep, "train_loss": np.mean(losses), "accuracy": np.mean(hits) if hits else None})
+        done = history[-1]["train_loss"] < goal and (not hits or history[-1]["accuracy"] == 1)
+        if sweep % 10 == 1 or done:
+            print(f"overfit {len(batches)} batches, pass {sweep:3d}: loss {history[-1]['train_loss']:.4f}" + (f"  accuracy {np.mean(hits):.3f}" if hits else ""), flush=True)
+        if done:
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "overfit.csv", pd.DataFrame(history).to_csv(index=False))
+    if not done:
+        raise StepFailed(f"four batches were not learned by heart in {limit} passes: loss {history[-1]['train_loss']:.4f} (goal {goal}), accuracy {history[-1]['accuracy']}")
+    return {"passes": sweep, "loss": history[-1]["train_loss"], "accuracy": history[-1]["accuracy"], "history": history}
+
+
+def _state(parts, recipe, history, best, elapsed) -> dict:
+    """All that an uninterrupted run would hold after this epoch."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    return states | {"rng": rng, "epochs": recipe.epochs, "history": history, "best": list(best), "elapsed": elapsed}
+
+
+def _restore(path, parts, recipe):
+    state = _load_torch(path)
+    if state.get("epochs") != recipe.epochs:
+        raise InputError(f"{path}: begun with --epochs {state.get('epochs')}, now {recipe.epochs}; use the same, or leave out --resume")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: belongs to another model; leave out --resume, or name another --out-dir") from error
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return state["history"], tuple(state["best"]), state["elapsed"]
+
+
+# ======================================================================================
+# 8. Metrics: scores of whole test sets, with intervals
+# ======================================================================================
+
+
+def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
+    """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
+
+    Parameters
+    ----------
+    score : callable
+        Index array (n_clips,) -> float.
+
+    Returns
+    -------
+    [low, high]
+        The 2.5 and 97.5 percentiles.
+    """
+    rng = np.random.default_rng(seed)
+    values = [score(rng.integers(0, n_clips, n_clips)) for _ in range(n_resamples)]
+    return np.nanpercentile(values, [2.5, 97.5]).tolist()
+
+
+def macro_f1(targets, predictions, n_classes) -> float:
+    """Mean F1 over the classes that occur in targets or predictions (arrays of ints)."""
+    counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
+    seen = counts.sum(0) + counts.sum(1)  # of class k: true + predicted = 2 TP + FP + FN
+    return float((2 * counts.diagonal()[seen > 0] / seen[seen > 0]).mean())
+
+
+def classification_scores(targets, predictions, classes) -> dict:
+    """All scores of the lab's step 6, with intervals for accuracy and macro-F1.
+
+    Parameters
+    ----------
+    targets, predictions : array-like of int [shape=(N,)]
+    classes : list of str
+        Names by class number.
+
+    Returns
+    -------
+    dict
+        accuracy, macro_* and micro_* (precision, recall, f1), per_class, confusion
+        (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
+    """
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    labels = np.arange(len(classes))
+    report = functools.partial(precision_recall_fscore_support, targets, predictions, labels=labels, zero_division=0)
+    scores = {"accuracy": float((targets == predictions).mean()), "n_clips": len(targets)}
+    for average in ("macro", "micro"):
+        for name, value in zip(("precision", "recall", "f1"), report(average=average), strict=False):
+            scores[f"{average}_{name}"] = float(value)
+    columns = zip(classes, *(column.tolist() for column in report(average=None)), strict=True)
+    scores["per_class"] = {name: {"precision": p, "recall": r, "f1": f, "support": n} for name, p, r, f, n in columns}
+    scores["confusion"] = confusion_matrix(targets, predictions, labels=labels).tolist()
+    scores["accuracy_ci95"] = bootstrap(lambda i: (targets[i] == predictions[i]).mean(), len(targets))
+    scores["macro_f1_ci95"] = bootstrap(lambda i: macro_f1(targets[i], predictions[i], len(classes)), len(targets))
+    return scores
+
+
+def spearman(targets, predictions) -> float:
+    """Spearman's rank correlation over a whole set; 0 for a constant, which ranks nothing."""
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(spearmanr(targets, predictions).statistic)
+
+
+def emotion_scores(targets, predictions, axes=EMOTIONS) -> dict:
+    """Spearman per axis and, with all three axes, their mean (lab, step 8e).
+
+    targets, predictions : array-like [shape=(N, len(axes))]
+    """
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+
+    def per_axis(rows):
+        return [spearman(targets[rows, i], predictions[rows, i]) for i in range(len(axes))]
+
+    everything = np.arange(len(targets))
+    scores = {"n_clips": len(targets)}
+    for i, axis in enumerate(axes):
+        scores[axis] = per_axis(everything)[i]
+        scores[f"{axis}_ci95"] = bootstrap(lambda rows, i=i: per_axis(rows)[i], len(targets), n_resamples=500)
+    if len(axes) == len(EMOTIONS):
+        scores["mean_spearman"] = float(np.mean(per_axis(everything)))
+        scores["mean_spearman_ci95"] = bootstrap(lambda rows: np.mean(per_axis(rows)), len(targets), n_resamples=500)
+    return scores
+
+
+def band_features(store, indices=None) -> np.ndarray:
+    """Describe each clip by statistics of its bands over time: the classical floor.
+
+    Mean, standard deviation, 10th and 90th percentile and mean absolute difference from
+    frame to frame, of each of the 128 mel bands.
+
+    Returns
+    -------
+    np.ndarray [shape=(N, 640)]
+    """
+    rows = []
+    for index in range(len(store.entries)) if indices is None else indices:
+        start, length = int(store.starts[index]), int(store.lengths[index])
+        mel = store.frames[start : start + length, BANDS["mel"]].float().cpu().numpy()  # (T, 128)
+        step = np.abs(np.diff(mel, axis=0)).mean(0) if length > 1 else np.zeros(N_MELS)
+        rows.append(np.concatenate([mel.mean(0), mel.std(0), *np.percentile(mel, [10, 90], axis=0), step]))
+    return np.array(rows)
+
+
+# ======================================================================================
+# 9. Plots: every figure labelled, with units
+# ======================================================================================
+
+# Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
+
+
+def plot_spectrogram(ax, array, kind="mel", beat=False):
+    """Draw (F, T) rows of a clip: mel in dB over Hz, or chroma over note names.
+
+    Time runs in seconds, or in beats for beat-synchronised arrays.
+    """
+    import librosa.display
+
+    limits = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"} if kind == "mel" else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    image = librosa.display.specshow(
+        np.asarray(array, dtype=float), sr=SR, hop_length=HOP, ax=ax, y_axis=kind, x_axis=None if beat else "time", **limits
+    )
+    ax.set_xlabel("Time (beats)" if beat else "Time (s)")
+    ax.set_ylabel("Frequency (Hz)" if kind == "mel" else "Pitch class")
+    if beat:
+        n_beats = array.shape[1]
+        ticks = np.linspace(0, n_beats, min(n_beats, 6), endpoint=False).astype(int)
+        ax.set_xticks(ticks + 0.5, ticks)
+    return image
+
+
+def plot_history(ax, history, title="", score_name="score"):
+    """Loss (left axis) and validation score (right axis) against the epoch."""
+    history = pd.DataFrame(history)
+    ax.plot(history["epoch"], history["train_loss"], color=COLORS[0], label="train loss")
+    ax.plot(history["epoch"], history["val_loss"], color=COLORS[3], label="validation loss")
+    ax.set(xlabel="Epoch", ylabel="Loss", title=title)
+    right = ax.twinx()
+    right.plot(history["epoch"], history["val_score"], color=COLORS[2], linestyle="--", label=f"validation {score_name}")
+    right.set_ylabel(f"Validation {score_name}")
+    best = history.loc[history["val_score"].idxmax()]
+    right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
+    lines = ax.get_lines() + right.get_lines()[:1]
+    ax.legend(lines, [line.get_label() for line in lines], loc="best", fontsize="small")
+
+
+def plot_confusion(ax, confusion, classes, title=""):
+    """Confusion matrix: share of each true class, with the counts written in."""
+    counts = np.asarray(confusion)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            ax.text(column, row, count, ha="center", va="center", fontsize="small", color="white" if share[row, column] > 0.5 else "black")
+    ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="Predicted class", ylabel="True class", title=title)
+    return image
+
+
+def plot_scores(ax, names, values, intervals, xlabel):
+    """Horizontal bars with 95% intervals, the first name on top."""
+    y = np.arange(len(names))[::-1]
+    errors = np.abs(np.array(intervals, dtype=float).T - np.array(values))
+    ax.barh(y, values, xerr=errors, color=COLORS[5], ecolor="black", capsize=3)
+    ax.set_yticks(y, names)
+    ax.set(xlabel=xlabel, xlim=(min(0, np.min(np.array(intervals)) - 0.02), 1))
+    for position, value, (_, high) in zip(y, values, intervals, strict=True):
+        ax.text(max(value, high) + 0.01, position, f"{value:.3f}", va="center", fontsize="small")
+
+
+# ======================================================================================
+# 10. Records: output folder, checkpoints, metrics.json, summary.md
+# ======================================================================================
+
+
+def write_bytes(path, write) -> None:
+    """Write a file whole or not at all: under a temporary name, then renamed."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text) -> None:
+    write_bytes(path, lambda file: file.write(text.encode()))
+
+
+def _save_torch(path, value) -> None:
+    write_bytes(path, lambda file: torch.save(value, file))
+
+
+def _load_torch(path) -> dict:
+    """Load tensors and plain values only: a pickle may run code, so none is read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; run the step that trains it first") from None
+    except Exception as error:  # zip, pickle and torch errors: all mean the same to a user
+        raise InputError(f"{path}: no readable checkpoint of this project; delete it and train again") from error
+
+
+def save_checkpoint(path, model, settings, **facts) -> None:
+    """Save weights with all that is needed to rebuild the model and prepare its input."""
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    _save_torch(path, {"spec": model_spec(model), "state": state, "settings": settings, **facts})
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint: keys spec, state, settings, epoch, val_score."""
+    checkpoint = _load_torch(path)
+    if not isinstance(checkpoint, dict) or not {"spec", "state", "settings"} <= set(checkpoint):
+        raise InputError(f"{path}: no checkpoint of this project; delete it and train again")
+    return checkpoint
+
+
+def load_model(path, device="cpu") -> tuple[nn.Module, dict]:
+    """Rebuild a trained model; returns it, in evaluation mode, and its checkpoint."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = build_model(checkpoint["spec"])
+        model.load_state_dict(checkpoint["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: its weights do not fit the model it describes; delete it and train again") from error
+    return model.to(device).eval(), checkpoint
+
+
+def load_backbone_from_checkpoint(path) -> tuple[nn.Module, dict]:
+    """Return the trained backbone alone, without its head, and the checkpoint (step 9)."""
+    model, checkpoint = load_model(path)
+    return model.backbone.train(), checkpoint
+
+
+class Step:
+    """One run of a step: its device, data and output folder.
+
+    Creating it seeds everything and finds the data. The figures and texts of the report
+    are collected, and `finish` writes metrics.json and summary.md.
+    """
+
+    def __init__(self, name, args, needs_data=True):
+        self.name, self.args = name, args
+        seed_everything(args.seed)
+        self.device = pick_device(args.device)
+        self.data = find_data(args.data_dir) if needs_data else None
+        self.demo = bool(self.data and (self.data / "DEMO.txt").exists())
+        self.out = Path(args.out_dir or (kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"))
+        self.folder = self.out / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.folder}: a file stands where the output folder should be; choose another --out-dir") from None
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "started"}
+        write_text(self.folder / "args.json", json.dumps(plain, indent=2))
+        self.lines = []
+        if self.demo:
+            self.text("> **Synthesised demo data.** These numbers show that the pipeline runs; they say nothing about music.")
+        print(f"{name}: data {self.data}, device {self.device}, output {self.folder}")
+
+    def heading(self, text):
+        self.lines.append(f"## {text}\n")
+
+    def text(self, markdown):
+        self.lines.append(markdown.strip() + "\n")
+
+    def table(self, frame, caption=""):
+        """Add a pandas table (index included) to summary.md and print it."""
+        if caption:
+            self.text(f"**{caption}**")
+        self.lines.append(markdown_table(frame) + "\n")
+        print(frame.to_string(float_format=lambda value: f"{value:.3f}"))
+
+    def figure(self, fig, name, caption):
+        """Save a figure as <name>.png, show it in a notebook, add it to summary.md."""
+        write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, format="png", dpi=120, bbox_inches="tight"))
+        if in_notebook():
+            from IPython.display import display
+
+            display(fig)
+        plt.close(fig)
+        self.lines.append(f"![{caption}]({name}.png)\n\n*{caption}*\n")
+
+    def finish(self, runs=None, **facts) -> dict:
+        """Write metrics.json and summary.md; returns what metrics.json holds."""
+        metrics = {
+            "step": self.name,
+            "seconds": round(time.monotonic() - self.args.started, 2),
+            "environment": environment(self.device),
+            "data": {"root": str(self.data), "demo": self.demo},
+            "runs": runs or {},
+            **facts,
+        }
+        write_text(self.folder / "summary.md", f"# {self.name}\n\n" + "\n".join(self.lines))
+        write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2, default=float))
+        print(f"{self.name}: done in {metrics['seconds']:.0f} s; see {self.folder / 'summary.md'}")
+        return metrics
+
+
+def markdown_table(frame) -> str:
+    """A pandas table as Markdown; floats with three decimals."""
+
+    def cell(value):
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    header = [frame.index.name or "", *map(str, frame.columns)]
+    rows = [[str(index), *map(cell, row)] for index, row in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
