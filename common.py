@@ -110,6 +110,8 @@ def make_parser(description, training=False, **defaults) -> argparse.ArgumentPar
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
     add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
+    add("--allow-leak", action="store_true", help="go on although test clips are in the training split")
+    add("--no-merge", action="store_true", help="keep the classes as they are instead of merging the lab's 20 into 10")
     if training:
         add("--epochs", type=_number(int, 1), help="passes over the training clips; else scaled to their number")
         add("--batch-size", type=_number(int, 2), default=32, help="clips in a batch")
@@ -1162,6 +1164,7 @@ class Recipe:
     augment: Augment | None = None
     window: int | None = None  # frames of a window when scoring; None: the whole clip
     warm_up: float = 0.1  # share of the steps in which the rate rises
+    patience: int = 0  # stop after so many epochs without a better score; 0: never
 
 
 def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, settings, *,
@@ -1193,7 +1196,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     Returns
     -------
     dict
-        epochs, best_epoch, val_score, train_seconds, stopped_early.
+        epochs, best_epoch, val_score, train_seconds, out_of_time, history.
 
     Raises
     ------
@@ -1220,7 +1223,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         history, best, spent = _restore(folder / "last.pt", parts, recipe)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
     began = time.monotonic()
-    stopped_early = False
+    out_of_time = False
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         epoch_began = time.monotonic()
         train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
@@ -1238,14 +1241,17 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         _save_torch(folder / "last.pt", _state(parts, recipe, history, best, elapsed))
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
         print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s", flush=True)
+        if recipe.patience and epoch - max(history, key=lambda row: row["val_score"])["epoch"] >= recipe.patience:
+            print(f"{folder.name}: no better epoch in the last {recipe.patience}; stopping early")
+            break
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
             print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
-            stopped_early = True
+            out_of_time = True
             break
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
     return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
-            "train_seconds": history and spent + time.monotonic() - began, "stopped_early": stopped_early}  # fmt: skip
+            "train_seconds": spent + time.monotonic() - began, "out_of_time": out_of_time, "history": history}  # fmt: skip
 
 
 def device_type(device) -> str:
@@ -1397,6 +1403,125 @@ def _restore(path, parts, recipe):
     if "cuda" in state["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])
     return state["history"], tuple(state["best"]), state["elapsed"]
+
+# --------------------------------------------------------------------------------------
+# The genre runs of steps 5 and 7, which steps 6, 8, 9 and 11 go on from
+# --------------------------------------------------------------------------------------
+
+
+class GenreRun(NamedTuple):
+    """One genre model of the lab: its network and what it hears."""
+
+    network: str  # 'lstm' or 'cnn'
+    features: str
+    beat: bool
+    plain: bool = False  # the textbook form: every frame, one direction, last step
+
+
+GENRE_RUNS = {
+    "mel": GenreRun("lstm", "mel", False), "beat_mel": GenreRun("lstm", "mel", True),
+    "chroma": GenreRun("lstm", "chroma", False), "beat_chroma": GenreRun("lstm", "chroma", True),
+    "fused": GenreRun("lstm", "fused", False), "beat_fused": GenreRun("lstm", "fused", True),
+    "cnn_mel": GenreRun("cnn", "mel", False), "plain_mel": GenreRun("lstm", "mel", False, plain=True),
+}  # fmt: skip
+LSTM_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
+CNN_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
+
+
+def make_backbone(run) -> nn.Module:
+    """The untrained backbone of a GenreRun."""
+    n_bands = BANDS[run.features].stop - BANDS[run.features].start
+    if run.network == "cnn":
+        return CNNBackbone(n_bands)
+    if run.plain:
+        return LSTMBackbone(n_bands, bidirectional=False, readout="last")
+    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8)
+
+
+def genre_score(n_classes):
+    """Validation score of a classifier: macro-F1, in which small classes count fully."""
+    return lambda logits, targets: macro_f1(targets.numpy(), logits.argmax(1).numpy(), n_classes)
+
+
+def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf):
+    """Train one of GENRE_RUNS into the step's folder.
+
+    Returns
+    -------
+    model : Classifier, holding its best epoch
+    settings : dict, what `load_genre_test` needs
+    result : dict, see `train`, and n_train, n_val, weights
+    """
+    run = GENRE_RUNS[name]
+    smoke = step.args.smoke
+    seed_everything(step.args.seed)  # each run alone gives what it gives among others
+    crop = None if run.beat or run.plain or overfit_batch else CROP
+    data = load_genre(step.data, run.features, run.beat, seed=step.args.seed, merge=not step.args.no_merge,
+                      crop=crop, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
+    settings = data.settings | {"run": name, "smoke": smoke, "n_train": len(data.train)}
+    n_classes = len(data.classes)
+    defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
+    recipe = Recipe(
+        epochs=epochs or (2 if smoke else epochs_for(len(data.train), 20_000)),
+        lr=lr or defaults["lr"],
+        augment=Augment(n_classes=n_classes, mask_frames=32 if crop else 4),
+        window=crop,
+    )
+    model = Classifier(make_backbone(run), n_classes)
+    batch_size = batch_size or defaults["batch_size"]
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
+    result = train(model, make_loader(data.train, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
+                   genre_score(n_classes), recipe, step.folder / name, settings, device=step.device,
+                   overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
+    return model, settings, result | {"n_train": len(data.train), "n_val": len(data.val), "weights": count_weights(model)}
+
+
+CROP = 256  # frames, 5.9 s: the stretch of a clip that one training example shows
+
+
+def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
+    """Find the trained model of a genre run, or train it, saying so.
+
+    Looks in the output folder of the step that trains it and, on Kaggle, in the outputs
+    of attached kernels. A checkpoint of a smoke run, or of other classes, is passed over.
+
+    Returns
+    -------
+    model, settings, path of the checkpoint
+    """
+    owner = "step07_cnn" if GENRE_RUNS[name].network == "cnn" else "step05_lstm"
+    classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", GENRE_RUNS[name].beat, merge=not step.args.no_merge)})
+    places = [step.out / owner, step.folder]
+    if on_kaggle():
+        places += [path.parent.parent for path in sorted((kaggle_root() / "input").glob(f"**/{owner}/{name}/best.pt"))]
+    for place in places:
+        path = place / name / "best.pt"
+        if not path.exists():
+            continue
+        model, checkpoint = load_model(path, step.device)
+        settings = checkpoint["settings"]
+        if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
+            print(f"{name}: using {path}")
+            return model, settings, path
+        print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
+    print(f"{name}: no checkpoint of {owner} yet, training it here")
+    model, settings, _ = train_genre(step, name)
+    return model.eval(), settings, step.folder / name / "best.pt"
+
+
+def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Score a trained genre model on the test split; only after all training.
+
+    Returns
+    -------
+    scores : dict, see `classification_scores`
+    targets : np.ndarray [shape=(N,)]
+    logits : np.ndarray [shape=(N, K)]
+    """
+    test = load_genre_test(step.data, settings, beat=beat, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
+    window = None if (settings["beat"] if beat is None else beat) else CROP
+    logits, targets = predict(model, make_loader(test, 64), step.device, window)
+    return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy()
 
 
 # ======================================================================================
