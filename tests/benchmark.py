@@ -1,0 +1,265 @@
+"""How much faster than the textbook way? One table, each side in a process of its own.
+
+    python tests/benchmark.py --data-dir DIR                # loading, training, inference
+    python tests/benchmark.py --data-dir DIR --to-score 10  # also: time to the textbook's best score
+                                                            # in 10 epochs (slow: most of an hour)
+
+Textbook: float64 arrays read one after the other and zero-padded per item; a two-layer
+bidirectional LSTM over packed sequences of all frames; a four-block CNN over the whole
+clip in single precision, flattened into a dense layer. Ours: what the steps run. Both see
+the same clips; training counts the clips shown per second. Run by hand, not by pytest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+
+class TextbookDataset(Dataset):
+    """float64 in memory, padded with zeros when an item is asked for."""
+
+    def __init__(self, entries, targets):
+        self.feats = [np.load(entry.path)[:128].T for entry in entries]
+        self.targets, self.longest = targets, max(len(feat) for feat in self.feats)
+
+    def __len__(self):
+        return len(self.feats)
+
+    def __getitem__(self, index):
+        feat = self.feats[index]
+        padded = np.vstack([feat, np.zeros((self.longest - len(feat), 128))])
+        return padded.astype(np.float32), self.targets[index], len(feat)
+
+
+class TextbookLSTM(nn.Module):
+    def __init__(self, n_classes):
+        super().__init__()
+        self.lstm = nn.LSTM(128, 128, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(256, n_classes)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        hidden = self.lstm(packed)[1][0]
+        return self.head(torch.cat([hidden[-2], hidden[-1]], dim=1))
+
+
+class TextbookCNN(nn.Module):
+    def __init__(self, n_classes, n_frames):
+        super().__init__()
+        layers, channels = [], [1, 16, 32, 64, 128]
+        for c_in, c_out in zip(channels[:-1], channels[1:], strict=True):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+        size = 128 * (n_frames // 16) * 8
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, n_classes))
+
+    def forward(self, x, lengths):
+        return self.net(x.unsqueeze(1))
+
+
+def textbook_epoch(model, loader, optimizer, device, n_batches=None):
+    model.train()
+    shown = 0
+    for number, (x, targets, lengths) in enumerate(loader):
+        if number == n_batches:
+            break
+        loss = nn.functional.cross_entropy(model(x.to(device), lengths), targets.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shown += len(x)
+    return shown
+
+
+def clips_per_second(work, device, repeats=3) -> float:
+    """Median rate of `work() -> clips`, after one warm-up."""
+    work()
+    rates = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        shown = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append(shown / (time.perf_counter() - began))
+    return float(np.median(rates))
+
+
+def measure(side, args) -> dict:
+    """All measurements of one side, in this process."""
+    device = common.pick_device(args.device)
+    entries = common.read_entries(args.data_dir, "genre", "train", merge=True)[: args.clips]
+    classes = sorted({entry.label for entry in entries})
+    targets = common.encode_labels(entries, classes)
+    train_idx, val_idx = common.split_indices(len(targets), common.VAL_FRACTION, 0, targets)
+    for entry in entries:  # both sides read from a warm page cache
+        entry.path.read_bytes()
+    common.seed_everything(0)
+    run = {"LSTM": common.GENRE_RUNS["mel"], "CNN": common.GENRE_RUNS["cnn_mel"]}
+    numbers = {}
+    began = time.perf_counter()
+    if side == "ours":
+        common.keep_freed_memory()
+        store = common.load_clips(entries)
+        numbers["seconds to load, first"] = time.perf_counter() - began
+        began = time.perf_counter()
+        store = common.load_clips(entries)
+        numbers["seconds to load, again"] = time.perf_counter() - began
+        stats = common.band_statistics(store, train_idx)
+        store.frames = common.to_resident(store.frames, device)
+        data = common.SpectrogramDataset(store, targets, stats=stats)
+    else:
+        data = TextbookDataset(entries, targets)
+        numbers["seconds to load, first"] = numbers["seconds to load, again"] = time.perf_counter() - began
+    for name in ("LSTM", "CNN"):
+        if side == "ours":
+            window = common.CROPS[run[name].network]
+            model = common.Classifier(common.make_backbone(run[name]), len(classes)).to(device)
+            fetch = torch.utils.data.Subset(data.variant(crop=window), train_idx.tolist())
+            whole = torch.utils.data.Subset(data, val_idx.tolist())
+            recipe = common.Recipe(epochs=99, lr=1e-3, augment=common.make_augment(run[name], len(classes)), window=window)
+            train = ours_epoch(model, fetch, recipe, device, 32)
+            n_batches = None
+        else:
+            window, n_batches = None, 3
+            model = (TextbookLSTM(len(classes)) if name == "LSTM" else TextbookCNN(len(classes), data.longest)).to(device)
+            fetch, whole = (torch.utils.data.Subset(data, part.tolist()) for part in (train_idx, val_idx))
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+            loader = DataLoader(fetch, 32, shuffle=True)
+            train = lambda: textbook_epoch(model, loader, optimizer, device, n_batches)  # noqa: E731, B023
+        numbers[f"{name}: clips/s, training"] = clips_per_second(train, device)
+        numbers[f"{name}: clips/s, inference"] = clips_per_second(
+            lambda: len(common.predict(model, DataLoader(whole, 32), device, window)[0]), device, repeats=2  # noqa: B023
+        )  # fmt: skip
+        if side == "ours" and name == "CNN":
+            flops = 3 * 2 * cnn_multiplications(model.backbone, window)
+            numbers["CNN training, share of matmul peak"] = flops * numbers["CNN: clips/s, training"] / matmul_peak(device)
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM"))
+    numbers["peak memory, MiB"] = int(peak.split()[1]) / 1024
+    return numbers
+
+
+def ours_epoch(model, fetch, recipe, device, batch_size):
+    """One epoch of common's own loop as a closure, so that the rate is that of the steps."""
+    loader = common.make_loader(fetch, batch_size, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=99 * len(loader))
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=common.fast_dtype(device.type) == torch.float16)
+
+    def epoch():
+        common._train_epoch(model, average, loader, nn.CrossEntropyLoss(), recipe, optimizer, schedule, scaler, device, 1)
+        return len(fetch)
+
+    return epoch
+
+
+def cnn_multiplications(backbone, n_frames) -> int:
+    """Multiplications of one forward pass over one example (convolutions only)."""
+    height, width, total = n_frames // backbone.frames_per_step, backbone.config["n_bands"], 0
+    for block in backbone.blocks:
+        conv = block[0]
+        total += conv.weight.numel() * height * width
+        height, width = height // 2, width // 2
+    return total
+
+
+def matmul_peak(device, n=2048) -> float:
+    """Floating-point operations per second of a large matrix product in the fast format."""
+    a = torch.randn(n, n, device=device, dtype=common.fast_dtype(device.type))
+
+    def work():
+        for _ in range(10):
+            a @ a
+        return 10 * 2 * n**3
+
+    return clips_per_second(work, device)
+
+
+def seconds_to_score(args, epochs) -> tuple[float, float, float]:
+    """Train the textbook CNN; then ours until it is as good on the same validation clips.
+
+    Returns
+    -------
+    best score of the textbook, seconds it took, seconds ours took (inf: not reached)
+    """
+    device = common.pick_device(args.device)
+    common.keep_freed_memory()
+    data = common.load_genre(args.data_dir, seed=0, crop=common.CROPS["cnn"], device=device)
+    score = common.genre_score(len(data.classes))
+    store = data.val.dataset.store
+    textbook = TextbookDataset(store.entries, data.val.dataset.targets.numpy())
+    train_idx, val_idx = data.train.indices, data.val.indices
+    common.seed_everything(0)
+    model = TextbookCNN(len(data.classes), textbook.longest).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    loader = DataLoader(torch.utils.data.Subset(textbook, train_idx), 32, shuffle=True)
+    val = DataLoader(torch.utils.data.Subset(textbook, val_idx), 32)
+    best, reached, began = -1.0, 0.0, time.perf_counter()
+    for epoch in range(epochs):
+        textbook_epoch(model, loader, optimizer, device)
+        value = score(*common.predict(model, val, device))
+        if value > best:
+            best, reached = value, time.perf_counter() - began
+        print(f"textbook CNN, epoch {epoch + 1}: {value:.3f} after {time.perf_counter() - began:.0f} s", flush=True)
+    common.seed_everything(0)
+    settings = data.settings | {"smoke": False, "window": common.CROPS["cnn"]}
+    ours = common.Classifier(common.make_backbone(common.GENRE_RUNS["cnn_mel"]), len(data.classes))
+    recipe = common.Recipe(epochs=common.epochs_for(len(train_idx), common.PRESENTATIONS["cnn"]), lr=common.CNN_DEFAULTS["lr"],
+                           augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=common.CROPS["cnn"])  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        result = common.train(ours, common.make_loader(data.train, 32, True), common.make_loader(data.val, 32), nn.CrossEntropyLoss(),
+                              score, recipe, Path(folder) / "cnn", settings, device=device)  # fmt: skip
+    seconds = 0.0
+    for row in result["history"]:
+        seconds += row["seconds"]
+        if row["val_score"] >= best:
+            return best, reached, seconds
+    return best, reached, float("inf")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=10_000, help="use this many training clips at most")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--to-score", type=int, metavar="EPOCHS", help="also train the textbook CNN this long and race to its best score")
+    parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)  # set for the two child processes
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args.side, args)))
+        return
+    sides = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for side in ("textbook", "ours"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATREC_CACHE": cache}).stdout
+            sides[side] = json.loads(output.splitlines()[-1])
+    print(f"{common.environment(common.pick_device(args.device))}\n")
+    print(f"| {'':36} | textbook | ours | ratio |\n| {'-' * 36} | --- | --- | --- |")
+    for name, value in sides["ours"].items():
+        other = sides["textbook"].get(name)
+        ratio = "" if other is None else f"{(value / other if 'clips/s' in name else other / value):.1f}x"
+        print(f"| {name:36} | {'' if other is None else f'{other:.3g}'} | {value:.3g} | {ratio} |")
+    if args.to_score:
+        best, reached, seconds = seconds_to_score(args, args.to_score)
+        print(f"| {f'CNN: seconds to macro-F1 {best:.3f}':36} | {reached:.3g} | {seconds:.3g} | {reached / seconds:.1f}x |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Feature extraction against sounds whose answer is known, and against librosa call by call."""
+
+import librosa
+import numpy as np
+import pytest
+
+from common import DB_FLOOR, HOP, N_FFT, N_MELS, NOTES, SR, InputError, extract_features
+
+
+def tone(f_hz, seconds):
+    return (0.5 * np.sin(2 * np.pi * f_hz * np.arange(round(seconds * SR)) / SR)).astype(np.float32)
+
+
+def drum_track(tempo, seconds):
+    """A decaying burst of noise on every beat, the same each time."""
+    t = np.arange(SR // 5) / SR
+    stroke = np.random.default_rng(0).standard_normal(len(t)) * np.exp(-30 * t)
+    track = 1e-3 * np.random.default_rng(1).standard_normal(round(seconds * SR) + len(t))
+    for start_s in np.arange(0.2, seconds, 60 / tempo):
+        track[round(start_s * SR) :][: len(t)] += stroke
+    return (0.2 * track[: round(seconds * SR)]).astype(np.float32)
+
+
+def check_form(array):
+    assert array.dtype == np.float64 and array.shape[0] == 140 and array.shape[1] >= 1
+    assert np.isfinite(array).all()
+    assert array[:N_MELS].min() >= DB_FLOOR and array[:N_MELS].max() <= 0
+    assert array[N_MELS:].min() >= 0 and array[N_MELS:].max() <= 1
+
+
+def test_same_as_the_labs_extractor():
+    """The lab's calls, one by one (feature_extractor.py): any other parameter or order shows."""
+    rng = np.random.default_rng(3)
+    y = drum_track(110, 6) + 0.3 * tone(330, 6) * np.linspace(0.2, 1, 6 * SR, dtype=np.float32)
+    y += (0.01 * rng.standard_normal(len(y))).astype(np.float32)
+
+    _, percussive = librosa.effects.hpss(y)
+    _, beats = librosa.beat.beat_track(y=percussive, sr=22050)
+    mel = librosa.feature.melspectrogram(y=y, sr=22050, n_fft=2048, hop_length=512, power=2.0, n_mels=128)
+    chroma = librosa.feature.chroma_cqt(y=y, sr=22050, hop_length=512)
+    beat_mel = librosa.util.sync(mel, beats, aggregate=np.median)  # on power: dB comes after
+    beat_chroma = librosa.util.sync(chroma, beats, aggregate=np.median)
+    full_wanted = np.vstack([librosa.power_to_db(mel, ref=np.max), chroma])
+    beat_wanted = np.vstack([librosa.power_to_db(beat_mel, ref=np.max), beat_chroma])
+
+    full, beat = extract_features(y)
+    assert len(beats) > 5
+    np.testing.assert_allclose(full, full_wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(beat, beat_wanted, rtol=0, atol=1e-4)
+
+
+def test_a_30_s_clip_has_the_labs_number_of_frames():
+    full, _ = extract_features(0.1 * tone(220, 30) + drum_track(100, 30))
+    assert full.shape == (140, 1 + 30 * SR // HOP) and 1291 <= full.shape[1] <= 1293
+
+
+@pytest.mark.parametrize("tempo", [90, 120])
+def test_as_many_beat_columns_as_beats(tempo):
+    seconds = 12
+    _, beat = extract_features(drum_track(tempo, seconds))
+    n_beats = seconds * tempo / 60
+    assert abs(beat.shape[1] - n_beats) <= 3, (beat.shape, n_beats)
+
+
+@pytest.mark.filterwarnings("ignore:Trying to estimate tuning")
+@pytest.mark.parametrize(("f_hz", "name"), [(261.63, "C"), (440.0, "A"), (92.5, "F#")])
+def test_a_pitch_lights_its_chroma_row_and_mel_band(f_hz, name):
+    full, beat = extract_features(tone(f_hz, 3))
+    for array in (full, beat):
+        check_form(array)
+        assert NOTES[np.median(array[N_MELS:], axis=1).argmax()] == name
+    bands_hz = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)[1:-1]
+    loudest = np.median(full[:N_MELS], axis=1).argmax()
+    assert abs(loudest - np.abs(bands_hz - f_hz).argmin()) <= 1
+
+
+def test_the_beat_arrays_median_is_of_power_and_its_own_maximum_is_0_db():
+    """With dB first, the loudest cell of the beat array would lie below the full array's 0 dB."""
+    full, beat = extract_features(drum_track(120, 5))
+    assert full[:N_MELS].max() == 0 and beat[:N_MELS].max() == 0
+
+
+def test_loudness_of_the_recording_does_not_matter():
+    y = drum_track(120, 3)
+    loud, quiet = extract_features(y)[0], extract_features(0.1 * y)[0]
+    np.testing.assert_allclose(loud[:N_MELS], quiet[:N_MELS], atol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Trying to estimate tuning")
+def test_silence_is_at_the_floor():
+    for array in extract_features(np.zeros(3 * SR, np.float32)):
+        check_form(array)
+        assert (array[:N_MELS] == DB_FLOOR).all() and (array[N_MELS:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:n_fft=.* is too large", "ignore:Trying to estimate tuning")
+@pytest.mark.parametrize("n", [N_FFT, SR // 10, 3 * SR])
+def test_short_clips(n):
+    full, beat = extract_features(0.5 * tone(440, 4)[:n] + drum_track(120, 4)[:n])
+    check_form(full)
+    check_form(beat)
+    assert full.shape[1] == 1 + n // HOP and beat.shape[1] <= full.shape[1]
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(N_FFT - 1, np.float32), np.zeros((2, SR), np.float32)])
+def test_what_is_no_mono_clip_is_said_so(waveform):
+    with pytest.raises(InputError, match=str(N_FFT)):
+        extract_features(waveform)
