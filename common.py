@@ -41,9 +41,13 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import median_filter
-from scipy.stats import spearmanr
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from sklearn.model_selection import KFold, train_test_split
+from scipy.stats import rankdata, spearmanr
+from sklearn.linear_model import Ridge
+from sklearn.metrics import confusion_matrix, make_scorer, precision_recall_fscore_support
+from sklearn.model_selection import GridSearchCV, KFold, train_test_split
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -745,10 +749,11 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
     total, squares, n_frames = 0.0, 0.0, 0
     for index in indices:
         start, length = int(store.starts[index]), int(store.lengths[index])
-        x = store.frames[start : start + length, BANDS[features]].float()
+        # About 256 frames of a clip are enough: neighbours say nearly the same.
+        x = store.frames[start : start + length : max(1, length // 256), BANDS[features]].float()
         total = total + x.sum(0, dtype=torch.float64)
         squares = squares + x.square().sum(0, dtype=torch.float64)
-        n_frames += length
+        n_frames += len(x)
     mean = total / n_frames
     std = (squares / n_frames - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)  # a silent band stays finite
     return mean.float().cpu(), std.float().cpu()
@@ -816,7 +821,7 @@ def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=N
     store.frames = to_resident(store.frames, device)
     whole = SpectrogramDataset(store, targets, features, stats)
     settings = {"part": "genre", "features": features, "beat": beat, "merge": merge, "classes": classes, "stats": stats}
-    return GenreData(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist()), Subset(whole, val_idx.tolist()), classes, settings)
+    return GenreData(Subset(whole.variant(crop=crop), train_idx.tolist()), Subset(whole, val_idx.tolist()), classes, settings)
 
 
 VAL_FRACTION = 0.2  # of the training split; the rest is trained on
@@ -929,19 +934,27 @@ def time_mask(lengths, n_steps, device) -> torch.Tensor:
 
 
 class Backbone(nn.Module):
-    """What both backbones share: `blocks`, of which the first ones can be frozen."""
+    """What both backbones share: `blocks`, of which the first ones can be frozen.
+
+    `stem` is what comes before the first block and is frozen with it.
+    """
 
     n_frozen = 0
 
     def freeze(self, n) -> None:
         """Keep the first n blocks as they are, batch normalisation included (step 9)."""
         self.n_frozen = n
-        self.blocks[:n].requires_grad_(False)
+        for module in self.frozen():
+            module.requires_grad_(False)
         self.train()
+
+    def frozen(self) -> list:
+        return [self.stem, *self.blocks[: self.n_frozen]] if self.n_frozen else []
 
     def train(self, mode=True):
         super().train(mode)
-        self.blocks[: self.n_frozen].eval()  # a frozen block must not follow the new batches' statistics
+        for module in self.frozen():
+            module.eval()  # a frozen block must not follow the new batches' statistics
         return self
 
 
@@ -973,9 +986,9 @@ class LSTMBackbone(Backbone):
         }  # fmt: skip
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 2 * n_bands
-        self.projection = nn.Identity()
+        self.stem = nn.Identity()
         if projection:
-            self.projection = nn.Sequential(nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU())
+            self.stem = nn.Sequential(nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU())
         n_directions = 2 if bidirectional else 1
         # One nn.LSTM per layer and direction: the backward ones read the reversed clip, so
         # that they start at its end and not in the padding. (Packed sequences do the same
@@ -990,7 +1003,7 @@ class LSTMBackbone(Backbone):
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
         x, lengths = average_frames(x, lengths, self.frames_per_step, spread=self.config["frames_per_step"] > 1)  # (B, S, F or 2 F)
-        x = self.projection(x)
+        x = self.stem(x)
         order = reverse_order(lengths, x.shape[1]).to(x.device)
         for index, layer in enumerate(self.blocks):
             x = self.dropout(x) if index else x
@@ -1065,7 +1078,7 @@ class CNNBackbone(Backbone):
     def __init__(self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3, frames_per_step=4):
         super().__init__()
         self.config = {"n_bands": n_bands, "channels": list(channels), "kernel_size": kernel_size, "frames_per_step": frames_per_step}
-        self.frames_per_step = frames_per_step
+        self.frames_per_step, self.stem = frames_per_step, nn.Identity()
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False),  # the norm has a bias
@@ -1322,7 +1335,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
             size = train_loader.batch_size
             raise StepFailed(f"{device} ran out of memory with batches of {size} clips; try --batch-size {max(size // 2, 2)}") from None
         score = score_fn(outputs, targets)
-        val_loss = float(loss_fn(outputs.to(device), targets.to(device)))
+        val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         seconds = time.monotonic() - epoch_began
         history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss,
                         "val_loss": val_loss, "val_score": score, "seconds": seconds})  # fmt: skip
@@ -1596,7 +1609,7 @@ def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
     """
     owner = "step07_cnn" if GENRE_RUNS[name].network == "cnn" else "step05_lstm"
     classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", GENRE_RUNS[name].beat, merge=not step.args.no_merge)})
-    places = [step.out / owner, step.folder]
+    places = [step.out / owner, step.folder, step.out / "step09_transfer"]
     if on_kaggle():
         places += [path.parent.parent for path in sorted((kaggle_root() / "input").glob(f"**/{owner}/{name}/best.pt"))]
     for place in places:
@@ -1610,7 +1623,7 @@ def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
             return model, settings, path
         print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
     print(f"{name}: no checkpoint of {owner} yet, training it here")
-    model, settings, _ = train_genre(step, name)
+    model, settings, _ = train_genre(step, name, max_seconds=seconds_left(step.args))
     return model.eval(), settings, step.folder / name / "best.pt"
 
 
@@ -1754,6 +1767,294 @@ def predict_unlabelled(step, model, settings) -> tuple[list[str], np.ndarray]:
     return [entry.clip_id for entry in store.entries], outputs.numpy()
 
 
+def genre_val_scores(step) -> dict[str, float]:
+    """Validation macro-F1 of the genre models that steps 5 and 7 left, best first.
+
+    Counts the checkpoints that `genre_model` would take: of the same classes, and none of
+    a smoke run unless this is one.
+    """
+    scores = {}
+    for name, run in GENRE_RUNS.items():
+        owner = "step07_cnn" if run.network == "cnn" else "step05_lstm"
+        paths = [step.out / owner / name / "best.pt"]
+        if on_kaggle():
+            paths += sorted((kaggle_root() / "input").glob(f"**/{owner}/{name}/best.pt"))
+        for path in paths:
+            if run.plain or name in scores or not path.exists():
+                continue
+            checkpoint = load_checkpoint(path)
+            settings = checkpoint["settings"]
+            classes = {entry.label for entry in read_entries(step.data, "genre", "train", run.beat, merge=not step.args.no_merge)}
+            if settings["classes"] == sorted(classes) and settings["smoke"] <= step.args.smoke:
+                scores[name] = checkpoint["val_score"]
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def emotion_folds(step, runs, folds=1):
+    """Load the labelled emotion clips and cut them as every emotion step cuts them.
+
+    Parameters
+    ----------
+    runs : iterable of GenreRun
+        What the networks hear: whole clips, beat-synchronised ones, or both.
+    folds : int
+        1: one part is held out; more: cross-validation, each clip held out once.
+
+    Returns
+    -------
+    store : ClipStore, of the whole clips
+    targets : np.ndarray [shape=(N, 3)]
+    splits : {False: list of EmotionSplit} for whole clips, and {True: ...} for beats if used.
+        The parts hold the same clips in the same order, by id, even if the two label
+        files list them in different orders.
+    """
+    store, targets = load_emotion(step)
+    splits = {False: emotion_splits(len(targets), step.args.seed, folds) if folds > 1 else emotion_splits(len(targets), step.args.seed)[:1]}
+    if any(run.beat for run in runs):
+        ids = [entry.clip_id for entry in store.entries]
+        position = {entry.clip_id: index for index, entry in enumerate(load_emotion(step, beat=True)[0].entries)}
+        odd = sorted(position.keys() ^ set(ids))
+        if odd:
+            raise InputError(f"{part_folder(step.data, 'emotion', True)}: clip {odd[0]} can be used in only one of the full and the beat-synchronised emotion data; take it out of both label files")
+        splits[True] = [EmotionSplit(*(np.array([position[ids[index]] for index in part]) for part in split)) for split in splits[False]]
+    return store, targets, splits
+
+
+def emotion_flags(args) -> dict:
+    """The flags of the command line that `train_emotion` takes."""
+    return {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "subset", "resume")}
+
+
+def held_out_clips(store, targets, splits) -> tuple[np.ndarray, list[str]]:
+    """Targets and ids of the held-out clips of all folds, in the order of pooled predictions."""
+    held_out = np.concatenate([split.test for split in splits[False]])
+    return targets[held_out], [store.entries[index].clip_id for index in held_out]
+
+
+def stop_at_emotion_leak(step, store, splits) -> None:
+    """Raise InputError where a genre model would have heard clips that are held out here."""
+    held_out = np.concatenate([split.test for split in splits[False]])
+    genre = load_clips(read_entries(step.data, "genre", "train", merge=not step.args.no_merge), step.args.skip_bad)
+    test = dataclasses.replace(store, entries=[store.entries[i] for i in held_out], digests=[store.digests[i] for i in held_out])
+    leaked = find_leak(genre, test)
+    if not leaked:
+        return
+    fault = f"{len(leaked)} of {len(held_out)} held-out emotion clips are in the genre training split too, e.g. {leaked[0]}"
+    if not step.args.allow_leak:
+        raise InputError(f"{part_folder(step.data, 'emotion')}: {fault}; remove them from one, or pass --allow-leak")
+    print(f"warning: {fault}", file=sys.stderr)
+    step.text(f"> **Leak allowed by --allow-leak.** {fault}: scores of models that start from the genre model may be too high.")
+
+
+def train_emotion_folds(step, name, job, splits, flags, runs_left=1):
+    """Train one emotion run on every fold.
+
+    Parameters
+    ----------
+    job : dict
+        Arguments of `train_emotion`: run, and what else is not its default.
+    flags : dict
+        Of the command line: epochs, batch_size, lr, subset, resume.
+    runs_left : int
+        Trainings that share what is left of --max-minutes, this one's folds included.
+
+    Returns
+    -------
+    record : dict for metrics.json, still without test scores
+    predictions : np.ndarray [shape=(N,) or (N, 3)], for `held_out_clips`
+    members : list of (model, settings), one per fold
+    history : list of dict, of the first fold
+    """
+    results, members = [], []
+    folds = splits[job["run"].beat]
+    for index, split in enumerate(folds):
+        folder = name if len(folds) == 1 else f"{name}_fold{index + 1}of{len(folds)}"
+        model, settings, result = train_emotion(step, folder, split=split, **job, **flags, max_seconds=seconds_left(step.args, runs_left - index))
+        results.append(result)
+        members.append((model, settings))
+    record = {
+        "epochs": max(result["epochs"] for result in results),
+        "best_epoch": int(np.median([result["best_epoch"] for result in results])),
+        "train_seconds": sum(result["train_seconds"] for result in results),
+        "weights": results[0]["weights"],
+        "n_train": results[0]["n_train"],
+        "val": {job.get("axis", "mean_spearman"): float(np.mean([result["val_score"] for result in results]))},
+    }
+    return record, np.concatenate([result["predictions"] for result in results]), members, results[0]["history"]
+
+
+def train_emotion_jobs(step, jobs, splits, targets, flags):
+    """Train {name: job} one after another, then score them all on the held-out clips.
+
+    Parameters
+    ----------
+    targets : np.ndarray [shape=(N, 3)], of `held_out_clips`
+
+    Returns
+    -------
+    runs : {name: record for metrics.json}
+    predictions : {name: {axis: (N,)}}
+    members, histories : {name: see `train_emotion_folds`}
+    """
+    runs, predictions, members, histories = {}, {}, {}, {}
+    for position, (name, job) in enumerate(jobs.items()):
+        left = (len(jobs) - position) * len(splits[False])
+        runs[name], outputs, members[name], histories[name] = train_emotion_folds(step, name, job, splits, flags, left)
+        predictions[name] = {job["axis"]: outputs} if "axis" in job else by_axis(outputs)
+    for name in jobs:
+        runs[name]["test"] = score_by_axis(targets, predictions[name])
+    return runs, predictions, members, histories
+
+
+def overfit_emotion(step, jobs, splits, flags) -> dict:
+    """Learn four batches by heart with each job's network and loss (--overfit-batch)."""
+    checks = {}
+    for name, job in jobs.items():
+        _, _, result = train_emotion(step, name, split=splits[job["run"].beat][0], **job, **flags, overfit_batch=True)
+        checks[name] = {"passes": result["passes"], "loss": result["loss"]}
+    step.heading("Overfitting four batches")
+    step.text("With regularisation off, each network brings its regression loss on four fixed batches close to 0: gradients, loss and labels are wired correctly.")
+    step.table(pd.DataFrame(checks).T.astype({"passes": int}).rename_axis("run"))
+    return step.finish(overfit=checks)
+
+
+def emotion_floors(store, targets, splits, seed) -> dict[str, np.ndarray]:
+    """Predictions (N, 3) for the held-out clips by methods that hear band statistics only.
+
+    `constant` is the mean training label, `ridge` linear and `svr` support vector
+    regression. They are fitted on training and validation part together, which is what
+    the networks have seen too, and their parameters chosen by cross-validation in there.
+    """
+    features = band_features(store)  # (N, 640)
+    folds = KFold(5, shuffle=True, random_state=seed)
+    grids = {
+        "ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}),
+        "svr": (SVR(), {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}),
+    }
+    known = [np.concatenate([split.train, split.val]) for split in splits[False]]
+    n_test = sum(len(split.test) for split in splits[False])
+    # One constant for all folds: a fold's own mean is low where its held-out labels are high, which would rank backwards.
+    predictions = {"constant": np.tile(targets[known[0]].mean(0), (n_test, 1))}
+    for name, (model, grid) in grids.items():
+        search = GridSearchCV(Pipeline([("scale", StandardScaler()), ("model", model)]), grid, cv=folds, scoring=make_scorer(spearman))
+        columns = [
+            [search.fit(features[rows], targets[rows, i]).predict(features[split.test]) for rows, split in zip(known, splits[False], strict=True)]
+            for i in range(len(EMOTIONS))
+        ]
+        predictions[name] = np.stack([np.concatenate(parts) for parts in columns], axis=1)
+    return predictions
+
+
+def by_axis(predictions) -> dict[str, np.ndarray]:
+    """(N, 3) -> {axis: (N,)}, the form in which the emotion steps keep predictions."""
+    return dict(zip(EMOTIONS, np.asarray(predictions).T, strict=True))
+
+
+def score_by_axis(targets, predictions) -> dict:
+    """`emotion_scores` of {axis: (N,)}, which may lack axes, against targets (N, 3)."""
+    axes = [axis for axis in EMOTIONS if axis in predictions]
+    return emotion_scores(targets[:, [EMOTIONS.index(axis) for axis in axes]], np.stack([predictions[axis] for axis in axes], axis=1), axes)
+
+
+def join_axes(parts, scores) -> dict:
+    """One record for {axis: record}: single-axis models that answer together."""
+    val = {axis: part["val"][axis] for axis, part in parts.items()}
+    totals = {key: sum(part[key] for part in parts.values()) for key in ("epochs", "train_seconds", "weights")}
+    return totals | {"val": val | {"mean_spearman": float(np.mean(list(val.values())))}, "test": scores}
+
+
+def emotion_difference(targets, first, second) -> tuple[float, list[float]]:
+    """Spearman of `first` minus that of `second`, mean over their common axes, and its 95% interval.
+
+    Both are scored on the same resamples of the clips: what makes a clip hard is common
+    to both and cancels, so this tells more than two intervals side by side.
+
+    targets (N, 3); first, second : {axis: (N,)}
+    """
+    axes = [axis for axis in EMOTIONS if axis in first and axis in second]
+    columns = [(targets[:, EMOTIONS.index(axis)], first[axis], second[axis]) for axis in axes]
+    value = np.mean([spearman(target, a) - spearman(target, b) for target, a, b in columns])
+    resampled = np.mean([resampled_spearman(target, a) - resampled_spearman(target, b) for target, a, b in columns], axis=0)
+    return float(value), np.percentile(resampled, [2.5, 97.5]).tolist()
+
+
+def difference_text(first, second, difference) -> str:
+    """Say what `emotion_difference` found between two named models."""
+    value, (low, high) = difference
+    verdict = f"`{first}` is better" if low > 0 else f"`{second}` is better" if high < 0 else "the interval holds 0: these clips do not tell the two apart"
+    return f"`{first}` minus `{second}`: {value:+.3f} [{low:+.3f}, {high:+.3f}]; {verdict}."
+
+
+def report_emotion_rows(step, scores, caption, facts=None) -> None:
+    """Table and figure of {row: scores}; rows may lack axes. `facts`: {row: further columns}."""
+    keys = [key for key in (*EMOTIONS, "mean_spearman") if any(key in row for row in scores.values())]
+    n_clips = next(iter(scores.values()))["n_clips"]
+    titles = {key: "mean of the three" if key == "mean_spearman" else key for key in keys}
+    table = {
+        row: (facts or {}).get(row, {}) | {titles[key]: "{:.3f} [{:.3f}, {:.3f}]".format(values[key], *values[f"{key}_ci95"]) for key in keys if key in values}
+        for row, values in scores.items()
+    }
+    step.table(pd.DataFrame(table).T.fillna("").rename_axis("model"), f"{caption}: Spearman's correlation on {n_clips} held-out clips, 95% bootstrap intervals")
+    fig, axes = plt.subplots(1, len(keys), figsize=(4.2 * len(keys) + 1, 0.42 * len(scores) + 1.3), squeeze=False, layout="constrained")
+    for ax, key in zip(axes.flat, keys, strict=True):
+        rows = [row for row in scores if key in scores[row]]
+        plot_scores(ax, rows, [scores[row][key] for row in rows], [scores[row][f"{key}_ci95"] for row in rows], "Spearman (bar: 95% interval)")
+        ax.locator_params(axis="x", nbins=5)
+        ax.set_title(titles[key])
+    step.figure(fig, "scores", f"{caption}: Spearman's correlation on the held-out clips")
+
+
+def submit_emotion(step, groups) -> None:
+    """Predict the unlabelled clips into submission.csv.
+
+    groups : list of lists of (model, settings)
+        A group's members, one per fold, are averaged; the groups' columns stand side by
+        side: one group of three-axis models, or one group per axis.
+    """
+    if not read_entries(step.data, "emotion", "test"):
+        step.text("The emotion data has no unlabelled clips, so there is no submission.csv.")
+        return
+    columns = []
+    for members in groups:
+        outputs = [predict_unlabelled(step, *member) for member in members]
+        ids = outputs[0][0]
+        columns.append(np.mean([values for _, values in outputs], axis=0).reshape(len(ids), -1))
+    write_submission(step.folder / "submission.csv", ids, np.hstack(columns))
+    step.text(f"`submission.csv` holds predictions for the {len(ids)} unlabelled clips in the competition's format.")
+
+
+def write_predictions(step, ids, targets, predictions) -> None:
+    """Write truth and {row: {axis: (N,)}} of the held-out clips to predictions.csv."""
+    columns = {"Id": ids} | by_axis(targets)
+    columns |= {f"{row}_{axis}": values for row, axes in predictions.items() for axis, values in axes.items()}
+    write_text(step.folder / "predictions.csv", pd.DataFrame(columns).to_csv(index=False))
+
+
+def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
+    """Read what an earlier emotion step predicted for these very clips.
+
+    Returns
+    -------
+    predictions : {row: {axis: (N,)}}; empty where the step was not run, or not on these clips
+    runs : dict, of its metrics.json
+    """
+    try:
+        metrics = json.loads((step.out / owner / "metrics.json").read_text())
+        table = pd.read_csv(step.out / owner / "predictions.csv", dtype={"Id": str})
+    except FileNotFoundError:
+        step.text(f"`{owner}` has not been run in this output folder, so its scores are missing here.")
+        return {}, {}
+    same = metrics["data"]["root"] == str(step.data) and [metrics.get(key) for key in ("seed", "smoke")] == [step.args.seed, step.args.smoke]
+    if not same or table["Id"].tolist() != ids:
+        step.text(f"`{owner}` was run on other data, another seed or other held-out clips, so its scores are not compared here.")
+        return {}, {}
+    predictions = {}
+    for column in table.columns[1 + len(EMOTIONS) :]:
+        row, axis = column.rsplit("_", 1)
+        predictions.setdefault(row, {})[axis] = table[column].to_numpy()
+    return predictions, metrics["runs"]
+
+
 # ======================================================================================
 # 8. Metrics: scores of whole test sets, with intervals
 # ======================================================================================
@@ -1822,24 +2123,34 @@ def spearman(targets, predictions) -> float:
     return float(spearmanr(targets, predictions).statistic)
 
 
+def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndarray:
+    """Spearman's correlation on bootstrap resamples of the clips, all at once.
+
+    The same seed draws the same clips, so results for two models may be subtracted.
+
+    targets, predictions : np.ndarray [shape=(N,)] -> np.ndarray [shape=(n_resamples,)]
+    """
+    n_clips = len(targets)
+    rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))
+    a, b = (rankdata(np.asarray(values, dtype=float)[rows], axis=1) - (n_clips + 1) / 2 for values in (targets, predictions))
+    norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # a constant ranks nothing: 0
+
+
 def emotion_scores(targets, predictions, axes=EMOTIONS) -> dict:
     """Spearman per axis and, with all three axes, their mean (lab, step 8e).
 
     targets, predictions : array-like [shape=(N, len(axes))]
     """
     targets, predictions = np.asarray(targets), np.asarray(predictions)
-
-    def per_axis(rows):
-        return [spearman(targets[rows, i], predictions[rows, i]) for i in range(len(axes))]
-
-    everything = np.arange(len(targets))
-    scores = {"n_clips": len(targets)}
+    scores, resampled = {"n_clips": len(targets)}, []
     for i, axis in enumerate(axes):
-        scores[axis] = per_axis(everything)[i]
-        scores[f"{axis}_ci95"] = bootstrap(lambda rows, i=i: per_axis(rows)[i], len(targets), n_resamples=500)
+        scores[axis] = spearman(targets[:, i], predictions[:, i])
+        resampled.append(resampled_spearman(targets[:, i], predictions[:, i]))
+        scores[f"{axis}_ci95"] = np.percentile(resampled[-1], [2.5, 97.5]).tolist()
     if len(axes) == len(EMOTIONS):
-        scores["mean_spearman"] = float(np.mean(per_axis(everything)))
-        scores["mean_spearman_ci95"] = bootstrap(lambda rows: np.mean(per_axis(rows)), len(targets), n_resamples=500)
+        scores["mean_spearman"] = float(np.mean([scores[axis] for axis in axes]))
+        scores["mean_spearman_ci95"] = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5]).tolist()
     return scores
 
 
@@ -1903,7 +2214,8 @@ def plot_history(ax, history, title="", score_name="score"):
     best = history.loc[history["val_score"].idxmax()]
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
     lines = ax.get_lines() + right.get_lines()[:1]
-    ax.legend(lines, [line.get_label() for line in lines], loc="best", fontsize="small")
+    right.legend(lines, [line.get_label() for line in lines], loc="best", fontsize="small")  # on top of both axes' lines
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_confusion(ax, confusion, classes, title=""):

@@ -1,0 +1,289 @@
+"""kaggle_kernel.py: one file per step, its metadata, and runs in a made-up /kaggle.
+
+$PATREC_KAGGLE_ROOT stands in for /kaggle, so that the mounts can be laid out here.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kaggle_kernel
+import pytest
+from conftest import ROOT, assert_clean_error, run_script
+
+STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
+MOUNTS = {  # the classic layout and the one of newer kernels
+    "classic": "input/patreco3-multitask-affective-music/data",
+    "new": "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
+}
+EARLIER_MOUNTS = {"classic": "input/patrec-lab3-step05-lstm", "new": "input/notebooks/someone/patrec-lab3-step05-lstm"}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    run_script("kaggle_kernel.py", "--all", "--user", "someone", "--out", folder)
+    return folder
+
+
+def bundled(kernels, step):
+    return next(kernels.glob(f"*/{step.name}"))
+
+
+def listing(folder):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def kaggle(tmp_path, data_dir):
+    """Make an empty /kaggle/working and mount the tiny data set; returns a function of the layout."""
+
+    def lay_out(layout):
+        root = tmp_path / "kaggle"
+        (root / "working").mkdir(parents=True)
+        (root / "src").mkdir()
+        shutil.copytree(data_dir, root / MOUNTS[layout])
+        return root
+
+    return lay_out
+
+
+def run_kernel(root, script, *args, check=True, **env):
+    """Run a bundled file as Kaggle does: /kaggle/src/script.py, in /kaggle/working.
+
+    No common.py is within reach. The inputs and the source must be as before: on Kaggle
+    they are read-only (a listing tells, for these tests may run as root).
+    """
+    shutil.copy(script, root / "src" / "script.py")
+    before = listing(root / "input") | listing(root / "src")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PATREC_DATA", "PYTHONPATH")}
+    environment |= {"PATREC_KAGGLE_ROOT": str(root), "OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"} | env
+    result = subprocess.run([sys.executable, str(root / "src" / "script.py"), *args], cwd=root / "working", env=environment,
+                            capture_output=True, text=True, timeout=400)  # fmt: skip
+    if check:
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert listing(root / "input") | listing(root / "src") == before
+    return result
+
+
+# ------------------------------------------------------------------------- the one file
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
+def test_every_step_runs_alone_as_one_file(kernels, kaggle, step):
+    layout = sorted(MOUNTS)[int(step.name[4:6]) % 2]  # the steps take turns with the layouts
+    root = kaggle(layout)
+    run_kernel(root, bundled(kernels, step), "--smoke")
+    written = root / "working" / "outputs" / step.stem
+    metrics = json.loads((written / "metrics.json").read_text())
+    assert metrics["data"]["root"] == str((root / MOUNTS[layout]).resolve())
+    assert not metrics["data"]["demo"]
+    assert (written / "summary.md").is_file()
+    assert [path.name for path in (root / "working").iterdir()] == ["outputs"]
+
+
+@pytest.mark.parametrize("layout", sorted(MOUNTS))
+def test_without_arguments_as_on_kaggle(kernels, kaggle, layout):
+    """Step 4 is the one whose full size is quick on tiny data; else the first step."""
+    step = next((path for path in STEPS if path.name.startswith("step04")), STEPS[0])
+    root = kaggle(layout)
+    run_kernel(root, bundled(kernels, step))
+    args = json.loads((root / "working" / "outputs" / step.stem / "args.json").read_text())
+    assert args["smoke"] is False and args["data_dir"] is None
+
+
+@pytest.mark.parametrize("layout", sorted(EARLIER_MOUNTS))
+def test_step_6_uses_the_checkpoints_of_an_attached_kernel(kernels, kaggle, layout, tmp_path):
+    step5, step6 = (next(path for path in STEPS if path.name.startswith(f"step{n}")) for n in ("05", "06"))
+    root = kaggle(layout)
+    run_kernel(root, bundled(kernels, step5), "--smoke", "--epochs", "1")
+    (root / EARLIER_MOUNTS[layout]).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(root / "working", root / EARLIER_MOUNTS[layout])
+    (root / "working").mkdir()
+    result = run_kernel(root, bundled(kernels, step6), "--smoke")
+    found = re.findall(r"^(\w+): using (\S+)$", result.stdout, re.MULTILINE)
+    assert len(found) == 6 and all(str(root / EARLIER_MOUNTS[layout]) in path for _, path in found), result.stdout
+    assert "training it here" not in result.stdout
+
+
+def test_missing_data_set_is_named_and_nothing_is_written(kernels, tmp_path):
+    root = tmp_path / "kaggle"
+    for name in ("working", "src", "input"):
+        (root / name).mkdir(parents=True)
+    result = run_kernel(root, bundled(kernels, STEPS[0]), check=False)
+    assert_clean_error(result, "geoparslp/patreco3-multitask-affective-music", "Input")
+    assert not any((root / "working").iterdir())
+
+
+@pytest.mark.skipif("PATREC_TEST_REAL_KAGGLE" not in os.environ, reason="makes /kaggle, which every process on the machine would take for Kaggle")
+def test_once_under_the_real_path(kernels, data_dir):
+    """The same without $PATREC_KAGGLE_ROOT, under /kaggle itself (.ci/run asks for it)."""
+    root = Path("/kaggle")
+    root.mkdir()  # fails where there is one already, whose contents are not ours to touch
+    try:
+        for name in ("working", "src"):
+            (root / name).mkdir()
+        shutil.copytree(data_dir, root / MOUNTS["new"])
+        shutil.copy(bundled(kernels, STEPS[0]), root / "src" / "script.py")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PATREC_") and key != "PYTHONPATH"}
+        result = subprocess.run([sys.executable, "/kaggle/src/script.py", "--smoke"], cwd=root / "working", env=environment,
+                                capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert (root / "working" / "outputs" / STEPS[0].stem / "metrics.json").is_file()
+    finally:
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
+def test_one_file_is_readable_and_complete(kernels, step):
+    text = bundled(kernels, step).read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(step.read_text()))  # what --help shows
+    assert tree.body[1].module == "__future__"  # anywhere later Python would refuse it
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "common"]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(defined) == len(set(defined))  # nothing of common is replaced by the step
+    comments = [line for line in (ROOT / "common.py").read_text().splitlines() if line.lstrip().startswith("# ")]
+    assert all(line in text for line in comments)  # the lab grades comments
+
+
+def write_pair(folder, common, step):
+    (folder / "common.py").write_text(common)
+    (folder / "step06_y.py").write_text("")
+    (folder / "step05_x.py").write_text(step)
+    return folder / "step05_x.py", folder / "common.py"
+
+
+COMMON = '"""Shared."""\nfrom __future__ import annotations\n\nimport copy\nimport numpy as np\n\nRATE = 3\n\n\ndef train(x: Undefined = None):\n    return copy.copy([RATE])\n'
+
+
+def test_bundle_keeps_what_surrounds_the_import(tmp_path):
+    step = '"""Step."""\nfrom __future__ import annotations\nimport numpy as np\nfrom common import (\n    RATE,  # why\n    train,\n)  # fmt: skip\n\nTWICE = 2 * RATE\nprint(__doc__, TWICE, train())\n'
+    text = kaggle_kernel.bundle(*write_pair(tmp_path, COMMON, step))
+    (tmp_path / "one.py").write_text(text)
+    (tmp_path / "common.py").unlink()
+    result = subprocess.run([sys.executable, tmp_path / "one.py"], capture_output=True, text=True)
+    assert result.stdout == "Step. 6 [3]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("RATE = 5", "RATE"),  # common's functions would see the step's value
+        ("def train(): pass", "train"),
+        ("copy = 1", "copy"),
+        ("import numpy.linalg as np", "np"),
+        ("for RATE in range(3): pass", "RATE"),
+        ("import common", "import common"),
+        ("from common import RATE as r", "plain"),
+        ("def f():\n    from common import RATE", "top level"),
+        ("from common import nothing_of_the_kind", "nothing_of_the_kind"),
+        ("from step06_y import helper", "step06_y"),  # a step that rests on another one
+        ("def broken(:", "no valid Python"),
+    ],
+)
+def test_steps_that_cannot_become_one_file_are_refused(tmp_path, capsys, line, word):
+    with pytest.raises(SystemExit) as stopped:
+        kaggle_kernel.bundle(*write_pair(tmp_path, COMMON, f'"""Step."""\nfrom common import train\n{line}\n'))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert word in message and len(message.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------- the metadata
+
+
+def push_faults(folder):
+    """What the official client would refuse or warn of, before it sends anything.
+
+    Restated from kaggle 2.2.4, kaggle/api/kaggle_api_extended.py: kernels_push,
+    validate_dataset_string, validate_kernel_string; titles end at 50 characters by the
+    server's rule (Kaggle/kaggle-cli, pull request 179).
+    """
+    facts = json.loads((folder / "kernel-metadata.json").read_text())
+    owner, slug = facts["id"].split("/")
+    checks = {
+        "title": 5 <= len(facts["title"]) <= 50,
+        "id": bool(owner) and len(slug) >= 5,
+        "title resolves to the id": re.sub(r"[^a-z0-9]+", "-", facts["title"].lower()).strip("-") == slug,
+        "code_file": (folder / facts["code_file"]).is_file(),
+        "language": facts["language"] == "python",
+        "kernel_type": facts["kernel_type"] == "script",
+        "booleans": all(isinstance(facts[key], bool) for key in ("is_private", "enable_gpu", "enable_tpu", "enable_internet")),
+        "dataset_sources": all(2 <= len(source.split("/")) <= 3 and all(source.split("/")) for source in facts["dataset_sources"]),
+        "kernel_sources": all(len(source.split("/")) == 2 and len(source.split("/")[1]) >= 5 for source in facts["kernel_sources"]),
+        "lists": facts["competition_sources"] == facts["model_sources"] == [],
+    }
+    return [name for name, fine in checks.items() if not fine]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
+def test_metadata_is_what_a_push_wants(kernels, step):
+    folder = bundled(kernels, step).parent
+    assert push_faults(folder) == []
+    facts = json.loads((folder / "kernel-metadata.json").read_text())
+    assert facts["id"] == f"someone/{folder.name}"
+    assert facts["is_private"] and not facts["enable_internet"]
+    assert facts["dataset_sources"] == ["geoparslp/patreco3-multitask-affective-music"]
+    trains = "training=True" in step.read_text()
+    assert facts["enable_gpu"] == trains
+    assert facts["machine_shape"] == ("NvidiaTeslaT4" if trains else "")
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
+def test_steps_that_look_for_earlier_outputs_get_them_attached(kernels, step):
+    sources = json.loads((bundled(kernels, step).parent / "kernel-metadata.json").read_text())["kernel_sources"]
+    assert all(int(re.search(r"step(\d\d)", source)[1]) < int(step.name[4:6]) for source in sources)
+    if "genre_model" in step.read_text():
+        assert "someone/patrec-lab3-step05-lstm" in sources or "someone/patrec-lab3-step07-cnn" in sources
+
+
+@pytest.mark.parametrize("form", ["5", "05", "step05", "step05_lstm", "step05_lstm.py", str(ROOT / "step05_lstm.py")])
+def test_every_form_of_a_steps_name(tmp_path, form):
+    run_script("kaggle_kernel.py", form, "--user", "someone", cwd=tmp_path)
+    assert (tmp_path / "kernels" / "patrec-lab3-step05-lstm" / "step05_lstm.py").is_file()
+
+
+def test_earlier_kernels_by_number_or_name(tmp_path):
+    run_script("kaggle_kernel.py", "6", "--user", "someone", "--earlier", "5", "other/their-kernel", "my-kernel", "--dataset", "me/my-copy", "--out", tmp_path)
+    facts = json.loads((tmp_path / "patrec-lab3-step06-eval" / "kernel-metadata.json").read_text())
+    assert facts["kernel_sources"] == ["someone/patrec-lab3-step05-lstm", "other/their-kernel", "someone/my-kernel"]
+    assert facts["dataset_sources"] == ["me/my-copy"]
+    assert not facts["enable_gpu"]  # it only scores what step 5 trained
+    run_script("kaggle_kernel.py", "6", "--user", "someone", "--out", tmp_path)
+    assert json.loads((tmp_path / "patrec-lab3-step06-eval" / "kernel-metadata.json").read_text())["enable_gpu"]  # it has to train
+
+
+def test_without_a_user_it_says_what_to_fill_in(tmp_path):
+    result = run_script("kaggle_kernel.py", "5", "--out", tmp_path)
+    assert "--user" in result.stdout
+    assert push_faults(tmp_path / "patrec-lab3-step05-lstm") == []
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["99"], "no such step"),
+        (["lstm"], "step05_lstm"),
+        ([], "--all"),
+        (["5", "--all"], "--all"),
+        (["5", "--user", "a/b"], "--user"),
+        (["5", "--dataset", "slug-alone"], "owner/slug"),
+        (["5", "--earlier", "a/b"], "--earlier"),
+        (["--all", "--earlier", "5"], "--all"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, args, word):
+    assert_clean_error(run_script("kaggle_kernel.py", *args, cwd=tmp_path, check=False), word)
+    assert not any(tmp_path.iterdir())
+
+
+def test_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "kernels").write_text("")
+    assert_clean_error(run_script("kaggle_kernel.py", "5", cwd=tmp_path, check=False), "kernels", "--out")
