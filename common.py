@@ -836,7 +836,8 @@ def load_genre_test(data_dir, settings, *, beat=None, device="cpu", skip_bad=Fal
         A test clip is in the training split too (same id or same array).
     """
     beat = settings["beat"] if beat is None else beat
-    store = load_clips(read_entries(data_dir, "genre", "test", beat, settings["merge"]), skip_bad)
+    # Sorted by id: models of frames and of beats then answer for the same clips row by row.
+    store = load_clips(sorted(read_entries(data_dir, "genre", "test", beat, settings["merge"])), skip_bad)
     train = load_clips(read_entries(data_dir, "genre", "train", beat, settings["merge"]), skip_bad)
     leaked = find_leak(train, store)
     if leaked and not allow_leak:
@@ -1250,7 +1251,7 @@ def show_bars() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 
-def epochs_for(n_clips, presentations, low=12, high=80) -> int:
+def epochs_for(n_clips, presentations, low=20, high=80) -> int:
     """Epochs that show about `presentations` clips in all: small sets get more passes."""
     return int(min(max(round(presentations / n_clips), low), high))
 
@@ -1330,7 +1331,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         epoch_began = time.monotonic()
         try:
             train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
-            outputs, targets = predict(average, val_loader, device, recipe.window)
+            outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)  # half the time of a test
         except torch.OutOfMemoryError:
             size = train_loader.batch_size
             raise StepFailed(f"{device} ran out of memory with batches of {size} clips; try --batch-size {max(size // 2, 2)}") from None
@@ -1398,14 +1399,16 @@ def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, s
 
 
 @torch.inference_mode()
-def predict(model, loader, device="cpu", window=None) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model, loader, device="cpu", window=None, overlap=True) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a model over a loader's clips in evaluation mode.
 
     Parameters
     ----------
     window : int or None
-        Cut each clip into half-overlapping windows of this many frames and average
-        their outputs; None: the whole clip at once.
+        Cut each clip into windows of this many frames and average their outputs; None:
+        the whole clip at once.
+    overlap : bool
+        Windows overlap by half, which is a little better and takes twice as long.
 
     Returns
     -------
@@ -1418,7 +1421,7 @@ def predict(model, loader, device="cpu", window=None) -> tuple[torch.Tensor, tor
         x = x.to(device)
         n_clips = len(x)
         if window and x.shape[1] > window:
-            x, lengths = cut_windows(x, lengths, window)
+            x, lengths = cut_windows(x, lengths, window, overlap)
         with half_precision(device):
             out = model(x, lengths).float()
         outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
@@ -1426,9 +1429,10 @@ def predict(model, loader, device="cpu", window=None) -> tuple[torch.Tensor, tor
     return torch.cat(outputs), torch.cat(targets)
 
 
-def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor]:
+def cut_windows(x, lengths, window, overlap=True) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T, F) -> (B * W, window, F): W windows spread evenly over each clip."""
-    n_windows = 2 * math.ceil(int(lengths.max()) / window) - 1
+    n_windows = math.ceil(int(lengths.max()) / window)
+    n_windows = 2 * n_windows - 1 if overlap else n_windows
     last = (lengths - window).clamp(min=0)  # (B,)
     starts = (last[:, None] * torch.linspace(0, 1, n_windows)).long()  # (B, W)
     rows = starts[:, :, None] + torch.arange(window)  # (B, W, window)
@@ -1541,7 +1545,7 @@ CNN_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
 # Frames of a training example and of a window when scoring: 15 s for LSTMs, 6 s for CNNs.
 CROPS = {"lstm": 640, "cnn": 256}
 # Training examples shown in all, which fixes the number of epochs for any size of data set.
-PRESENTATIONS = {"lstm": 20_000, "cnn": 20_000}
+PRESENTATIONS = {"lstm": 12_000, "cnn": 40_000}
 
 
 def make_backbone(run) -> nn.Module:
@@ -1556,7 +1560,8 @@ def make_backbone(run) -> nn.Module:
 
 def make_augment(run, n_classes=0) -> Augment:
     """Masks in proportion to the length of what is shown; a beat stands for many frames."""
-    return Augment(n_classes=n_classes, mask_frames=4 if run.beat else round(0.15 * CROPS[run.network]))
+    mask_frames = 4 if run.beat else round(0.15 * CROPS[run.network])
+    return Augment(mixup=0.3 if run.network == "cnn" else 0.0, mask_frames=mask_frames, n_classes=n_classes)
 
 
 def genre_score(n_classes):
@@ -1638,12 +1643,12 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
     """
     beat = settings["beat"] if beat is None else beat
     test = load_genre_test(step.data, settings, beat=beat, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
-    usual = model.backbone.frames_per_step
+    usual, window = model.backbone.frames_per_step, settings["window"]
     if beat != settings["beat"]:
         # The other kind of input: one column of it stands for as much time as one step of
         # the training input did, as nearly as can be (a beat is about 21 frames).
-        model.backbone.frames_per_step = 1 if beat else 21
-    logits, targets = predict(model, make_loader(test, 64), step.device, None if beat else CROPS[GENRE_RUNS[settings["run"]].network])
+        model.backbone.frames_per_step, window = (1 if beat else 21), None
+    logits, targets = predict(model, make_loader(test, 64), step.device, window)
     model.backbone.frames_per_step = usual
     return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy()
 
@@ -2195,10 +2200,11 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     )
     ax.set_xlabel("Time (beats)" if beat else "Time (s)")
     ax.set_ylabel("Frequency (Hz)" if kind == "mel" else "Pitch class")
+    if kind == "chroma":
+        ax.set_yticks(range(N_CHROMA), NOTES, fontsize="small")
     if beat:
-        n_beats = array.shape[1]
-        ticks = np.linspace(0, n_beats, min(n_beats, 6), endpoint=False).astype(int)
-        ax.set_xticks(ticks + 0.5, ticks)
+        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if array.shape[1] / step <= 8)
+        ax.set_xticks(range(0, array.shape[1], step))
     return image
 
 
@@ -2241,6 +2247,176 @@ def plot_scores(ax, names, values, intervals, xlabel):
     ax.set(xlabel=xlabel, xlim=(min(0, np.min(np.array(intervals)) - 0.02), 1))
     for position, value, (_, high) in zip(y, values, intervals, strict=True):
         ax.text(max(value, high) + 0.01, position, f"{value:.3f}", va="center", fontsize="small")
+
+
+# --------------------------------------------------------------------------------------
+# Looking at clips: what steps 1 to 3 share
+# --------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """One clip as steps 1 to 3 look at it; full and beat are (140, T) float16 arrays."""
+
+    clip_id: str
+    genre: str
+    full: np.ndarray
+    beat: np.ndarray | None
+
+
+def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[Clip]:
+    """Draw random lines of the genre training labels, at most `per_genre` of a genre.
+
+    Genres are those of the label file, before any merge. The first two clips are the
+    lab's two random lines with different labels (steps 1 to 3 draw the same ones).
+    """
+    lines = read_entries(data_dir, "genre", "train")
+    random.Random(seed).shuffle(lines)
+    drawn = {}
+    for entry in lines:
+        drawn.setdefault(entry.label, []).append(entry)
+    chosen = [group[i] for i in range(per_genre) for group in drawn.values() if i < len(group)]
+
+    def arrays(entries):
+        store = load_clips(entries, skip_bad)
+        spans = zip(store.entries, store.starts.tolist(), store.lengths.tolist(), strict=True)
+        return {entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans}
+
+    full = arrays(chosen)
+    folder = part_folder(data_dir, "genre", beat=True) / "train"
+    synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen]) if beat else dict.fromkeys(full)
+    clips = [Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id]) for e in chosen if e.clip_id in full and e.clip_id in synced]
+    second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
+    if second is None:
+        raise InputError(f"{chosen[0].path.parent}: no two readable clips of different genres; the lab compares two")
+    clips.insert(1, clips.pop(second))
+    return clips
+
+
+# Each measure of a mel spectrogram: name, unit, and what is said of the clip that has more of it.
+MEASURES = {
+    "centroid_hz": ("spectral centroid", "{:.0f} Hz", "is brighter"),
+    "share_below_200_hz": ("share of energy below 200 Hz", "{:.1%}", "has the heavier bass"),
+    "dynamic_range_db": ("dynamic range", "{:.1f} dB", "varies more in loudness"),
+    "onsets_per_s": ("onset rate", "{:.2f} per s", "has more note and drum onsets"),
+}
+
+
+def mel_measures(mel_db, beat=False) -> dict:
+    """Brightness, bass, dynamics and onsets of a mel spectrogram (128, T) in dB.
+
+    centroid_hz : median over the steps of the power-weighted mean frequency
+    share_below_200_hz : share of the energy, by the bands' centre frequencies
+    dynamic_range_db : from the 10th to the 95th percentile of the steps' loudness
+    onsets_per_s : peaks of the spectral flux; only of frames, not of beats
+    """
+    import librosa
+
+    mel_db = np.asarray(mel_db, dtype=float)
+    edges = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)
+    centres, widths = edges[1:-1], (edges[2:] - edges[:-2]) / 2
+    # librosa's mel filters have equal area, so a band holds power per Hz: times its width, power.
+    power = 10 ** (mel_db / 10) * widths[:, None]  # (128, T)
+    quiet, loud = np.percentile(10 * np.log10(power.sum(0)), [10, 95])
+    values = {
+        "centroid_hz": float(np.median(centres @ power / power.sum(0))),
+        "share_below_200_hz": float(power[centres < 200].sum() / power.sum()),
+        "dynamic_range_db": float(loud - quiet),
+    }
+    if not beat:
+        flux = librosa.onset.onset_strength(S=mel_db, sr=SR, hop_length=HOP)  # how much the bands rise from frame to frame
+        onsets = librosa.onset.onset_detect(onset_envelope=flux, sr=SR, hop_length=HOP)
+        values["onsets_per_s"] = len(onsets) / (mel_db.shape[1] * HOP / SR)
+    return values
+
+
+def with_units(measures, index_name) -> pd.DataFrame:
+    """A table of mel measures as summary.md shows it."""
+    columns = {label: measures[key].map(unit.format) for key, (label, unit, _) in MEASURES.items() if key in measures}
+    return pd.DataFrame(columns).rename_axis(index_name)
+
+
+def genre_share(values, genres) -> float:
+    """Share of the variance over clips that the genre explains; chance gives 0 (epsilon squared)."""
+    values = pd.Series(np.asarray(values, dtype=float))
+    within = values - values.groupby(np.asarray(genres)).transform("mean")
+    degrees = max(len(values) - len(set(genres)), 1)
+    return max(0.0, 1 - (within**2).sum() / degrees / max(values.var(), 1e-12))
+
+
+def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
+    """(140, T) arrays -> rows of one kind as a batch (B, T, F), standardised, then padded; lengths (B,)."""
+    clips = [torch.from_numpy(array[BANDS[kind]]).float().T for array in arrays]
+    frames = torch.cat(clips)
+    mean, std = frames.mean(0), frames.std(0).clamp(min=1e-3)
+    x = nn.utils.rnn.pad_sequence([(clip - mean) / std for clip in clips], batch_first=True)
+    return x, torch.tensor([len(clip) for clip in clips])
+
+
+def lstm_seconds(x) -> float:
+    """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
+    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        lstm(x)[0][:, -1].sum().backward()
+        lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
+        times.append(time.perf_counter() - began)
+    return min(times[1:])  # the first pass allocates memory, and other programs only ever slow one down
+
+
+def lstm_gradient(x, lengths) -> np.ndarray:
+    """How strongly each step moves the last output of an untrained textbook LSTM.
+
+    Returns
+    -------
+    np.ndarray [shape=(median length,)]
+        Norm of d(last output)/d(input) by steps before the clip's last one, relative to
+        the last one, averaged over the clips that are so long.
+    """
+    # In double precision: in single, what is below 1e-45 would read as 0.
+    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
+    x = x.double().requires_grad_()
+    last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
+    # The squared norm of a product with random signs is on average that of the Jacobian (Hutchinson, 1990).
+    (last * torch.randn_like(last).sign()).sum().backward()
+    norms = x.grad.norm(dim=2)  # (B, T)
+    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # (B, median length): the step so far back
+    relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
+    return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
+
+
+def mean_spectrogram(arrays) -> np.ndarray:
+    """Mean of (F, T) arrays step by step, as far as at least half of them reach."""
+    n_steps = int(np.median([array.shape[1] for array in arrays]))
+    total, count = np.zeros((len(arrays[0]), n_steps)), np.zeros(n_steps)
+    for array in arrays:
+        part = array[:, :n_steps]
+        total[:, : part.shape[1]] += part
+        count[: part.shape[1]] += 1
+    return total / count
+
+
+def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
+    """Spectrograms side by side under one colour scale.
+
+    panels : list of (title, (F, T) array, whether its steps are beats), row by row
+    size : width and height of a panel, in inches
+    """
+    n_rows = math.ceil(len(panels) / n_columns)
+    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}  # given, not found by a layout engine: 40 panels would take it seconds
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(size[0] * n_columns, size[1] * n_rows), squeeze=False, gridspec_kw=spacing)
+    for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
+        image = plot_spectrogram(ax, array, kind, beat)
+        ax.set_title(title, fontsize="medium")
+        if index % n_columns:
+            ax.set(ylabel="", yticklabels=[])
+        if index + n_columns < len(panels):
+            ax.set_xlabel("")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    label = "Power (dB, 0: the clip's loudest cell)" if kind == "mel" else "Chroma (1: a frame's strongest pitch class)"
+    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / (size[1] * n_rows)), fraction=0.02, pad=0.02)
+    return fig
 
 
 # ======================================================================================

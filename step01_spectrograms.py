@@ -13,12 +13,9 @@ outputs/step01_spectrograms/: figures, tables and what they show (summary.md, me
 """
 
 import itertools
-import math
-import random
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,145 +26,23 @@ from common import (
     BANDS,
     FOLDERS,
     HOP,
+    MEASURES,
     N_MELS,
     SR,
     InputError,
     Step,
     extract_features,
-    load_clips,
+    genre_share,
     make_parser,
+    mean_spectrogram,
+    mel_measures,
     parse_args,
     part_folder,
-    plot_spectrogram,
-    read_entries,
+    plot_panels,
     run_main,
+    sample_clips,
+    with_units,
 )
-
-# >>> -> common
-class Clip(NamedTuple):
-    """One clip as steps 1 to 3 look at it; full and beat are (140, T) float16 arrays."""
-
-    clip_id: str
-    genre: str
-    full: np.ndarray
-    beat: np.ndarray | None
-
-
-def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[Clip]:
-    """Draw random lines of the genre training labels, at most `per_genre` of a genre.
-
-    Genres are those of the label file, before any merge. The first two clips are the
-    lab's two random lines with different labels (steps 1 to 3 draw the same ones).
-    """
-    lines = read_entries(data_dir, "genre", "train")
-    random.Random(seed).shuffle(lines)
-    drawn = {}
-    for entry in lines:
-        drawn.setdefault(entry.label, []).append(entry)
-    chosen = [group[i] for i in range(per_genre) for group in drawn.values() if i < len(group)]
-
-    def arrays(entries):
-        store = load_clips(entries, skip_bad)
-        spans = zip(store.entries, store.starts.tolist(), store.lengths.tolist(), strict=True)
-        return {entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans}
-
-    full = arrays(chosen)
-    folder = part_folder(data_dir, "genre", beat=True) / "train"
-    synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen]) if beat else dict.fromkeys(full)
-    clips = [Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id]) for e in chosen if e.clip_id in full and e.clip_id in synced]
-    second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
-    if second is None:
-        raise InputError(f"{chosen[0].path.parent}: no two readable clips of different genres; the lab compares two")
-    clips.insert(1, clips.pop(second))
-    return clips
-
-
-# Each measure of a mel spectrogram: name, unit, and what is said of the clip that has more of it.
-MEASURES = {
-    "centroid_hz": ("spectral centroid", "{:.0f} Hz", "is brighter"),
-    "share_below_200_hz": ("share of energy below 200 Hz", "{:.1%}", "has the heavier bass"),
-    "dynamic_range_db": ("dynamic range", "{:.1f} dB", "varies more in loudness"),
-    "onsets_per_s": ("onset rate", "{:.2f} per s", "has more note and drum onsets"),
-}
-
-
-def mel_measures(mel_db, beat=False) -> dict:
-    """Brightness, bass, dynamics and onsets of a mel spectrogram (128, T) in dB.
-
-    centroid_hz : median over the steps of the power-weighted mean frequency
-    share_below_200_hz : share of the energy, by the bands' centre frequencies
-    dynamic_range_db : from the 10th to the 95th percentile of the steps' loudness
-    onsets_per_s : peaks of the spectral flux; only of frames, not of beats
-    """
-    import librosa
-
-    mel_db = np.asarray(mel_db, dtype=float)
-    edges = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)
-    centres, widths = edges[1:-1], (edges[2:] - edges[:-2]) / 2
-    # librosa's mel filters have equal area, so a band holds power per Hz: times its width, power.
-    power = 10 ** (mel_db / 10) * widths[:, None]  # (128, T)
-    quiet, loud = np.percentile(10 * np.log10(power.sum(0)), [10, 95])
-    values = {
-        "centroid_hz": float(np.median(centres @ power / power.sum(0))),
-        "share_below_200_hz": float(power[centres < 200].sum() / power.sum()),
-        "dynamic_range_db": float(loud - quiet),
-    }
-    if not beat:
-        flux = librosa.onset.onset_strength(S=mel_db, sr=SR, hop_length=HOP)  # how much the bands rise from frame to frame
-        onsets = librosa.onset.onset_detect(onset_envelope=flux, sr=SR, hop_length=HOP)
-        values["onsets_per_s"] = len(onsets) / (mel_db.shape[1] * HOP / SR)
-    return values
-
-
-def with_units(measures, index_name) -> pd.DataFrame:
-    """A table of mel measures as summary.md shows it."""
-    columns = {label: measures[key].map(unit.format) for key, (label, unit, _) in MEASURES.items() if key in measures}
-    return pd.DataFrame(columns).rename_axis(index_name)
-
-
-def genre_share(values, genres) -> float:
-    """Share of the variance over clips that the genre explains; chance gives 0 (epsilon squared)."""
-    values = pd.Series(np.asarray(values, dtype=float))
-    within = values - values.groupby(np.asarray(genres)).transform("mean")
-    degrees = max(len(values) - len(set(genres)), 1)
-    return max(0.0, 1 - (within**2).sum() / degrees / max(values.var(), 1e-12))
-
-
-def mean_spectrogram(arrays) -> np.ndarray:
-    """Mean of (F, T) arrays step by step, as far as at least half of them reach."""
-    n_steps = int(np.median([array.shape[1] for array in arrays]))
-    total, count = np.zeros((len(arrays[0]), n_steps)), np.zeros(n_steps)
-    for array in arrays:
-        part = array[:, :n_steps]
-        total[:, : part.shape[1]] += part
-        count[: part.shape[1]] += 1
-    return total / count
-
-
-def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
-    """Spectrograms side by side under one colour scale.
-
-    panels : list of (title, (F, T) array, whether its steps are beats), row by row
-    size : width and height of a panel, in inches
-    """
-    n_rows = math.ceil(len(panels) / n_columns)
-    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}  # given, not found by a layout engine: 40 panels would take it seconds
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=(size[0] * n_columns, size[1] * n_rows), squeeze=False, gridspec_kw=spacing)
-    for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
-        image = plot_spectrogram(ax, array, kind, beat)
-        ax.set_title(title, fontsize="medium")
-        if index % n_columns:
-            ax.set(ylabel="", yticklabels=[])
-        if index + n_columns < len(panels):
-            ax.set_xlabel("")
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    label = "Power (dB, 0: the clip's loudest cell)" if kind == "mel" else "Chroma (1: a frame's strongest pitch class)"
-    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / (size[1] * n_rows)), fraction=0.02, pad=0.02)
-    return fig
-
-
-# <<< -> common
 
 
 def main(argv=None):

@@ -12,16 +12,11 @@ figures, tables and what they show (summary.md, metrics.json).
 """
 
 import math
-import random
-import time
 from collections import Counter
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from common import (
     BANDS,
@@ -29,130 +24,17 @@ from common import (
     N_CHROMA,
     NOTES,
     SR,
-    InputError,
     Step,
-    load_clips,
+    genre_share,
+    lstm_batch,
+    lstm_gradient,
+    lstm_seconds,
     make_parser,
     parse_args,
-    part_folder,
-    plot_spectrogram,
-    read_entries,
+    plot_panels,
     run_main,
+    sample_clips,
 )
-
-# >>> -> common
-class Clip(NamedTuple):
-    """One clip as steps 1 to 3 look at it; full and beat are (140, T) float16 arrays."""
-
-    clip_id: str
-    genre: str
-    full: np.ndarray
-    beat: np.ndarray | None
-
-
-def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[Clip]:
-    """Draw random lines of the genre training labels, at most `per_genre` of a genre.
-
-    Genres are those of the label file, before any merge. The first two clips are the
-    lab's two random lines with different labels (steps 1 to 3 draw the same ones).
-    """
-    lines = read_entries(data_dir, "genre", "train")
-    random.Random(seed).shuffle(lines)
-    drawn = {}
-    for entry in lines:
-        drawn.setdefault(entry.label, []).append(entry)
-    chosen = [group[i] for i in range(per_genre) for group in drawn.values() if i < len(group)]
-
-    def arrays(entries):
-        store = load_clips(entries, skip_bad)
-        spans = zip(store.entries, store.starts.tolist(), store.lengths.tolist(), strict=True)
-        return {entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans}
-
-    full = arrays(chosen)
-    folder = part_folder(data_dir, "genre", beat=True) / "train"
-    synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen]) if beat else dict.fromkeys(full)
-    clips = [Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id]) for e in chosen if e.clip_id in full and e.clip_id in synced]
-    second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
-    if second is None:
-        raise InputError(f"{chosen[0].path.parent}: no two readable clips of different genres; the lab compares two")
-    clips.insert(1, clips.pop(second))
-    return clips
-
-
-def genre_share(values, genres) -> float:
-    """Share of the variance over clips that the genre explains; chance gives 0 (epsilon squared)."""
-    values = pd.Series(np.asarray(values, dtype=float))
-    within = values - values.groupby(np.asarray(genres)).transform("mean")
-    degrees = max(len(values) - len(set(genres)), 1)
-    return max(0.0, 1 - (within**2).sum() / degrees / max(values.var(), 1e-12))
-
-
-def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
-    """(140, T) arrays -> rows of one kind as a batch (B, T, F), standardised, then padded; lengths (B,)."""
-    clips = [torch.from_numpy(array[BANDS[kind]]).float().T for array in arrays]
-    frames = torch.cat(clips)
-    mean, std = frames.mean(0), frames.std(0).clamp(min=1e-3)
-    x = nn.utils.rnn.pad_sequence([(clip - mean) / std for clip in clips], batch_first=True)
-    return x, torch.tensor([len(clip) for clip in clips])
-
-
-def lstm_seconds(x) -> float:
-    """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
-    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        lstm(x)[0][:, -1].sum().backward()
-        lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
-        times.append(time.perf_counter() - began)
-    return min(times[1:])  # the first pass allocates memory, and other programs only ever slow one down
-
-
-def lstm_gradient(x, lengths) -> np.ndarray:
-    """How strongly each step moves the last output of an untrained textbook LSTM.
-
-    Returns
-    -------
-    np.ndarray [shape=(median length,)]
-        Norm of d(last output)/d(input) by steps before the clip's last one, relative to
-        the last one, averaged over the clips that are so long.
-    """
-    # In double precision: in single, what is below 1e-45 would read as 0.
-    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
-    x = x.double().requires_grad_()
-    last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
-    # The squared norm of a product with random signs is on average that of the Jacobian (Hutchinson, 1990).
-    (last * torch.randn_like(last).sign()).sum().backward()
-    norms = x.grad.norm(dim=2)  # (B, T)
-    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # (B, median length): the step so far back
-    relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
-    return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
-
-
-def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
-    """Spectrograms side by side under one colour scale.
-
-    panels : list of (title, (F, T) array, whether its steps are beats), row by row
-    size : width and height of a panel, in inches
-    """
-    n_rows = math.ceil(len(panels) / n_columns)
-    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}  # given, not found by a layout engine: 40 panels would take it seconds
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=(size[0] * n_columns, size[1] * n_rows), squeeze=False, gridspec_kw=spacing)
-    for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
-        image = plot_spectrogram(ax, array, kind, beat)
-        ax.set_title(title, fontsize="medium")
-        if index % n_columns:
-            ax.set(ylabel="", yticklabels=[])
-        if index + n_columns < len(panels):
-            ax.set_xlabel("")
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    label = "Power (dB, 0: the clip's loudest cell)" if kind == "mel" else "Chroma (1: a frame's strongest pitch class)"
-    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / (size[1] * n_rows)), fraction=0.02, pad=0.02)
-    return fig
-
-
-# <<< -> common
 
 FORMS = ("full", "beat-synced")
 INTERVALS = ("unison", "minor second", "major second", "minor third", "major third", "fourth", "tritone",

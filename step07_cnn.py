@@ -28,9 +28,34 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from common import (
-    CNN_DEFAULTS, COLORS, GENRE_RUNS, HOP, N_MELS, SR, Step, average_frames, bootstrap, classification_scores, count_weights,
-    genre_model, load_checkpoint, load_clips, load_genre, macro_f1, make_parser, parse_args, plot_confusion,
-    plot_history, plot_spectrogram, read_entries, run_main, score_genre, seconds_left, seed_everything, split_indices, train_genre,
+    CNN_DEFAULTS,
+    COLORS,
+    GENRE_RUNS,
+    HOP,
+    N_MELS,
+    SR,
+    Step,
+    average_frames,
+    bootstrap,
+    classification_scores,
+    count_weights,
+    genre_model,
+    load_checkpoint,
+    load_clips,
+    load_genre,
+    macro_f1,
+    make_parser,
+    parse_args,
+    plot_confusion,
+    plot_history,
+    plot_spectrogram,
+    read_entries,
+    run_main,
+    score_genre,
+    seconds_left,
+    seed_everything,
+    split_indices,
+    train_genre,
 )  # fmt: skip
 
 OPERATIONS = ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d")  # of one block, in the lab's order
@@ -226,7 +251,8 @@ def report_digits(step) -> dict:
     for epoch, model in models.items():
         seen, new = (activations(model[:2], part) for part in (data[0], data[2]))
         means = {key: torch.stack([maps[data[1] == digit].mean(0).flatten() for digit in range(10)]) for key, maps in seen.items()}  # (10, C * h * w)
-        nearest[f"epoch {epoch}"] = {f"block {key[0]}, {key[1]}": float((torch.cdist(new[key].flatten(1), means[key]).argmin(1) == data[3]).float().mean()) for key in new}
+        hits = {key: torch.cdist(maps.flatten(1), means[key]).argmin(1) == data[3] for key, maps in new.items()}
+        nearest[f"epoch {epoch}"] = {f"block {block}, {name}": float(hit.float().mean()) for (block, name), hit in hits.items()}
     step.table(pd.DataFrame(nearest).rename_axis("after"), "Share of test digits whose activations lie nearest to the mean of their own class")
     first, last = (nearest[f"epoch {epoch}"]["block 2, MaxPool2d"] for epoch in (0, epochs))
     step.text(f"In the last row this share goes from {first:.3f} to {last:.3f}: with training, what the last maps hold tells the digits apart "
@@ -405,10 +431,13 @@ def report_comparison(step, runs, compared, tested):
     """Table, per-class scores, paired differences, confusion matrices."""
     classes, scores = list(tested["cnn_mel"][2].columns), {name: run["test"] for name, run in (runs | compared).items()}
     step.heading("7e. Genre recognition, against the LSTM")
-    table = {name: {f"test {label}": "{:.3f} [{:.3f}, {:.3f}]".format(test[key], *test[f"{key}_ci95"]) for key, label in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"))} for name, test in scores.items()}
+    table = {}
     for name, run in (runs | compared).items():
-        table[name] |= {"val macro-F1": run["val"]["macro_f1"] if "val" in run else "-", "weights": run.get("weights", "-")}
-    step.table(pd.DataFrame(table).T.rename_axis("model"), f"{scores['cnn_mel']['n_clips']} test clips, 95% bootstrap intervals; `cnn_mel` is the CNN, `mel` the LSTM of step 5a")
+        table[name] = {"val macro-F1": run["val"]["macro_f1"] if "val" in run else "-", "weights": run.get("weights", "-")}
+        for key, label in (("accuracy", "test accuracy"), ("macro_f1", "test macro-F1")):
+            table[name][label] = "{:.3f} [{:.3f}, {:.3f}]".format(run["test"][key], *run["test"][f"{key}_ci95"])
+    step.table(pd.DataFrame(table).T.rename_axis("model"),
+               f"{scores['cnn_mel']['n_clips']} test clips, 95% bootstrap intervals; `cnn_mel` is the CNN, `mel` the LSTM of step 5a")  # fmt: skip
     if "cnn_ensemble" in runs:
         step.text("`cnn_ensemble` averages the log-probabilities of CNNs trained with three seeds (each with its own validation part), "
                   f"`cnn_lstm_ensemble` these and those of LSTM `{runs['cnn_lstm_ensemble']['members'][-1]}`, half and half. Nothing in them was chosen on the test set.")  # fmt: skip
@@ -425,10 +454,13 @@ def report_comparison(step, runs, compared, tested):
         step.text(f"The CNN alone is right on {difference['only_first']} clips, LSTM `{other}` alone on {difference['only_second']}.")
 
     f1 = pd.DataFrame({name: {k: scores[name]["per_class"][k]["f1"] for k in classes} for name in ("cnn_mel", *compared)})
-    columns = {f"{name} {key}": {k: scores[name]["per_class"][k][key] for k in classes} for name in ("cnn_mel", *compared) for key in ("precision", "recall", "f1")}
-    step.table(pd.DataFrame(columns).assign(clips=[scores["cnn_mel"]["per_class"][k]["support"] for k in classes]).rename_axis("class"), "Per class")
+    columns = {f"{name} {label}": {k: scores[name]["per_class"][k][label.lower()] for k in classes}
+               for name in ("cnn_mel", *compared) for label in ("precision", "recall", "F1")}  # fmt: skip
+    columns["clips"] = {k: scores["cnn_mel"]["per_class"][k]["support"] for k in classes}
+    step.table(pd.DataFrame(columns).rename_axis("class"), "Per class")
     gain = (f1["cnn_mel"] - f1["mel"]).sort_values()
-    step.text(f"Against the LSTM on mel, F1 is higher for {(gain > 0).sum()} of {len(classes)} classes, most for {gain.index[-1]} ({gain.iloc[-1]:+.3f}), least for {gain.index[0]} ({gain.iloc[0]:+.3f}).")
+    step.text(f"Against the LSTM on mel, F1 is higher for {(gain > 0).sum()} of {len(classes)} classes; the difference is largest for {gain.index[-1]} "
+              f"({gain.iloc[-1]:+.3f}) and smallest for {gain.index[0]} ({gain.iloc[0]:+.3f}).")  # fmt: skip
     fig, ax = plt.subplots(figsize=(10, 4))
     f1.plot.bar(ax=ax, color=[COLORS[0], COLORS[1], COLORS[2]][: len(f1.columns)], width=0.8, rot=45)
     ax.set(xlabel="Class (test clips)", ylabel="F1 on the test set", ylim=(0, 1))

@@ -22,8 +22,8 @@ import pandas as pd
 
 from common import (
     COLORS,
-    EMOTIONS,
     EMOTION_DEFAULTS,
+    EMOTIONS,
     GENRE_RUNS,
     Step,
     by_axis,

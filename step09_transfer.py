@@ -20,8 +20,8 @@ import pandas as pd
 
 from common import (
     COLORS,
-    EMOTIONS,
     EMOTION_DEFAULTS,
+    EMOTIONS,
     GENRE_RUNS,
     InputError,
     Step,

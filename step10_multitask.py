@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from common import (
-    EMOTIONS,
     EMOTION_DEFAULTS,
+    EMOTIONS,
     GENRE_RUNS,
     MultitaskLoss,
     Step,

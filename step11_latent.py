@@ -26,8 +26,26 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from common import (
-    COLORS, GENRE_RUNS, MARKERS, InputError, Step, bootstrap, build_model, classification_scores, genre_model, load_checkpoint,
-    load_genre_test, make_loader, make_parser, model_spec, parse_args, plot_scores, predict, run_main, seed_everything, write_bytes,
+    COLORS,
+    GENRE_RUNS,
+    MARKERS,
+    InputError,
+    Step,
+    bootstrap,
+    build_model,
+    classification_scores,
+    genre_model,
+    load_checkpoint,
+    load_genre_test,
+    make_loader,
+    make_parser,
+    model_spec,
+    parse_args,
+    plot_scores,
+    predict,
+    run_main,
+    seed_everything,
+    write_bytes,
 )  # fmt: skip
 
 LSTMS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]

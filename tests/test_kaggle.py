@@ -12,16 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kaggle_kernel
 import pytest
 from conftest import ROOT, assert_clean_error, run_script
+
+import kaggle_kernel
 
 STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
 MOUNTS = {  # the classic layout and the one of newer kernels
     "classic": "input/patreco3-multitask-affective-music/data",
     "new": "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
 }
-EARLIER_MOUNTS = {"classic": "input/patrec-lab3-step05-lstm", "new": "input/notebooks/someone/patrec-lab3-step05-lstm"}
+EARLIER_MOUNTS = ("input/patrec-lab3-step05-lstm", "input/notebooks/someone/patrec-lab3-step05-lstm")
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +98,22 @@ def test_without_arguments_as_on_kaggle(kernels, kaggle, layout):
     assert args["smoke"] is False and args["data_dir"] is None
 
 
-@pytest.mark.parametrize("layout", sorted(EARLIER_MOUNTS))
-def test_step_6_uses_the_checkpoints_of_an_attached_kernel(kernels, kaggle, layout, tmp_path):
+def test_step_6_uses_the_checkpoints_of_attached_kernels(kernels, kaggle):
+    """Three models come from a kernel mounted the classic way, three from a new mount."""
     step5, step6 = (next(path for path in STEPS if path.name.startswith(f"step{n}")) for n in ("05", "06"))
-    root = kaggle(layout)
+    root = kaggle("new")
     run_kernel(root, bundled(kernels, step5), "--smoke", "--epochs", "1")
-    (root / EARLIER_MOUNTS[layout]).parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(root / "working", root / EARLIER_MOUNTS[layout])
-    (root / "working").mkdir()
+    trained = sorted((root / "working" / "outputs" / step5.stem).glob("*/best.pt"))
+    assert len(trained) == 6
+    for mount, checkpoints in zip(EARLIER_MOUNTS, (trained[:3], trained[3:]), strict=True):
+        for path in checkpoints:
+            target = root / mount / path.parent.relative_to(root / "working")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path.parent, target)
+    shutil.rmtree(root / "working" / "outputs")
     result = run_kernel(root, bundled(kernels, step6), "--smoke")
-    found = re.findall(r"^(\w+): using (\S+)$", result.stdout, re.MULTILINE)
-    assert len(found) == 6 and all(str(root / EARLIER_MOUNTS[layout]) in path for _, path in found), result.stdout
+    found = re.findall(r"^\w+: using (\S+)$", result.stdout, re.MULTILINE)
+    assert [sum(str(root / mount) in path for path in found) for mount in EARLIER_MOUNTS] == [3, 3], result.stdout
     assert "training it here" not in result.stdout
 
 

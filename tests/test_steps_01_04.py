@@ -245,6 +245,7 @@ def audit(tmp_path_factory):
     plant("wrong shape or type", train[11], array.T)
     plant("out of range", train[21], array - np.vstack([np.full((128, 1), 60.0), np.zeros((12, 1))]))
     plant("constant", train[31], np.tile(array[:, :1], array.shape[1]))
+    np.save(train[33], np.vstack([np.full((128, 40), -80.0), array[128:, :40]]))  # silence, the other constant
     plant("unreadable", train[41])
     train[41].write_bytes(train[41].read_bytes()[:-500])
     plant("missing", train[51])
@@ -269,10 +270,11 @@ def test_audit_finds_each_planted_fault_once(audit, kind):
     planted, metrics, _ = audit
     where, clip_id = planted[kind]
     found = [row for row in metrics["problems"] if row["problem"] == kind]
-    assert len(found) == 1 and found[0]["where"] == where and found[0]["count"] == 1
+    n = 2 if kind == "constant" else 1
+    assert len(found) == 1 and found[0]["where"] == where and found[0]["count"] == n
     assert clip_id in found[0]["examples"]
     if kind != "no label":
-        assert metrics["audit"]["folders"][where][kind] == 1
+        assert metrics["audit"]["folders"][where][kind] == n
 
 
 def test_audit_finds_leaks_between_sets(audit):

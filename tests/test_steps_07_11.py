@@ -13,7 +13,7 @@ from torch import nn
 
 import step07_cnn
 import step11_latent
-from common import CNNBackbone, Classifier, load_checkpoint, load_genre_test, load_model, make_loader, predict
+from common import Classifier, CNNBackbone, load_checkpoint, load_genre_test, load_model, make_loader, predict
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import step09_transfer
-import step10_multitask
 import torch
 from conftest import assert_clean_error, run_script, write_data_set
 from scipy.stats import spearmanr
 
 import common
+import step09_transfer
+import step10_multitask
 from common import EMOTIONS, GENRE_RUNS
 
 STEPS = ("step08_regression", "step09_transfer", "step10_multitask")
