@@ -499,9 +499,12 @@ def table(node):
     columns = list(zip(*texts, strict=True))
     padding = 8
 
+    share = max(90, WIDTH / (len(columns) + 1))  # a longer word, such as a file's name, may be broken
+
     def widths_at(size, longest):
-        return [max(stringWidth(part, "Bold", size) for text in column for part in ([text] if longest else text.split() or [""])) + padding
-                for column in columns]  # fmt: skip
+        widths = [max(stringWidth(part, "Bold", size) for text in column for part in ([text] if longest else text.split() or [""])) + padding
+                  for column in columns]  # fmt: skip
+        return widths if longest else [min(width, share) for width in widths]
 
     for size, whole_cells in ((8.5, True), (7.5, True), (6.5, True), (7.5, False), (6.5, False), (5.5, False)):
         narrow, wide = widths_at(size, False), widths_at(size, True)
@@ -514,7 +517,7 @@ def table(node):
         widths = [low + spare * (high - low) for low, high in zip(narrow, wide, strict=True)]
     else:
         widths = [low * WIDTH / sum(narrow) for low in narrow]
-    numeric = [sum(bool(re.match(r"[-+]?\d", text)) for text in column[1:]) > len(column[1:]) / 2 for column in columns]
+    numeric = [sum(bool(re.match(r"[-+]?\d.{,23}$", text)) for text in column[1:]) > len(column[1:]) / 2 for column in columns]
     cells = [
         [Paragraph((inline(cell.children[0]) if y else escape(texts[0][x])) if cell.children else "",
                    ParagraphStyle("cell", fontName="Body" if y else "Bold", fontSize=size, leading=1.25 * size,
