@@ -200,15 +200,16 @@ def find_data(data_dir=None) -> Path:
     if given:
         places = [Path(given)]
     elif on_kaggle():
-        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS]
+        inputs = kaggle_root() / "input"  # after the two known mounts, anybody's copy of the data set
+        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS] + sorted(inputs.glob("*")) + sorted(inputs.glob("datasets/*/*"))
     else:
         places = [here / "data", here / "data" / "demo"]
     for place in places:
         # One level too high or too low is what people hand in most often: take it.
         for root in (place, place / "data", place.parent):
-            if any(part_folder(root, part).is_dir() for part in FOLDERS):
+            if root.is_dir() and any(part_folder(root, part).is_dir() for part in FOLDERS):
                 return root.resolve()
-    tried = ", ".join(map(str, places))
+    tried = ", ".join(map(str, places[:2]))
     if given:
         raise InputError(f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}; name the folder that holds them in --data-dir")
     if on_kaggle():
@@ -1602,32 +1603,48 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     return model, settings, result | {"n_train": len(data.train), "n_val": len(data.val), "weights": count_weights(model)}
 
 
+def earlier_folders(step, owner) -> list[Path]:
+    """Folders that may hold an earlier step's outputs; on Kaggle, attached kernels' too."""
+    folders = [step.out / owner]
+    if on_kaggle():
+        for kernel in ("*", "*/outputs", "notebooks/*/*", "notebooks/*/*/outputs"):
+            folders += sorted((kaggle_root() / "input").glob(f"{kernel}/{owner}"))
+    return folders
+
+
+def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
+    """Find what the step that trains a genre run has left for this data.
+
+    A checkpoint of a smoke run, or of other classes, is passed over, saying so.
+    """
+    run = GENRE_RUNS[name]
+    owner = "step07_cnn" if run.network == "cnn" else "step05_lstm"
+    classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", run.beat, merge=not step.args.no_merge)})
+    for folder in [*earlier_folders(step, owner), step.folder, step.out / "step09_transfer"]:
+        path = folder / name / "best.pt"
+        if not path.exists():
+            continue
+        checkpoint = load_checkpoint(path)
+        settings = checkpoint["settings"]
+        if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
+            return path, checkpoint
+        print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
+    return None
+
+
 def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
     """Find the trained model of a genre run, or train it, saying so.
-
-    Looks in the output folder of the step that trains it and, on Kaggle, in the outputs
-    of attached kernels. A checkpoint of a smoke run, or of other classes, is passed over.
 
     Returns
     -------
     model, settings, path of the checkpoint
     """
-    owner = "step07_cnn" if GENRE_RUNS[name].network == "cnn" else "step05_lstm"
-    classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", GENRE_RUNS[name].beat, merge=not step.args.no_merge)})
-    places = [step.out / owner, step.folder, step.out / "step09_transfer"]
-    if on_kaggle():
-        places += [path.parent.parent for path in sorted((kaggle_root() / "input").glob(f"**/{owner}/{name}/best.pt"))]
-    for place in places:
-        path = place / name / "best.pt"
-        if not path.exists():
-            continue
+    if found := find_genre_checkpoint(step, name):
+        path, _ = found
+        print(f"{name}: using {path}")
         model, checkpoint = load_model(path, step.device)
-        settings = checkpoint["settings"]
-        if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
-            print(f"{name}: using {path}")
-            return model, settings, path
-        print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
-    print(f"{name}: no checkpoint of {owner} yet, training it here")
+        return model, checkpoint["settings"], path
+    print(f"{name}: no checkpoint yet, training it here")
     model, settings, _ = train_genre(step, name, max_seconds=seconds_left(step.args))
     return model.eval(), settings, step.folder / name / "best.pt"
 
@@ -1773,25 +1790,9 @@ def predict_unlabelled(step, model, settings) -> tuple[list[str], np.ndarray]:
 
 
 def genre_val_scores(step) -> dict[str, float]:
-    """Validation macro-F1 of the genre models that steps 5 and 7 left, best first.
-
-    Counts the checkpoints that `genre_model` would take: of the same classes, and none of
-    a smoke run unless this is one.
-    """
-    scores = {}
-    for name, run in GENRE_RUNS.items():
-        owner = "step07_cnn" if run.network == "cnn" else "step05_lstm"
-        paths = [step.out / owner / name / "best.pt"]
-        if on_kaggle():
-            paths += sorted((kaggle_root() / "input").glob(f"**/{owner}/{name}/best.pt"))
-        for path in paths:
-            if run.plain or name in scores or not path.exists():
-                continue
-            checkpoint = load_checkpoint(path)
-            settings = checkpoint["settings"]
-            classes = {entry.label for entry in read_entries(step.data, "genre", "train", run.beat, merge=not step.args.no_merge)}
-            if settings["classes"] == sorted(classes) and settings["smoke"] <= step.args.smoke:
-                scores[name] = checkpoint["val_score"]
+    """Validation macro-F1 of the genre models that steps 5 and 7 have left, best first."""
+    names = [name for name, run in GENRE_RUNS.items() if not run.plain]
+    scores = {name: found[1]["val_score"] for name in names if (found := find_genre_checkpoint(step, name))}
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
@@ -2043,12 +2044,12 @@ def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
     predictions : {row: {axis: (N,)}}; empty where the step was not run, or not on these clips
     runs : dict, of its metrics.json
     """
-    try:
-        metrics = json.loads((step.out / owner / "metrics.json").read_text())
-        table = pd.read_csv(step.out / owner / "predictions.csv", dtype={"Id": str})
-    except FileNotFoundError:
+    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "predictions.csv").exists()), None)
+    if not folder:
         step.text(f"`{owner}` has not been run in this output folder, so its scores are missing here.")
         return {}, {}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
     same = metrics["data"]["root"] == str(step.data) and [metrics.get(key) for key in ("seed", "smoke")] == [step.args.seed, step.args.smoke]
     if not same or table["Id"].tolist() != ids:
         step.text(f"`{owner}` was run on other data, another seed or other held-out clips, so its scores are not compared here.")
@@ -2502,12 +2503,14 @@ def lock_folder(folder):
         import fcntl
     except ImportError:
         return None
-    file = open(folder / ".lock", "w")  # noqa: SIM115, open as long as the process lives
+    file = None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open(folder / ".lock", "w")  # noqa: SIM115, open as long as the process lives
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
         raise InputError(f"{folder}: another process is writing there; wait for it, or choose another --out-dir") from None
+    except PermissionError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
     except OSError:
         pass  # a file system without locks
     return file
@@ -2584,7 +2587,7 @@ def markdown_table(frame) -> str:
     """A pandas table as Markdown; floats with three decimals."""
 
     def cell(value):
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f"{value:.3f}" if isinstance(value, float | np.floating) else str(value)
 
     header = [frame.index.name or "", *map(str, frame.columns)]
     rows = [[str(index), *map(cell, row)] for index, row in zip(frame.index, frame.itertuples(index=False), strict=True)]

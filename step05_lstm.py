@@ -63,6 +63,7 @@ def main(argv=None):
         test, _, _ = score_genre(step, model, settings)
         runs[name] = {key: value for key, value in result.items() if key != "history"} | {"val": {"macro_f1": result["val_score"]}, "test": test}
 
+    report_overfit(step, names)
     report_curves(step, trained)
     report_scores(step, runs)
     return step.finish(runs)
@@ -70,13 +71,22 @@ def main(argv=None):
 
 def overfit_check(step, names, flags):
     """b) Learn four fixed batches by heart; StepFailed (exit code 1) where it does not work."""
-    fig, ax = plt.subplots(figsize=(7, 4))
     checks = {}
-    for name, color in zip(names, COLORS, strict=False):
+    for name in names:
         _, _, result = train_genre(step, name, **flags, overfit_batch=True)
-        curve = pd.DataFrame(result.pop("history"))
+        checks[name] = {key: value for key, value in result.items() if key != "history"}
+    report_overfit(step, names)
+    return step.finish(overfit=checks)
+
+
+def report_overfit(step, names):
+    """b) The curves that --overfit-batch has left for these runs, if it was run."""
+    curves = {name: pd.read_csv(path) for name in names if (path := step.folder / name / "overfit.csv").exists()}
+    if not curves:
+        return
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         ax.semilogy(curve["epoch"], curve["train_loss"], color=color, label=name)
-        checks[name] = result
     ax.axhline(0.01, color="grey", linestyle=":", label="goal")
     ax.set(xlabel="Pass over the four batches", ylabel="Cross-entropy (log scale)", title="Four batches learned by heart")
     ax.legend(fontsize="small")
@@ -84,12 +94,11 @@ def overfit_check(step, names, flags):
     step.text(
         "With regularisation off, each network brings the loss on four fixed batches of training clips close to 0 "
         "with every clip right. Gradients, loss and labels are therefore wired correctly; what limits the models "
-        "below is generalisation, not a defect."
+        "is generalisation, not a defect."
     )
-    table = pd.DataFrame({name: {key: check[key] for key in ("passes", "loss", "accuracy")} for name, check in checks.items()}).T
-    step.table(table.rename_axis("LSTM"))
+    last = {name: {"passes": len(curve), "loss": curve["train_loss"].iloc[-1], "accuracy": curve["accuracy"].iloc[-1]} for name, curve in curves.items()}
+    step.table(pd.DataFrame(last).T.astype({"passes": int}).rename_axis("LSTM"))
     step.figure(fig, "overfit_batch", "Training loss on four fixed batches, regularisation off")
-    return step.finish(overfit=checks)
 
 
 def report_curves(step, trained):

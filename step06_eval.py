@@ -158,7 +158,7 @@ def answer_questions(step, runs, lstms):
     weak, row, wide = per_class["f1"].idxmin(), per_class.loc[lopsided], pd.DataFrame(tests[widest]["per_class"]).T
     missed = wide.index[wide["recall"] == 0].tolist()
     one = tests[best]
-    step.heading("What the metrics mean")
+    step.heading("6. What the metrics mean")
     step.text(f"""
 **What information do accuracy, precision, recall and F1 give?** Accuracy is the share of clips whose genre is right:
 {one['accuracy']:.3f} for `{best}`. For one class, precision is the share of right ones among the clips *called* by its name,

@@ -33,7 +33,6 @@ from common import (
     emotion_floors,
     emotion_folds,
     genre_model,
-    genre_val_scores,
     held_out_clips,
     make_parser,
     overfit_emotion,
@@ -57,9 +56,9 @@ def main(argv=None):
     args = parse_args(parser, argv)
     step = Step("step10_multitask", args)
 
-    # The backbone is that of the best genre model on validation clips, as in step 9, and the
+    # The backbone is the CNN's, one for all runs of this step so that they can be compared. The
     # held-out clips are those of step 8; the genre model must not have heard them.
-    name = next(iter(genre_val_scores(step)), "cnn_mel")
+    name = "cnn_mel"
     run = GENRE_RUNS[name]
     store, labels, splits = emotion_folds(step, [run], args.folds)
     if args.overfit_batch:
@@ -122,7 +121,7 @@ def report_training(step, name, runs, histories, losses):
     """c): the runs, their curves, and the learned weights if there are any."""
     step.heading("10c. One backbone, three heads")
     step.text(
-        f"The backbone is that of `{name}`, the genre model that step 9's rule picks. `multitask` starts from its genre weights, `multitask_scratch` "
+        f"The backbone is that of `{name}`, the CNN of step 7. `multitask` starts from its genre weights, `multitask_scratch` "
         "from random ones; both are trained with the same loss, settings and number of epochs."
     )
     table = {row: {"training clips": runs[row]["n_train"], "weights": runs[row]["weights"], "epochs (best)": f"{runs[row]['epochs']} ({runs[row]['best_epoch']})",

@@ -1,6 +1,9 @@
 """A tiny data set in the lab's layout, quirks of the file names included, made in a second."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores; before torch is imported
+
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +75,7 @@ def data_dir(tmp_path_factory):
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
     """Run a script through its real command line; returns the CompletedProcess."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "2"} | env, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
     if check:
         assert result.returncode == 0, f"{name}: {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     return result

@@ -63,7 +63,7 @@ def run_kernel(root, script, *args, check=True, **env):
     shutil.copy(script, root / "src" / "script.py")
     before = listing(root / "input") | listing(root / "src")
     environment = {key: value for key, value in os.environ.items() if key not in ("PATREC_DATA", "PYTHONPATH")}
-    environment |= {"PATREC_KAGGLE_ROOT": str(root), "OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"} | env
+    environment |= {"PATREC_KAGGLE_ROOT": str(root), "MPLBACKEND": "agg"} | env
     result = subprocess.run([sys.executable, str(root / "src" / "script.py"), *args], cwd=root / "working", env=environment,
                             capture_output=True, text=True, timeout=400)  # fmt: skip
     if check:

@@ -47,7 +47,7 @@ def session(folder, data_dir):
     client = NotebookClient(nbformat.v4.new_notebook(), timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     with client.setup_kernel():
         session = Session(client)
-        settings = {"PATREC_DATA": str(data_dir), "PATREC_CACHE": os.environ["PATREC_CACHE"], "OMP_NUM_THREADS": "2"}
+        settings = {"PATREC_DATA": str(data_dir), "PATREC_CACHE": os.environ["PATREC_CACHE"]}
         session.run(f"import os\nos.environ.update({settings!r})\nos.environ.pop('PATREC_KAGGLE_ROOT', None)")
         assert "common.py" in session.run("%%writefile common.py\n" + (ROOT / "common.py").read_text())[0]
         yield session
