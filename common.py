@@ -1588,8 +1588,10 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
+    epochs = epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network]))
     recipe = Recipe(
-        epochs=epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network])),
+        epochs=epochs,
+        patience=max(10, epochs // 2),
         lr=lr or defaults["lr"],
         augment=None if run.plain else make_augment(run, n_classes),
         window=window,
@@ -1754,8 +1756,10 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
     train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist()), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
+    epochs = epochs or (2 if smoke else epochs_for(len(train_idx), 10_000))
     recipe = Recipe(
-        epochs=epochs or (2 if smoke else epochs_for(len(train_idx), 10_000)),
+        epochs=epochs,
+        patience=max(10, epochs // 2),
         lr=lr or EMOTION_DEFAULTS["lr"],
         augment=make_augment(run),
         window=window,
