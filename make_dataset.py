@@ -335,6 +335,8 @@ def read_audio(path) -> np.ndarray:
         raise UnusableAudio(f"cannot be read: {lines[0] if lines else type(error).__name__}") from error
     if len(waveform) < N_FFT:
         raise UnusableAudio(f"{len(waveform) / SR:.3f} s of sound; at least {N_FFT / SR:.3f} s are needed")
+    if np.ptp(waveform) < 1e-5:  # under a third of a 16-bit step: nothing to learn from, and no array that the steps accept
+        raise UnusableAudio("silence")
     return waveform
 
 
