@@ -9,6 +9,10 @@ spectrograms (the median between two beats) and say what differs.
 
 Input: the genre training split, full and beat-synced. Output, in outputs/step02_beat_sync/:
 figures, tables and what they show (summary.md, metrics.json).
+
+Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+2.13.0: 1,292 steps cost 24 times the time of 57 beats, and all but the last third of a
+second has lost 99% of the gradient.
 """
 
 

@@ -14,6 +14,10 @@ Input: the genre data set; the LSTMs of step 5 (the one on mel is trained here w
 there is none); for a), scikit-learn's bundled digits. Output, in outputs/step07_cnn/: a
 checkpoint and a history, pictures of the network at work, test scores (summary.md,
 metrics.json).
+
+Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+2.13.0: test accuracy .656 [.586, .726], macro-F1 .608 [.529, .684] on 157 clips; 140 s,
+pictures included.
 """
 
 import argparse

@@ -13,6 +13,10 @@ Input: the emotion data set; of step 5 only which LSTM was best. Output, in
 outputs/step08_regression/: a checkpoint and a history per run, curves, scatter plots,
 scores (summary.md, metrics.json), predictions.csv for the held-out clips and
 submission.csv for the unlabelled ones.
+
+Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+2.13.0: mean Spearman CNN .626 [.483, .718], LSTM .546, SVR .627 on 56 held-out clips;
+248 s.
 """
 
 

