@@ -262,7 +262,7 @@ def test_files_added_or_mended_later_join_the_set(own, songs):
     assert set(after) - set(before) == {"Rock/a new one.wav"} and after["Rock/a new one.wav"]["id"] == "23"
     now = arrays(out)
     assert all(now[name].stat().st_mtime_ns == mtime for name, mtime in made.items()) and len(now) == len(made) + 4
-    assert len(read_csv(out / "unreadable.csv")) == 5
+    assert len(read_csv(out / "unreadable.csv")) == 6
     assert {"23", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(out, "genre", "test")
 
 
