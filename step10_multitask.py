@@ -12,6 +12,10 @@ Input: the genre and emotion data sets, the checkpoints of steps 5 and 7 where t
 any, the scores of steps 8 and 9 if they were run. Output, in outputs/step10_multitask/: a
 checkpoint and a history per run, curves and scores (summary.md, metrics.json),
 predictions.csv for the held-out clips and submission.csv for the unlabelled ones.
+
+Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+2.13.0: mean Spearman .648 [.502, .739] from the genre CNN, .630 from scratch, SVR .627
+on 56 held-out clips.
 """
 
 import matplotlib.pyplot as plt
