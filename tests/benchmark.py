@@ -135,7 +135,7 @@ def measure(side, args) -> dict:
             train = ours_epoch(model, fetch, recipe, device, 32)
             n_batches = None
         else:
-            window, n_batches = None, 3
+            window, n_batches = None, 2  # a rate needs no whole epoch
             model = (TextbookLSTM(len(classes)) if name == "LSTM" else TextbookCNN(len(classes), data.longest)).to(device)
             fetch, whole = (torch.utils.data.Subset(data, part.tolist()) for part in (train_idx, val_idx))
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
