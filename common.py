@@ -1570,8 +1570,12 @@ def genre_score(n_classes):
     return lambda logits, targets: macro_f1(targets.numpy(), logits.argmax(1).numpy(), n_classes)
 
 
-def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf):
+def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf, seed=None):
     """Train one of GENRE_RUNS into the step's folder.
+
+    seed : int, optional
+        Another seed than the step's: other weights and batches, another validation part,
+        a folder of its own.
 
     Returns
     -------
@@ -1581,9 +1585,11 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     """
     run = GENRE_RUNS[name]
     smoke = step.args.smoke
-    seed_everything(step.args.seed)  # each run alone gives what it gives among others
+    folder = step.folder / (name if seed is None else f"{name}_seed{seed}")
+    seed = step.args.seed if seed is None else seed
+    seed_everything(seed)  # each run alone gives what it gives among others
     window = None if run.beat or run.plain else CROPS[run.network]
-    data = load_genre(step.data, run.features, run.beat, seed=step.args.seed, merge=not step.args.no_merge,
+    data = load_genre(step.data, run.features, run.beat, seed=seed, merge=not step.args.no_merge,
                       crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
     settings = data.settings | {"run": name, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
@@ -1600,7 +1606,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     batch_size = batch_size or defaults["batch_size"]
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
     result = train(model, make_loader(data.train, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
-                   genre_score(n_classes), recipe, step.folder / name, settings, device=step.device,
+                   genre_score(n_classes), recipe, folder, settings, device=step.device,
                    overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
     return model, settings, result | {"n_train": len(data.train), "n_val": len(data.val), "weights": count_weights(model)}
 

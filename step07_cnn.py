@@ -20,7 +20,6 @@ Measured on a small set of real music (see README), seed 42, two CPU cores, torc
 pictures included.
 """
 
-import argparse
 import copy
 
 import matplotlib.pyplot as plt
@@ -110,8 +109,8 @@ def main(argv=None):
 
     # b) The network is CNNBackbone in common.py. It trains on random crops in time, more
     # examples from the same clips, and the best epoch by validation macro-F1 is kept.
-    seeds = [args.seed + i for i in range(3 if args.ensemble else 1)]
-    members = [train_genre(with_seed(step, seed), "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i))
+    seeds = [None, args.seed + 1, args.seed + 2] if args.ensemble else [None]
+    members = [train_genre(step, "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i), seed=seed)
                for i, seed in enumerate(seeds)]  # fmt: skip
     model, settings, result = members[0]
 
@@ -143,23 +142,13 @@ def main(argv=None):
     return step.finish(runs, compared_with=compared, paired_difference=paired, digits=digits, operations=operations)
 
 
-def with_seed(step, seed):
-    """The same step with another seed: other weights and batches, another validation part."""
-    if seed == step.args.seed:
-        return step
-    other = copy.copy(step)
-    other.args = argparse.Namespace(**vars(step.args) | {"seed": seed})
-    other.folder = step.folder / f"seed_{seed}"
-    return other
-
-
 def test_answers(step, model, settings):
     """Scores on the test split, true classes and log-probabilities by clip id.
 
-    By id, because the label files of frames and of beats need not be in the same order.
+    By id, in which load_genre_test sorts them: label files of frames and of beats need not be in the same order.
     """
     scores, targets, logits = score_genre(step, model, settings)
-    entries = load_clips(read_entries(step.data, "genre", "test", settings["beat"], settings["merge"]), step.args.skip_bad).entries
+    entries = load_clips(sorted(read_entries(step.data, "genre", "test", settings["beat"], settings["merge"])), step.args.skip_bad).entries
     ids = [entry.clip_id for entry in entries]
     return scores, pd.Series(targets, ids), pd.DataFrame(log_softmax(logits, axis=1), ids, settings["classes"])
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 import step07_cnn
 import step11_latent
-from common import Classifier, CNNBackbone, load_checkpoint, load_genre_test, load_model, make_loader, predict
+from common import Classifier, CNNBackbone, load_checkpoint, load_genre_test, load_model, make_loader, predict, read_entries
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,16 @@ def test_report_is_whole(outputs, step, figures):
         assert word not in summary, word
 
 
+def test_answers_carry_the_ids_of_their_clips(outputs, data_dir):
+    model, checkpoint = load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    args = SimpleNamespace(skip_bad=False, allow_leak=False)
+    step = SimpleNamespace(data=data_dir, device="cpu", args=args)
+    _, targets, _ = step07_cnn.test_answers(step, model, checkpoint["settings"])
+    labels = {entry.clip_id: entry.label for entry in read_entries(data_dir, "genre", "test", merge=True)}
+    assert list(labels) != sorted(labels)  # or the order could not show
+    assert {clip_id: checkpoint["settings"]["classes"][k] for clip_id, k in targets.items()} == labels
+
+
 def test_metrics_of_the_cnn(outputs):
     metrics = read_metrics(outputs, "step07_cnn")
     assert set(metrics["runs"]) == {"cnn_mel", "cnn_ensemble", "cnn_lstm_ensemble"}
@@ -65,7 +76,7 @@ def test_metrics_of_the_cnn(outputs):
 
 
 def test_ensemble_is_of_different_networks(outputs):
-    states = [load_checkpoint(outputs / "step07_cnn" / folder / "cnn_mel" / "best.pt")["state"] for folder in (".", "seed_43", "seed_44")]
+    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44")]
     first = [state["backbone.blocks.0.0.weight"] for state in states]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 

@@ -1,0 +1,69 @@
+"""The score table of the README: steps 5, 6, 7 and 10 with several seeds, mean and spread.
+
+    python tests/scores.py --data-dir DIR --out-dir scores               # seeds 42, 43, 44
+    python tests/scores.py --data-dir DIR --out-dir scores --seeds 1 2
+
+Runs each step as a user would, once per seed, in OUT/seed_N (finished ones are not run
+again), and prints one Markdown table: mean over the seeds, their standard deviation and
+the mean of the 95% bootstrap intervals. Run by hand, not by pytest.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {"step05_lstm": [], "step06_eval": ["--ensemble"], "step07_cnn": ["--ensemble"], "step10_multitask": ["--folds", "5"]}
+GENRE, EMOTION = ("accuracy", "macro_f1"), ("valence", "energy", "danceability", "mean_spearman")
+
+
+def run_steps(args, seed) -> dict:
+    """Run what is not there yet; returns {row: test scores} of one seed."""
+    folder, rows = args.out_dir / f"seed_{seed}", {}
+    for step, flags in COMMANDS.items():
+        metrics = folder / step / "metrics.json"
+        if not metrics.exists():
+            command = [sys.executable, str(ROOT / f"{step}.py"), "--data-dir", str(args.data_dir), "--out-dir", str(folder), "--seed", str(seed), *flags]
+            with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+        runs = json.loads(metrics.read_text())["runs"]
+        rows |= {(step, name): run["test"] for name, run in runs.items() if (step, name)[1] not in {row[1] for row in rows}}
+    return rows
+
+
+def print_table(rows, keys):
+    """rows: {(step, name): [scores of each seed]}"""
+    print("| row | " + " | ".join(keys) + " | printed by |\n| --- |" + " --- |" * (len(keys) + 1))
+    for (step, name), scores in rows.items():
+        cells = []
+        for key in keys:
+            values, intervals = [score[key] for score in scores], np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread} [{intervals[0]:.3f}, {intervals[1]:.3f}]")
+        print(f"| {name} | " + " | ".join(cells) + f" | `{step}.py` |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out-dir", type=Path, default=Path("scores"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    by_seed = [run_steps(args, seed) for seed in args.seeds]
+    rows = {key: [scores[key] for scores in by_seed] for key in by_seed[0]}
+    print(f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95% interval]\n")
+    for keys in (GENRE, EMOTION):
+        some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
+        n_clips = next(iter(some.values()))[0]["n_clips"]
+        print(f"{n_clips} clips\n")
+        print_table(some, keys)
+        print()
+
+
+if __name__ == "__main__":
+    main()
