@@ -904,7 +904,7 @@ class Augment:
             x = torch.cat([mel, x[..., N_MELS:]], dim=2)
         for dim, widest in ((1, self.mask_frames), (2, self.mask_bands)):
             if widest:
-                x = _mask_stripe(x, dim, min(widest, x.shape[dim] // 4))
+                x = mask_stripe(x, dim, min(widest, x.shape[dim] // 4))
         if self.mixup:
             weight = torch.distributions.Beta(self.mixup, self.mixup).sample((len(x),)).to(x.device)
             weight = torch.maximum(weight, 1 - weight)  # the clip itself keeps the larger share
@@ -915,8 +915,8 @@ class Augment:
         return x, targets
 
 
-def _mask_stripe(x, dim, widest):
-    """Set one random stripe per clip, up to `widest` wide along `dim`, to 0 (the mean)."""
+def mask_stripe(x, dim, widest):
+    """Set one random stripe per clip, up to `widest` wide along `dim` (1 or 2), to 0 (the mean)."""
     size = x.shape[dim]
     width = torch.rand(len(x), 1, device=x.device) * widest
     start = torch.rand(len(x), 1, device=x.device) * (size - width)
@@ -975,22 +975,30 @@ class LSTMBackbone(Backbone):
         are 0.19 s. 1: the frames as they are.
     projection : int
         Units of a dense layer with layer normalisation before the LSTM; 0: none.
+    mask_bands : int
+        While training, blank a stripe of up to so many bands, and of up to 15% of the
+        steps; 0: none.
     readout : 'pool' or 'last'
         Mean and maximum over the clip's steps, or the last step of the clip: never the
         last step of the padding.
     """
 
-    def __init__(self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3, frames_per_step=1, projection=0, readout="pool"):
+    def __init__(self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3, frames_per_step=1, projection=0, mask_bands=0, readout="pool"):
         super().__init__()
         self.config = {
             "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers, "bidirectional": bidirectional, "dropout": dropout,
-            "frames_per_step": frames_per_step, "projection": projection, "readout": readout,
+            "frames_per_step": frames_per_step, "projection": projection, "mask_bands": mask_bands, "readout": readout,
         }  # fmt: skip
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 2 * n_bands
-        self.stem = nn.Identity()
+        stem = []
+        if frames_per_step > 1:
+            stem.append(StepNorm(n_inputs, affine=False))  # a spread within a step is no standardised number yet
+        if mask_bands:
+            stem.append(StripeMask(n_bands, mask_bands))
         if projection:
-            self.stem = nn.Sequential(nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU())
+            stem += [nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU()]
+        self.stem = nn.Sequential(*stem)
         n_directions = 2 if bidirectional else 1
         # One nn.LSTM per layer and direction: the backward ones read the reversed clip, so
         # that they start at its end and not in the padding. (Packed sequences do the same
@@ -1020,6 +1028,32 @@ class LSTMBackbone(Backbone):
             return torch.cat([last] + [h[:, 0] for h in backward_h], dim=1)  # (B, H * directions)
         mask = time_mask(lengths, x.shape[1], x.device)
         return masked_mean_max(x, mask)  # (B, 2 * H * directions)
+
+
+class StepNorm(nn.BatchNorm1d):
+    """Batch normalisation of (B, S, F): every feature over all steps of the batch."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class StripeMask(nn.Module):
+    """SpecAugment (Park et al., 2019) on the steps of an LSTM; like dropout, only in training.
+
+    On steps and not on frames: a stripe cut through the frames of a step would also be a
+    spread that no music has.
+    """
+
+    def __init__(self, n_bands, widest, share_of_steps=0.15):
+        super().__init__()
+        self.n_bands, self.widest, self.share_of_steps = n_bands, min(widest, n_bands // 4), share_of_steps
+
+    def forward(self, x):
+        """(B, S, n_bands) or, with the spreads beside the means, (B, S, 2 n_bands)."""
+        if not (self.training and self.widest):
+            return x
+        bands = mask_stripe(x.reshape(len(x), -1, self.n_bands), 2, self.widest)  # the same stripe in means and spreads
+        return mask_stripe(bands.view_as(x), 1, self.share_of_steps * x.shape[1])
 
 
 def average_frames(x, lengths, n, spread=False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1463,6 +1497,8 @@ def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=3
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(module, StripeMask):
+            module.widest = 0
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     model.train()
     history = []
@@ -1556,13 +1592,14 @@ def make_backbone(run) -> nn.Module:
         return CNNBackbone(n_bands)
     if run.plain:
         return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
-    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8, projection=128)
+    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8, projection=128, mask_bands=16)
 
 
 def make_augment(run, n_classes=0) -> Augment:
-    """Masks in proportion to the length of what is shown; a beat stands for many frames."""
-    mask_frames = 4 if run.beat else round(0.15 * CROPS[run.network])
-    return Augment(mixup=0.3 if run.network == "cnn" else 0.0, mask_frames=mask_frames, n_classes=n_classes)
+    """Random changes of a run's batches. An LSTM masks by itself; mixup, which helps the CNN, harms it."""
+    if run.network == "cnn":
+        return Augment(n_classes=n_classes)
+    return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
 
 
 def genre_score(n_classes):

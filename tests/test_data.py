@@ -452,6 +452,27 @@ def test_bidirectional_lstm_reads_both_ends(frames_per_step):
         assert reached.all(), f"frames {torch.nonzero(~reached).flatten().tolist()} never reach this direction"
 
 
+def test_stripes_are_cut_in_training_only_and_alike_in_means_and_spreads():
+    mask, x = common.StripeMask(16, widest=4), torch.ones(50, 20, 32)
+    torch.manual_seed(0)
+    masked = mask(x)
+    means, spreads = masked[..., :16], masked[..., 16:]
+    assert torch.equal(means, spreads)
+    bands = (means == 0).all(1).sum(1)  # (50,) bands blank throughout a clip
+    steps = (means == 0).all(2).sum(1)
+    assert 0 < bands.max() <= 4 and 0 < steps.max() <= 3  # 15% of 20 steps
+    assert len({tuple(row) for row in (means == 0).all(1).tolist()}) > 10  # each clip its own
+    assert torch.equal(mask.eval()(x), x)
+
+
+def test_every_feature_of_a_step_reaches_the_lstm_standardised():
+    backbone = LSTMBackbone(6, frames_per_step=4, projection=5)
+    x = 30 + 7 * torch.randn(64, 40, 6)
+    steps, _ = common.average_frames(x, torch.full((64,), 40), 4, spread=True)
+    normed = backbone.stem[0](steps).flatten(0, 1)
+    assert normed.mean(0).abs().max() < 1e-3 and (normed.std(0) - 1).abs().max() < 0.01
+
+
 def test_backward_direction_is_the_forward_one_of_the_reversed_clip():
     torch.manual_seed(0)
     network = LSTMBackbone(6, hidden_size=5, n_layers=1, bidirectional=True, readout="last").eval()
