@@ -109,10 +109,10 @@ def main(argv=None):
 
     # b) The network is CNNBackbone in common.py. It trains on random crops in time, more
     # examples from the same clips, and the best epoch by validation macro-F1 is kept.
-    seeds = [None, args.seed + 1, args.seed + 2] if args.ensemble else [None]
-    members = [train_genre(step, "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i), seed=seed)
-               for i, seed in enumerate(seeds)]  # fmt: skip
-    model, settings, result = members[0]
+    seeds = {"cnn_mel": None} | {f"cnn_mel_seed{seed}": seed for seed in (args.seed + 1, args.seed + 2) if args.ensemble}
+    members = {run: train_genre(step, "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i), seed=seed)
+               for i, (run, seed) in enumerate(seeds.items())}  # fmt: skip
+    model, settings, result = members["cnn_mel"]
 
     # e) Its rivals: the LSTM on the same input, and the best by validation score among
     # those that step 5 has left. The test split is opened only after this, by score_genre.
@@ -122,11 +122,12 @@ def main(argv=None):
     best = max(val, key=val.get)
     rivals = {name: rivals[name] for name in {"mel": 0, best: 0}}
 
-    tested = {"cnn_mel": test_answers(step, model, settings)} | {name: test_answers(step, *rival[:2]) for name, rival in rivals.items()}
+    tested = {name: test_answers(step, *trained[:2]) for name, trained in (members | rivals).items()}
     compared = {name: {"weights": count_weights(rival[0]), "val": {"macro_f1": val[name]}, "test": tested[name][0]} for name, rival in rivals.items()}
-    runs = {"cnn_mel": {key: value for key, value in result.items() if key != "history"} | {"val": {"macro_f1": result["val_score"]}, "test": tested["cnn_mel"][0]}}
+    runs = {name: {key: value for key, value in facts.items() if key != "history"} | {"val": {"macro_f1": facts["val_score"]}, "test": tested[name][0]}
+            for name, (_, _, facts) in members.items()}  # fmt: skip
     if args.ensemble:
-        runs |= score_ensembles(step, members, tested, best)
+        runs |= score_ensembles(tested, list(members), best)
 
     digits = report_digits(step)
     step.heading("7b. The network and its training")
@@ -153,15 +154,17 @@ def test_answers(step, model, settings):
     return scores, pd.Series(targets, ids), pd.DataFrame(log_softmax(logits, axis=1), ids, settings["classes"])
 
 
-def score_ensembles(step, members, tested, lstm):
-    """Average log-probabilities: CNNs of three seeds, and these half and half with an LSTM."""
-    answers = [tested["cnn_mel"][2]] + [test_answers(step, *member[:2])[2] for member in members[1:]]
-    cnn = sum(answers) / len(answers)
+def score_ensembles(tested, members, lstm):
+    """Average log-probabilities: CNNs of three seeds, and these half and half with an LSTM.
+
+    tested : {run: see `test_answers`}
+    members, lstm : names of runs in it
+    """
+    cnn = sum(tested[name][2] for name in members) / len(members)
     both = (cnn + tested[lstm][2]).dropna()  # pandas adds by clip id
-    runs = {"cnn_ensemble": (cnn, ["cnn_mel"] * len(members)), "cnn_lstm_ensemble": (both, ["cnn_mel"] * len(members) + [lstm])}
     targets = tested["cnn_mel"][1]
     return {name: {"members": names, "test": classification_scores(targets[mean.index], mean.to_numpy().argmax(1), list(mean.columns))}
-            for name, (mean, names) in runs.items()}  # fmt: skip
+            for name, mean, names in (("cnn_ensemble", cnn, members), ("cnn_lstm_ensemble", both, [*members, lstm]))}  # fmt: skip
 
 
 def report_overfit(step):
@@ -432,6 +435,10 @@ def report_comparison(step, runs, compared, tested):
     step.table(pd.DataFrame(table).T.rename_axis("model"),
                f"{scores['cnn_mel']['n_clips']} test clips, 95% bootstrap intervals; `cnn_mel` is the CNN, `mel` the LSTM of step 5a")  # fmt: skip
     if "cnn_ensemble" in runs:
+        seeds = [runs[name]["test"] for name in runs["cnn_ensemble"]["members"]]
+        step.text("Mean and standard deviation over three seeds: " + ", ".join(
+            f"{label} {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for label, values in
+            (("accuracy", [test["accuracy"] for test in seeds]), ("macro-F1", [test["macro_f1"] for test in seeds]))) + ".")  # fmt: skip
         step.text("`cnn_ensemble` averages the log-probabilities of CNNs trained with three seeds (each with its own validation part), "
                   f"`cnn_lstm_ensemble` these and those of LSTM `{runs['cnn_lstm_ensemble']['members'][-1]}`, half and half. Nothing in them was chosen on the test set.")  # fmt: skip
 

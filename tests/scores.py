@@ -1,15 +1,17 @@
 """The score table of the README: steps 5, 6, 7 and 10 with several seeds, mean and spread.
 
     python tests/scores.py --data-dir DIR --out-dir scores               # seeds 42, 43, 44
-    python tests/scores.py --data-dir DIR --out-dir scores --seeds 1 2
+    python tests/scores.py --data-dir DIR --out-dir scores --seeds 1 2 3
 
-Runs each step as a user would, once per seed, in OUT/seed_N (finished ones are not run
-again), and prints one Markdown table: mean over the seeds, their standard deviation and
-the mean of the 95% bootstrap intervals. Run by hand, not by pytest.
+Runs each step as a user would, once per seed, in OUT/seed_N (step 7 once, with three seeds
+of its own; what is finished is not run again), and prints Markdown tables: mean over the
+seeds, their standard deviation and the mean of the 95% bootstrap intervals. Run by hand,
+not by pytest.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,24 +23,34 @@ COMMANDS = {"step05_lstm": [], "step06_eval": ["--ensemble"], "step07_cnn": ["--
 GENRE, EMOTION = ("accuracy", "macro_f1"), ("valence", "energy", "danceability", "mean_spearman")
 
 
-def run_steps(args, seed) -> dict:
-    """Run what is not there yet; returns {row: test scores} of one seed."""
-    folder, rows = args.out_dir / f"seed_{seed}", {}
-    for step, flags in COMMANDS.items():
-        metrics = folder / step / "metrics.json"
-        if not metrics.exists():
-            command = [sys.executable, str(ROOT / f"{step}.py"), "--data-dir", str(args.data_dir), "--out-dir", str(folder), "--seed", str(seed), *flags]
-            with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
-                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-        runs = json.loads(metrics.read_text())["runs"]
-        rows |= {(step, name): run["test"] for name, run in runs.items() if (step, name)[1] not in {row[1] for row in rows}}
+def run_step(args, step, flags, seed) -> dict:
+    """Run a step unless its metrics are there already; returns its runs."""
+    folder = args.out_dir / f"seed_{seed}"
+    metrics = folder / step / "metrics.json"
+    if not metrics.exists():
+        command = [sys.executable, str(ROOT / f"{step}.py"), "--data-dir", str(args.data_dir), "--out-dir", str(folder), "--seed", str(seed), *flags]
+        with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return json.loads(metrics.read_text())["runs"]
+
+
+def collect(args) -> dict:
+    """{(row, step that prints it): test scores of every seed}"""
+    rows = {}
+    for seed in args.seeds:
+        for step, flags in COMMANDS.items():
+            if step == "step07_cnn" and seed != args.seeds[0]:
+                continue  # its ensemble has trained the next two seeds already
+            for name, run in run_step(args, step, flags, seed).items():
+                name = re.sub(r"_seed\d+$", "", name)
+                if step == "step05_lstm" or (name, "step05_lstm") not in rows:  # step 6 scores step 5's models again
+                    rows.setdefault((name, step), []).append(run["test"])
     return rows
 
 
 def print_table(rows, keys):
-    """rows: {(step, name): [scores of each seed]}"""
     print("| row | " + " | ".join(keys) + " | printed by |\n| --- |" + " --- |" * (len(keys) + 1))
-    for (step, name), scores in rows.items():
+    for (name, step), scores in rows.items():
         cells = []
         for key in keys:
             values, intervals = [score[key] for score in scores], np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
@@ -54,8 +66,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    by_seed = [run_steps(args, seed) for seed in args.seeds]
-    rows = {key: [scores[key] for scores in by_seed] for key in by_seed[0]}
+    rows = collect(args)
     print(f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95% interval]\n")
     for keys in (GENRE, EMOTION):
         some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}

@@ -62,7 +62,7 @@ def test_answers_carry_the_ids_of_their_clips(outputs, data_dir):
 
 def test_metrics_of_the_cnn(outputs):
     metrics = read_metrics(outputs, "step07_cnn")
-    assert set(metrics["runs"]) == {"cnn_mel", "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert set(metrics["runs"]) == {"cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44", "cnn_ensemble", "cnn_lstm_ensemble"}
     run = metrics["runs"]["cnn_mel"]
     assert {"epochs", "train_seconds", "val", "test", "weights"} <= set(run)
     for other in metrics["runs"].values():
@@ -89,7 +89,7 @@ def test_ensemble_averages_by_clip_id():
     backwards = sure.iloc[::-1]
     targets = step07_cnn.pd.Series(truth, ids)
     tested = {"cnn_mel": ({}, targets, sure * 0 - 0.7), "beat_mel": ({}, targets.iloc[::-1], backwards)}
-    runs = step07_cnn.score_ensembles(None, [None], tested, "beat_mel")
+    runs = step07_cnn.score_ensembles(tested, ["cnn_mel"], "beat_mel")
     assert runs["cnn_lstm_ensemble"]["test"]["accuracy"] == 1
 
 
