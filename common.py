@@ -15,6 +15,7 @@ C channels, H hidden units, K classes, N clips.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -581,9 +583,11 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
         facts = list(pool.map(_file_facts, [entry.path for entry in entries]))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.clips"
-        if not cache.exists():
+        try:
+            footer, frames = _open_cache(cache)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there yet, or cut short when the machine went down
             _fill_cache(cache, entries, pool)
-    footer, frames = _open_cache(cache)
+            footer, frames = _open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
         raise InputError(faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""))
@@ -637,7 +641,12 @@ def _convert(entry) -> tuple[np.ndarray | None, str | None]:
 def _fill_cache(cache, entries, pool) -> None:
     """Write the cache file: all frames, then a JSON footer, then the footer's length."""
     footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
-    partial = cache.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    for leftover in cache.parent.glob("*.clips.*.tmp"):
+        with contextlib.suppress(OSError):
+            # Of a killed run: one that is being filled is never an hour old.
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
+    partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
             for first in range(0, len(entries), 256):  # in blocks, so that few arrays wait in memory
@@ -667,9 +676,16 @@ def _open_cache(cache) -> tuple[dict, torch.Tensor]:
         file.seek(-8 - size, os.SEEK_END)
         footer = json.loads(file.read(size))
     shape = (sum(footer["lengths"]), N_ROWS)
-    # Mode "c" (copy on write): torch wants writable memory, and nothing reaches the file.
-    frames = np.memmap(cache, np.float16, "c", shape=shape) if shape[0] else np.empty(shape, np.float16)
-    return footer, torch.from_numpy(frames)
+    if not shape[0]:
+        return footer, torch.empty(shape, dtype=torch.float16)
+    try:
+        # Mode "c" (copy on write): a change made by mistake never reaches the file.
+        frames = np.memmap(cache, np.float16, "c", shape=shape)
+    except OSError:  # Linux refuses what would not fit into its memory if all of it were changed
+        frames = np.memmap(cache, np.float16, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written
+        return footer, torch.from_numpy(frames)
 
 
 class SpectrogramDataset(Dataset):
@@ -1324,11 +1340,16 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
 
     history, best, spent = [], (-math.inf, -math.inf), 0.0
     if resume and (folder / "last.pt").exists():
-        history, best, spent = _restore(folder / "last.pt", parts, recipe)
+        history, best, spent = _restore(folder / "last.pt", parts, recipe, settings)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
+    elif not resume:
+        (folder / "last.pt").unlink(missing_ok=True)  # stopped in its first epoch, a new run must not go on as the old one
     began = time.monotonic()
     out_of_time = False
     for epoch in range(len(history) + 1, recipe.epochs + 1):
+        if _stalled(history, recipe.patience):  # asked before an epoch, so that a resumed run stops where it had stopped
+            print(f"{folder.name}: no better epoch in the last {recipe.patience}; stopping early")
+            break
         epoch_began = time.monotonic()
         try:
             train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
@@ -1345,13 +1366,11 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         if (score, -val_loss) > best:
             best = (score, -val_loss)
             save_checkpoint(folder / "best.pt", average.module, settings, epoch=epoch, val_score=score)
-        elapsed = spent + time.monotonic() - began
-        _save_torch(folder / "last.pt", _state(parts, recipe, history, best, elapsed))
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+        elapsed = spent + time.monotonic() - began
+        # Last of the three: what it says is done is never missing from the others, whenever the process is killed.
+        _save_torch(folder / "last.pt", _state(parts, recipe, settings, history, best, elapsed))
         print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s", flush=True)
-        if recipe.patience and epoch - max(history, key=lambda row: row["val_score"])["epoch"] >= recipe.patience:
-            print(f"{folder.name}: no better epoch in the last {recipe.patience}; stopping early")
-            break
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
             print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
             out_of_time = True
@@ -1360,6 +1379,11 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     model.load_state_dict(checkpoint["state"])
     return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
             "train_seconds": spent + time.monotonic() - began, "out_of_time": out_of_time, "history": history}  # fmt: skip
+
+
+def _stalled(history, patience) -> bool:
+    """True when the last `patience` epochs brought no better score; patience 0: never."""
+    return bool(patience and history) and history[-1]["epoch"] - max(history, key=lambda row: row["val_score"])["epoch"] >= patience
 
 
 def device_type(device) -> str:
@@ -1492,25 +1516,31 @@ def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=3
     return {"passes": sweep, "loss": history[-1]["train_loss"], "accuracy": history[-1]["accuracy"], "history": history}
 
 
-def _state(parts, recipe, history, best, elapsed) -> dict:
+def _state(parts, recipe, settings, history, best, elapsed) -> dict:
     """All that an uninterrupted run would hold after this epoch."""
     states = {name: part.state_dict() for name, part in parts.items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     plan = _plan(recipe, parts["schedule"])
-    return states | {"rng": rng, "plan": plan, "history": history, "best": list(best), "elapsed": elapsed}
+    return states | {"rng": rng, "plan": plan, "settings": settings, "history": history, "best": list(best), "elapsed": elapsed}
 
 
 def _plan(recipe, schedule) -> str:
     return f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {schedule.total_steps} batches"
 
 
-def _restore(path, parts, recipe):
+def _restore(path, parts, recipe, settings):
     state = _load_torch(path)
+    if not isinstance(state, dict) or not {*parts, "rng", "plan", "settings", "history", "best", "elapsed"} <= set(state):
+        raise InputError(f"{path}: not the state of a training; leave out --resume, which begins anew")
     plan = _plan(recipe, parts["schedule"])
-    if state.get("plan") != plan:
-        raise InputError(f"{path}: begun with {state.get('plan')}, now {plan}; use the same, or leave out --resume")
+    if state["plan"] != plan:
+        raise InputError(f"{path}: begun with {state['plan']}, now {plan}; use the same, or leave out --resume")
+    # Other clips, or the same ones split by another seed: what was validated would now be trained on.
+    odd = [name for name, value in settings.items() if not _same(value, state["settings"].get(name))]
+    if odd:
+        raise InputError(f"{path}: begun with other clips or another --seed ({' and '.join(odd)} differ); use the same, or leave out --resume")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -1520,6 +1550,13 @@ def _restore(path, parts, recipe):
     if "cuda" in state["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])
     return state["history"], tuple(state["best"]), state["elapsed"]
+
+
+def _same(value, other) -> bool:
+    """Equality of two settings, which are plain values or, the band statistics, tuples of tensors."""
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(torch.equal, value, other))
+    return value == other
 
 # --------------------------------------------------------------------------------------
 # The genre runs of steps 5 and 7, which steps 6, 8, 9 and 11 go on from
@@ -1585,7 +1622,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     window = None if run.beat or run.plain else CROPS[run.network]
     data = load_genre(step.data, run.features, run.beat, seed=step.args.seed, merge=not step.args.no_merge,
                       crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
-    settings = data.settings | {"run": name, "smoke": smoke, "window": window}
+    settings = data.settings | {"run": name, "seed": step.args.seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
     epochs = epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network]))
@@ -1764,7 +1801,8 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
         augment=make_augment(run),
         window=window,
     )
-    settings = {"part": "emotion", "run": name, "features": run.features, "beat": run.beat, "axis": axis, "stats": stats, "smoke": smoke, "window": window}
+    settings = {"part": "emotion", "run": name, "features": run.features, "beat": run.beat, "axis": axis, "stats": stats,
+                "seed": step.args.seed, "smoke": smoke, "window": window}  # fmt: skip
     result = train(model, train_loader, val_loader, loss_fn, emotion_score, recipe, step.folder / name, settings,
                    device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
     if not overfit_batch:
@@ -2501,7 +2539,8 @@ def lock_folder(folder):
     """Keep other processes out of an output folder until this one ends, however it ends.
 
     Cached: a notebook's second run of a cell holds the lock already. On systems without
-    fcntl (Windows) there is no lock.
+    fcntl (Windows) there is no lock. Nobody else being there, what a killed process has
+    left half-written is removed.
     """
     try:
         import fcntl
@@ -2513,10 +2552,12 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{folder}: another process is writing there; wait for it, or choose another --out-dir") from None
-    except PermissionError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        if file is None:  # no permission, a read-only or full disk
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
+        return file  # a file system without locks
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     return file
 
 
