@@ -85,13 +85,23 @@ def _number(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            raise ValueError
+            name = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else ""))
         return value
 
-    parse.__name__ = f"{kind.__name__} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     return parse
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists all flags\n")
 
 
 def make_parser(description, training=False, **defaults) -> argparse.ArgumentParser:
@@ -106,7 +116,7 @@ def make_parser(description, training=False, **defaults) -> argparse.ArgumentPar
     **defaults
         Defaults of a step that differ from the shared ones, e.g. ``batch_size=64``.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a mistyped flag must fail, not be guessed
@@ -206,10 +216,13 @@ def find_data(data_dir=None) -> Path:
         places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS] + sorted(inputs.glob("*")) + sorted(inputs.glob("datasets/*/*"))
     else:
         places = [here / "data", here / "data" / "demo"]
+    parts = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
     for place in places:
-        # One level too high or too low is what people hand in most often: take it.
-        for root in (place, place / "data", place.parent):
-            if root.is_dir() and any(part_folder(root, part).is_dir() for part in FOLDERS):
+        # One level too high or too low is what people hand in most often: take it. Too low
+        # only from one of the four folders: a mistyped data/song must not become data.
+        inside = place.is_dir() and place.resolve().name in parts
+        for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
+            if any(part_folder(root, part).is_dir() for part in FOLDERS):
                 return root.resolve()
     tried = ", ".join(map(str, places[:2]))
     if given:
@@ -421,9 +434,11 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
         raise InputError(f"{path}: label file missing; is the data set complete?") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:  # a folder in its place, no permission
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is the data set complete?") from None
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise InputError(f"{path}: empty; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+        raise InputError(f"{path}: empty; its first line must be 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
     header = rows[0][1].strip()
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
@@ -441,7 +456,7 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
         if len(cells) != len(columns) or not all(cells):
             raise InputError(f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line")
         clip_id = cells[0].split(".")[0]
-        if not clip_id or any(mark in cells[0] for mark in "/\\:"):
+        if not clip_id or any(mark in cells[0] for mark in "/\\:\0"):
             raise InputError(f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz")
         if is_genre:
             label = cells[1]
@@ -457,7 +472,7 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
             raise InputError(f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, now {label!r}; keep one")
         labels.append((clip_id, label))
     if not labels:
-        raise InputError(f"{path}: a header and no clips")
+        raise InputError(f"{path}: a header and no clips; is the data set complete?")
     return list(dict(labels).items())  # a row given twice is one clip
 
 
@@ -491,8 +506,17 @@ def merge_classes(entries) -> list[Entry]:
     """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
     unknown = sorted({entry.label for entry in entries} - set(MERGE))
     if unknown:
-        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
-    return [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
+        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
+    merged = [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
+    if not merged:
+        raise InputError(f"{_label_file(entries)}: the lab's merge drops every class in it; --no-merge keeps classes as they are")
+    return merged
+
+
+def _label_file(entries) -> Path:
+    """The file that named these clips, for messages."""
+    folder = entries[0].path.parent
+    return folder.with_name(f"{folder.name}_labels.txt")
 
 
 def read_array(path) -> np.ndarray:
@@ -508,12 +532,16 @@ def read_array(path) -> np.ndarray:
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     try:
-        array = np.load(path, allow_pickle=False)  # never unpickle: a pickle can run code
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)  # never unpickle: a pickle can run code
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
         fault = _shape_fault(array)
-        array = None if fault else np.asarray(array, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            array = None if fault else np.asarray(array, dtype=np.float32)
     except FileNotFoundError:
         fault = "missing, though the label file names it"
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
         fault = f"not a readable .npy array ({str(error).splitlines()[0] if str(error) else 'empty file'})"
     if not fault:
         fault = _value_fault(array)
@@ -578,7 +606,7 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
         left out.
     """
     if not entries:
-        raise InputError("no clips to load")
+        raise InputError("no clips to load; is the data set complete?")
     with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         facts = list(pool.map(_file_facts, [entry.path for entry in entries]))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
@@ -663,7 +691,7 @@ def _fill_cache(cache, entries, pool) -> None:
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(partial, cache)
     except OSError as error:
-        raise InputError(f"{partial}: {error.strerror}; point $PATREC_CACHE to a folder with more room") from error
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); point $PATREC_CACHE to a folder with more room") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -781,7 +809,7 @@ def encode_labels(entries, classes) -> np.ndarray:
     number = {name: index for index, name in enumerate(classes)}
     unknown = sorted({entry.label for entry in entries} - set(number))
     if unknown:
-        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} does not occur in the training part {list(classes)}")
+        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} does not occur in the training part {list(classes)}; mend the label or remove the clip")
     return np.array([number[entry.label] for entry in entries])
 
 
@@ -793,15 +821,14 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     fraction : float
         Share of the smaller (validation or test) part.
     classes : np.ndarray [shape=(n_clips,)], optional
-        Class numbers, to keep every class's share in both parts.
+        Class names or numbers, to keep every class's share in both parts.
     """
-    if classes is not None:
-        counts = np.bincount(classes)
-        if (counts == 1).any():
-            raise InputError(f"class number {int(np.argmax(counts == 1))} has a single clip, which cannot be in both the training and the validation part; merge or drop it")
-    n_held_out = max(math.ceil(fraction * n_clips), 1 if classes is None else len(np.unique(classes)))
+    names, counts = np.unique(classes, return_counts=True) if classes is not None else ([], np.zeros(0))
+    if (counts == 1).any():
+        raise InputError(f"class {names[counts == 1][0]} has a single clip, which cannot be in both the training and the validation part; add clips of it or drop it")
+    n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
     if n_clips < 2 * n_held_out:
-        raise InputError(f"{n_clips} clips are too few to split")
+        raise InputError(f"{n_clips} clips are too few to split into training and validation part; add clips")
     return tuple(train_test_split(np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes))
 
 
@@ -828,7 +855,10 @@ def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=N
     store = load_clips(read_entries(data_dir, "genre", "train", beat, merge), skip_bad)
     classes = sorted({entry.label for entry in store.entries})
     targets = encode_labels(store.entries, classes)
-    train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, targets)
+    try:
+        train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, np.array(classes)[targets])
+    except InputError as error:
+        raise InputError(f"{_label_file(store.entries)}: {error}") from None
     if subset and subset < len(train_idx):
         # Rows are shuffled by the split already; a clip per class first, then as they come.
         first = [train_idx[targets[train_idx] == k][0] for k in range(len(classes))]
@@ -1327,7 +1357,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     model.to(device)
     if overfit_batch:
         return overfit(model, train_loader, loss_fn, recipe, folder, device)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     loss_fn.to(device)
     trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
@@ -1509,7 +1539,7 @@ def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=3
             print(f"overfit {len(batches)} batches, pass {sweep:3d}: loss {history[-1]['train_loss']:.4f}" + (f"  accuracy {np.mean(hits):.3f}" if hits else ""), flush=True)
         if done:
             break
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "overfit.csv", pd.DataFrame(history).to_csv(index=False))
     if not done:
         raise StepFailed(f"four batches were not learned by heart in {limit} passes: loss {history[-1]['train_loss']:.4f} (goal {goal}), accuracy {history[-1]['accuracy']}")
@@ -1665,6 +1695,8 @@ def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
             continue
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
+        if settings.get("run") != name:
+            raise InputError(f"{path}: holds the model of run {settings.get('run')}, not of {name}; delete it and train again")
         if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
             return path, checkpoint
         print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
@@ -1731,7 +1763,7 @@ def emotion_splits(n_clips, seed, n_folds=N_FOLDS) -> list[EmotionSplit]:
     together predict every clip once, by a model that has not seen it.
     """
     if n_clips < 4 * n_folds:
-        raise InputError(f"{n_clips} labelled emotion clips are too few for {n_folds} folds")
+        raise InputError(f"{FOLDERS['emotion']}: {n_clips} labelled clips are too few for {n_folds} folds; at least {4 * n_folds} are needed")
     splits = []
     for rest, test in KFold(n_folds, shuffle=True, random_state=seed).split(np.arange(n_clips)):
         train, val = split_indices(len(rest), VAL_FRACTION, seed)
@@ -2086,12 +2118,15 @@ def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
     predictions : {row: {axis: (N,)}}; empty where the step was not run, or not on these clips
     runs : dict, of its metrics.json
     """
-    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "predictions.csv").exists()), None)
+    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "metrics.json").exists() and (folder / "predictions.csv").exists()), None)
     if not folder:
         step.text(f"`{owner}` has not been run in this output folder, so its scores are missing here.")
         return {}, {}
-    metrics = json.loads((folder / "metrics.json").read_text())
-    table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
+    except ValueError:
+        raise InputError(f"{folder}: its metrics.json or predictions.csv cannot be read; run {owner} again, or delete them") from None
     same = metrics["data"]["root"] == str(step.data) and [metrics.get(key) for key in ("seed", "smoke")] == [step.args.seed, step.args.smoke]
     if not same or table["Id"].tolist() != ids:
         step.text(f"`{owner}` was run on other data, another seed or other held-out clips, so its scores are not compared here.")
@@ -2467,6 +2502,14 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
 # ======================================================================================
 
 
+def make_folder(folder) -> None:
+    """Make an output folder, parents included; one that is there already is fine."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file in its place, no permission, a read-only or full disk
+        raise InputError(f"{folder}: no output folder can be made there ({error.strerror}); choose another --out-dir") from None
+
+
 def write_bytes(path, write) -> None:
     """Write a file whole or not at all: under a temporary name, then renamed."""
     path = Path(path)
@@ -2496,7 +2539,9 @@ def _save_torch(path, value) -> None:
 def _load_torch(path) -> dict:
     """Load tensors and plain values only: a pickle may run code, so none is read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it refuses anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; run the step that trains it first") from None
     except Exception as error:  # zip, pickle and torch errors: all mean the same to a user
@@ -2577,10 +2622,7 @@ class Step:
         self.demo = bool(self.data and (self.data / "DEMO.txt").exists())
         self.out = Path(args.out_dir or (kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"))
         self.folder = self.out / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a file in its place, no permission, a read-only or full disk
-            raise InputError(f"{self.folder}: no output folder can be made there ({error.strerror}); choose another --out-dir") from None
+        make_folder(self.folder)
         self.lock = lock_folder(self.folder)
         self.lines = []
         if self.demo:
