@@ -15,6 +15,7 @@ C channels, H hidden units, K classes, N clips.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -83,13 +85,23 @@ def _number(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            raise ValueError
+            name = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else ""))
         return value
 
-    parse.__name__ = f"{kind.__name__} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     return parse
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists all flags\n")
 
 
 def make_parser(description, training=False, **defaults) -> argparse.ArgumentParser:
@@ -104,7 +116,7 @@ def make_parser(description, training=False, **defaults) -> argparse.ArgumentPar
     **defaults
         Defaults of a step that differ from the shared ones, e.g. ``batch_size=64``.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a mistyped flag must fail, not be guessed
@@ -204,10 +216,13 @@ def find_data(data_dir=None) -> Path:
         places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS] + sorted(inputs.glob("*")) + sorted(inputs.glob("datasets/*/*"))
     else:
         places = [here / "data", here / "data" / "demo"]
+    parts = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
     for place in places:
-        # One level too high or too low is what people hand in most often: take it.
-        for root in (place, place / "data", place.parent):
-            if root.is_dir() and any(part_folder(root, part).is_dir() for part in FOLDERS):
+        # One level too high or too low is what people hand in most often: take it. Too low
+        # only from one of the four folders: a mistyped data/song must not become data.
+        inside = place.is_dir() and place.resolve().name in parts
+        for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
+            if any(part_folder(root, part).is_dir() for part in FOLDERS):
                 return root.resolve()
     tried = ", ".join(map(str, places[:2]))
     if given:
@@ -419,9 +434,11 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
         raise InputError(f"{path}: label file missing; is the data set complete?") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:  # a folder in its place, no permission
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is the data set complete?") from None
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise InputError(f"{path}: empty; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+        raise InputError(f"{path}: empty; its first line must be 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
     header = rows[0][1].strip()
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
@@ -439,7 +456,7 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
         if len(cells) != len(columns) or not all(cells):
             raise InputError(f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line")
         clip_id = cells[0].split(".")[0]
-        if not clip_id or any(mark in cells[0] for mark in "/\\:"):
+        if not clip_id or any(mark in cells[0] for mark in "/\\:\0"):
             raise InputError(f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz")
         if is_genre:
             label = cells[1]
@@ -455,7 +472,7 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
             raise InputError(f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, now {label!r}; keep one")
         labels.append((clip_id, label))
     if not labels:
-        raise InputError(f"{path}: a header and no clips")
+        raise InputError(f"{path}: a header and no clips; is the data set complete?")
     return list(dict(labels).items())  # a row given twice is one clip
 
 
@@ -489,8 +506,17 @@ def merge_classes(entries) -> list[Entry]:
     """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
     unknown = sorted({entry.label for entry in entries} - set(MERGE))
     if unknown:
-        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
-    return [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
+        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
+    merged = [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
+    if not merged:
+        raise InputError(f"{_label_file(entries)}: the lab's merge drops every class in it; --no-merge keeps classes as they are")
+    return merged
+
+
+def _label_file(entries) -> Path:
+    """The file that named these clips, for messages."""
+    folder = entries[0].path.parent
+    return folder.with_name(f"{folder.name}_labels.txt")
 
 
 def read_array(path) -> np.ndarray:
@@ -506,12 +532,16 @@ def read_array(path) -> np.ndarray:
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     try:
-        array = np.load(path, allow_pickle=False)  # never unpickle: a pickle can run code
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)  # never unpickle: a pickle can run code
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
         fault = _shape_fault(array)
-        array = None if fault else np.asarray(array, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            array = None if fault else np.asarray(array, dtype=np.float32)
     except FileNotFoundError:
         fault = "missing, though the label file names it"
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
         fault = f"not a readable .npy array ({str(error).splitlines()[0] if str(error) else 'empty file'})"
     if not fault:
         fault = _value_fault(array)
@@ -576,14 +606,16 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
         left out.
     """
     if not entries:
-        raise InputError("no clips to load")
+        raise InputError("no clips to load; is the data set complete?")
     with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         facts = list(pool.map(_file_facts, [entry.path for entry in entries]))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.clips"
-        if not cache.exists():
+        try:
+            footer, frames = _open_cache(cache)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there yet, or cut short when the machine went down
             _fill_cache(cache, entries, pool)
-    footer, frames = _open_cache(cache)
+            footer, frames = _open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
         raise InputError(faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""))
@@ -637,7 +669,12 @@ def _convert(entry) -> tuple[np.ndarray | None, str | None]:
 def _fill_cache(cache, entries, pool) -> None:
     """Write the cache file: all frames, then a JSON footer, then the footer's length."""
     footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
-    partial = cache.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    for leftover in cache.parent.glob("*.clips.*.tmp"):
+        with contextlib.suppress(OSError):
+            # Of a killed run: one that is being filled is never an hour old.
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
+    partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
             for first in range(0, len(entries), 256):  # in blocks, so that few arrays wait in memory
@@ -654,7 +691,7 @@ def _fill_cache(cache, entries, pool) -> None:
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(partial, cache)
     except OSError as error:
-        raise InputError(f"{partial}: {error.strerror}; point $PATREC_CACHE to a folder with more room") from error
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); point $PATREC_CACHE to a folder with more room") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -667,9 +704,16 @@ def _open_cache(cache) -> tuple[dict, torch.Tensor]:
         file.seek(-8 - size, os.SEEK_END)
         footer = json.loads(file.read(size))
     shape = (sum(footer["lengths"]), N_ROWS)
-    # Mode "c" (copy on write): torch wants writable memory, and nothing reaches the file.
-    frames = np.memmap(cache, np.float16, "c", shape=shape) if shape[0] else np.empty(shape, np.float16)
-    return footer, torch.from_numpy(frames)
+    if not shape[0]:
+        return footer, torch.empty(shape, dtype=torch.float16)
+    try:
+        # Mode "c" (copy on write): a change made by mistake never reaches the file.
+        frames = np.memmap(cache, np.float16, "c", shape=shape)
+    except OSError:  # Linux refuses what would not fit into its memory if all of it were changed
+        frames = np.memmap(cache, np.float16, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written
+        return footer, torch.from_numpy(frames)
 
 
 class SpectrogramDataset(Dataset):
@@ -765,7 +809,7 @@ def encode_labels(entries, classes) -> np.ndarray:
     number = {name: index for index, name in enumerate(classes)}
     unknown = sorted({entry.label for entry in entries} - set(number))
     if unknown:
-        raise InputError(f"{entries[0].path.parent}: class {unknown[0]!r} does not occur in the training part {list(classes)}")
+        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} does not occur in the training part {list(classes)}; mend the label or remove the clip")
     return np.array([number[entry.label] for entry in entries])
 
 
@@ -777,15 +821,14 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     fraction : float
         Share of the smaller (validation or test) part.
     classes : np.ndarray [shape=(n_clips,)], optional
-        Class numbers, to keep every class's share in both parts.
+        Class names or numbers, to keep every class's share in both parts.
     """
-    if classes is not None:
-        counts = np.bincount(classes)
-        if (counts == 1).any():
-            raise InputError(f"class number {int(np.argmax(counts == 1))} has a single clip, which cannot be in both the training and the validation part; merge or drop it")
-    n_held_out = max(math.ceil(fraction * n_clips), 1 if classes is None else len(np.unique(classes)))
+    names, counts = np.unique(classes, return_counts=True) if classes is not None else ([], np.zeros(0))
+    if (counts == 1).any():
+        raise InputError(f"class {names[counts == 1][0]} has a single clip, which cannot be in both the training and the validation part; add clips of it or drop it")
+    n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
     if n_clips < 2 * n_held_out:
-        raise InputError(f"{n_clips} clips are too few to split")
+        raise InputError(f"{n_clips} clips are too few to split into training and validation part; add clips")
     return tuple(train_test_split(np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes))
 
 
@@ -812,7 +855,10 @@ def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=N
     store = load_clips(read_entries(data_dir, "genre", "train", beat, merge), skip_bad)
     classes = sorted({entry.label for entry in store.entries})
     targets = encode_labels(store.entries, classes)
-    train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, targets)
+    try:
+        train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, np.array(classes)[targets])
+    except InputError as error:
+        raise InputError(f"{_label_file(store.entries)}: {error}") from None
     if subset and subset < len(train_idx):
         # Rows are shuffled by the split already; a clip per class first, then as they come.
         first = [train_idx[targets[train_idx] == k][0] for k in range(len(classes))]
@@ -1345,7 +1391,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     model.to(device)
     if overfit_batch:
         return overfit(model, train_loader, loss_fn, recipe, folder, device)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     loss_fn.to(device)
     trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
@@ -1358,11 +1404,16 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
 
     history, best, spent = [], (-math.inf, -math.inf), 0.0
     if resume and (folder / "last.pt").exists():
-        history, best, spent = _restore(folder / "last.pt", parts, recipe)
+        history, best, spent = _restore(folder / "last.pt", parts, recipe, settings)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
+    elif not resume:
+        (folder / "last.pt").unlink(missing_ok=True)  # stopped in its first epoch, a new run must not go on as the old one
     began = time.monotonic()
     out_of_time = False
     for epoch in range(len(history) + 1, recipe.epochs + 1):
+        if _stalled(history, recipe.patience):  # asked before an epoch, so that a resumed run stops where it had stopped
+            print(f"{folder.name}: no better epoch in the last {recipe.patience}; stopping early")
+            break
         epoch_began = time.monotonic()
         try:
             train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
@@ -1379,13 +1430,11 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         if (score, -val_loss) > best:
             best = (score, -val_loss)
             save_checkpoint(folder / "best.pt", average.module, settings, epoch=epoch, val_score=score)
-        elapsed = spent + time.monotonic() - began
-        _save_torch(folder / "last.pt", _state(parts, recipe, history, best, elapsed))
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+        elapsed = spent + time.monotonic() - began
+        # Last of the three: what it says is done is never missing from the others, whenever the process is killed.
+        _save_torch(folder / "last.pt", _state(parts, recipe, settings, history, best, elapsed))
         print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s", flush=True)
-        if recipe.patience and epoch - max(history, key=lambda row: row["val_score"])["epoch"] >= recipe.patience:
-            print(f"{folder.name}: no better epoch in the last {recipe.patience}; stopping early")
-            break
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
             print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
             out_of_time = True
@@ -1394,6 +1443,11 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     model.load_state_dict(checkpoint["state"])
     return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
             "train_seconds": spent + time.monotonic() - began, "out_of_time": out_of_time, "history": history}  # fmt: skip
+
+
+def _stalled(history, patience) -> bool:
+    """True when the last `patience` epochs brought no better score; patience 0: never."""
+    return bool(patience and history) and history[-1]["epoch"] - max(history, key=lambda row: row["val_score"])["epoch"] >= patience
 
 
 def device_type(device) -> str:
@@ -1521,32 +1575,38 @@ def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=3
             print(f"overfit {len(batches)} batches, pass {sweep:3d}: loss {history[-1]['train_loss']:.4f}" + (f"  accuracy {np.mean(hits):.3f}" if hits else ""), flush=True)
         if done:
             break
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "overfit.csv", pd.DataFrame(history).to_csv(index=False))
     if not done:
         raise StepFailed(f"four batches were not learned by heart in {limit} passes: loss {history[-1]['train_loss']:.4f} (goal {goal}), accuracy {history[-1]['accuracy']}")
     return {"passes": sweep, "loss": history[-1]["train_loss"], "accuracy": history[-1]["accuracy"], "history": history}
 
 
-def _state(parts, recipe, history, best, elapsed) -> dict:
+def _state(parts, recipe, settings, history, best, elapsed) -> dict:
     """All that an uninterrupted run would hold after this epoch."""
     states = {name: part.state_dict() for name, part in parts.items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     plan = _plan(recipe, parts["schedule"])
-    return states | {"rng": rng, "plan": plan, "history": history, "best": list(best), "elapsed": elapsed}
+    return states | {"rng": rng, "plan": plan, "settings": settings, "history": history, "best": list(best), "elapsed": elapsed}
 
 
 def _plan(recipe, schedule) -> str:
     return f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {schedule.total_steps} batches"
 
 
-def _restore(path, parts, recipe):
+def _restore(path, parts, recipe, settings):
     state = _load_torch(path)
+    if not isinstance(state, dict) or not {*parts, "rng", "plan", "settings", "history", "best", "elapsed"} <= set(state):
+        raise InputError(f"{path}: not the state of a training; leave out --resume, which begins anew")
     plan = _plan(recipe, parts["schedule"])
-    if state.get("plan") != plan:
-        raise InputError(f"{path}: begun with {state.get('plan')}, now {plan}; use the same, or leave out --resume")
+    if state["plan"] != plan:
+        raise InputError(f"{path}: begun with {state['plan']}, now {plan}; use the same, or leave out --resume")
+    # Other clips, or the same ones split by another seed: what was validated would now be trained on.
+    odd = [name for name, value in settings.items() if not _same(value, state["settings"].get(name))]
+    if odd:
+        raise InputError(f"{path}: begun with other clips or another --seed ({' and '.join(odd)} differ); use the same, or leave out --resume")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -1556,6 +1616,13 @@ def _restore(path, parts, recipe):
     if "cuda" in state["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])
     return state["history"], tuple(state["best"]), state["elapsed"]
+
+
+def _same(value, other) -> bool:
+    """Equality of two settings, which are plain values or, the band statistics, tuples of tensors."""
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(torch.equal, value, other))
+    return value == other
 
 # --------------------------------------------------------------------------------------
 # The genre runs of steps 5 and 7, which steps 6, 8, 9 and 11 go on from
@@ -1628,7 +1695,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     window = None if run.beat or run.plain else CROPS[run.network]
     data = load_genre(step.data, run.features, run.beat, seed=seed, merge=not step.args.no_merge,
                       crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
-    settings = data.settings | {"run": name, "smoke": smoke, "window": window}
+    settings = data.settings | {"run": name, "seed": step.args.seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
     epochs = epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network]))
@@ -1671,6 +1738,8 @@ def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
             continue
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
+        if settings.get("run") != name:
+            raise InputError(f"{path}: holds the model of run {settings.get('run')}, not of {name}; delete it and train again")
         if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
             return path, checkpoint
         print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
@@ -1737,7 +1806,7 @@ def emotion_splits(n_clips, seed, n_folds=N_FOLDS) -> list[EmotionSplit]:
     together predict every clip once, by a model that has not seen it.
     """
     if n_clips < 4 * n_folds:
-        raise InputError(f"{n_clips} labelled emotion clips are too few for {n_folds} folds")
+        raise InputError(f"{FOLDERS['emotion']}: {n_clips} labelled clips are too few for {n_folds} folds; at least {4 * n_folds} are needed")
     splits = []
     for rest, test in KFold(n_folds, shuffle=True, random_state=seed).split(np.arange(n_clips)):
         train, val = split_indices(len(rest), VAL_FRACTION, seed)
@@ -1807,7 +1876,8 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
         augment=make_augment(run),
         window=window,
     )
-    settings = {"part": "emotion", "run": name, "features": run.features, "beat": run.beat, "axis": axis, "stats": stats, "smoke": smoke, "window": window}
+    settings = {"part": "emotion", "run": name, "features": run.features, "beat": run.beat, "axis": axis, "stats": stats,
+                "seed": step.args.seed, "smoke": smoke, "window": window}  # fmt: skip
     result = train(model, train_loader, val_loader, loss_fn, emotion_score, recipe, step.folder / name, settings,
                    device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
     if not overfit_batch:
@@ -2091,12 +2161,15 @@ def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
     predictions : {row: {axis: (N,)}}; empty where the step was not run, or not on these clips
     runs : dict, of its metrics.json
     """
-    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "predictions.csv").exists()), None)
+    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "metrics.json").exists() and (folder / "predictions.csv").exists()), None)
     if not folder:
         step.text(f"`{owner}` has not been run in this output folder, so its scores are missing here.")
         return {}, {}
-    metrics = json.loads((folder / "metrics.json").read_text())
-    table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
+    except ValueError:
+        raise InputError(f"{folder}: its metrics.json or predictions.csv cannot be read; run {owner} again, or delete them") from None
     same = metrics["data"]["root"] == str(step.data) and [metrics.get(key) for key in ("seed", "smoke")] == [step.args.seed, step.args.smoke]
     if not same or table["Id"].tolist() != ids:
         step.text(f"`{owner}` was run on other data, another seed or other held-out clips, so its scores are not compared here.")
@@ -2472,6 +2545,14 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
 # ======================================================================================
 
 
+def make_folder(folder) -> None:
+    """Make an output folder, parents included; one that is there already is fine."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file in its place, no permission, a read-only or full disk
+        raise InputError(f"{folder}: no output folder can be made there ({error.strerror}); choose another --out-dir") from None
+
+
 def write_bytes(path, write) -> None:
     """Write a file whole or not at all: under a temporary name, then renamed."""
     path = Path(path)
@@ -2501,7 +2582,9 @@ def _save_torch(path, value) -> None:
 def _load_torch(path) -> dict:
     """Load tensors and plain values only: a pickle may run code, so none is read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it refuses anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; run the step that trains it first") from None
     except Exception as error:  # zip, pickle and torch errors: all mean the same to a user
@@ -2544,7 +2627,8 @@ def lock_folder(folder):
     """Keep other processes out of an output folder until this one ends, however it ends.
 
     Cached: a notebook's second run of a cell holds the lock already. On systems without
-    fcntl (Windows) there is no lock.
+    fcntl (Windows) there is no lock. Nobody else being there, what a killed process has
+    left half-written is removed.
     """
     try:
         import fcntl
@@ -2556,10 +2640,12 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{folder}: another process is writing there; wait for it, or choose another --out-dir") from None
-    except PermissionError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        if file is None:  # no permission, a read-only or full disk
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
+        return file  # a file system without locks
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     return file
 
 
@@ -2579,10 +2665,7 @@ class Step:
         self.demo = bool(self.data and (self.data / "DEMO.txt").exists())
         self.out = Path(args.out_dir or (kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"))
         self.folder = self.out / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a file in its place, no permission, a read-only or full disk
-            raise InputError(f"{self.folder}: no output folder can be made there ({error.strerror}); choose another --out-dir") from None
+        make_folder(self.folder)
         self.lock = lock_folder(self.folder)
         self.lines = []
         if self.demo:

@@ -85,9 +85,10 @@ def count_steps(step, beat) -> list[int]:
     for entry in read_entries(step.data, "genre", "train", beat):
         try:
             lengths.append(np.load(entry.path, mmap_mode="r", allow_pickle=False).shape[1])
-        except (ValueError, OSError, EOFError, IndexError) as error:
+        except Exception as error:  # whatever a broken header makes numpy raise
             if not step.args.skip_bad:
-                raise InputError(f"{entry.path}: not a readable array ({error}); step 4 lists such files, --skip-bad leaves them out") from error
+                reason = (str(error).splitlines() or ["empty file"])[0]
+                raise InputError(f"{entry.path}: not a readable array ({reason}); step 4 lists such files, --skip-bad leaves them out") from error
     return lengths
 
 

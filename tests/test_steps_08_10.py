@@ -242,7 +242,7 @@ def test_best_genre_model_is_chosen_by_validation_score(data_dir, tmp_path):
         folder = tmp_path / ("step07_cnn" if name == "cnn_mel" else "step05_lstm") / name
         folder.mkdir(parents=True)
         model = common.Classifier(common.make_backbone(GENRE_RUNS[name]), len(known))
-        common.save_checkpoint(folder / "best.pt", model, {"classes": known, "smoke": smoke}, epoch=1, val_score=score)
+        common.save_checkpoint(folder / "best.pt", model, {"run": name, "classes": known, "smoke": smoke}, epoch=1, val_score=score)
     # Neither a smoke run's checkpoint nor one of other classes, however high its score.
     assert list(common.genre_val_scores(step)) == ["beat_mel", "cnn_mel", "mel"]
 
