@@ -1463,7 +1463,7 @@ def half_precision(device):
 def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch) -> float:
     """One pass over the training clips; returns the mean loss."""
     model.train()  # every epoch: validation has switched batch norm and dropout over
-    losses = []
+    losses, rates = [], []
     for x, targets, lengths in tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False):
         x, targets = x.to(device), targets.to(device)
         if recipe.augment:
@@ -1477,13 +1477,14 @@ def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, s
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
+        rates.append(schedule.get_last_lr()[0])
         schedule.step()
         average.update_parameters(model)
         losses.append(loss.detach())
     losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
     if not losses.isfinite().all():
         batch = int((~losses.isfinite()).nonzero()[0])
-        raise StepFailed(f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate {schedule.get_last_lr()[0]:.2g}; the best epoch so far is kept, try a smaller --lr")
+        raise StepFailed(f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate {rates[batch]:.2g}; the best epoch so far is kept, try a smaller --lr")
     return float(losses.mean())
 
 
@@ -1695,7 +1696,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     window = None if run.beat or run.plain else CROPS[run.network]
     data = load_genre(step.data, run.features, run.beat, seed=seed, merge=not step.args.no_merge,
                       crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
-    settings = data.settings | {"run": name, "seed": step.args.seed, "smoke": smoke, "window": window}
+    settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
     epochs = epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network]))
