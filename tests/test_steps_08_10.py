@@ -69,7 +69,7 @@ def test_run_names(outputs):
     runs = {name: set(metrics_of(outputs, name)["runs"]) for name in STEPS}
     assert {f"{network}_{axis}" for network in ("lstm", "cnn") for axis in EMOTIONS} | {"lstm", "cnn", "constant", "ridge", "svr"} == runs[STEPS[0]]
     assert {"transfer_valence", "scratch_valence"} | {f"transfer_valence_frozen{depth}" for depth in range(1, 5)} == runs[STEPS[1]]
-    assert {"multitask", "multitask_scratch", "multitask_learned", "svr"} == runs[STEPS[2]]
+    assert {"multitask", "multitask_scratch", "multitask_lstm", "multitask_learned", "multitask_average", "svr"} == runs[STEPS[2]]
 
 
 def test_single_axis_run_is_scored_on_its_axis_only(outputs):
