@@ -839,7 +839,7 @@ class GenreData:
     train: Subset
     val: Subset
     classes: list[str]
-    settings: dict  # what a checkpoint needs to prepare new clips: features, beat, merge, classes, stats
+    settings: dict  # what a checkpoint needs to judge new clips: features, beat, merge, classes, shares, stats
 
 
 def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=None, subset=None, device="cpu", skip_bad=False) -> GenreData:
@@ -867,7 +867,8 @@ def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=N
     stats = band_statistics(store, train_idx, features)
     store.frames = to_resident(store.frames, device)
     whole = SpectrogramDataset(store, targets, features, stats)
-    settings = {"part": "genre", "features": features, "beat": beat, "merge": merge, "classes": classes, "stats": stats}
+    shares = np.bincount(targets[train_idx], minlength=len(classes)) / len(train_idx)
+    settings = {"part": "genre", "features": features, "beat": beat, "merge": merge, "classes": classes, "shares": shares.tolist(), "stats": stats}
     return GenreData(Subset(whole.variant(crop=crop), train_idx.tolist()), Subset(whole, val_idx.tolist()), classes, settings)
 
 
@@ -1346,9 +1347,19 @@ def show_bars() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 
-def epochs_for(n_clips, presentations, low=20, high=80) -> int:
-    """Epochs that show about `presentations` clips in all: small sets get more passes."""
-    return int(min(max(round(presentations / n_clips), low), high))
+def plan_epochs(n_clips, presentations, low=20, high=165, longest=60) -> tuple[int, int]:
+    """Plan a training that shows about `presentations` examples in all: small sets get more passes.
+
+    Where that takes more than `longest` passes, an epoch shows several random crops of
+    each clip, or validation would take as long as training.
+
+    Returns
+    -------
+    epochs, crops of a clip per epoch
+    """
+    passes = min(max(presentations / n_clips, low), high)
+    crops = math.ceil(passes / longest)
+    return round(passes / crops), crops
 
 
 @dataclasses.dataclass
@@ -1664,7 +1675,7 @@ CNN_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
 # Frames of a training example and of a window when scoring: 15 s for LSTMs, 6 s for CNNs.
 CROPS = {"lstm": 640, "cnn": 256}
 # Training examples shown in all, which fixes the number of epochs for any size of data set.
-PRESENTATIONS = {"lstm": 12_000, "cnn": 40_000}
+PRESENTATIONS = {"lstm": 20_000, "cnn": 60_000}
 
 
 def make_backbone(run) -> nn.Module:
@@ -1684,9 +1695,21 @@ def make_augment(run, n_classes=0) -> Augment:
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
 
 
-def genre_score(n_classes):
+def even_out(logits, shares, strength=0.5):
+    """Give rare classes a fairer chance: lower each logit by the log of its class's share.
+
+    A network answers a common class more readily because it was common in training, which
+    macro-F1 does not reward (Menon et al., 2021, Long-tail learning via logit adjustment).
+    Half strength costs no accuracy in cross-validation (docs/experiments.md).
+
+    logits (N, K); shares : sequence of K floats, of the training part
+    """
+    return logits - strength * torch.tensor(shares).log()
+
+
+def genre_score(shares):
     """Validation score of a classifier: macro-F1, in which small classes count fully."""
-    return lambda logits, targets: macro_f1(targets.numpy(), logits.argmax(1).numpy(), n_classes)
+    return lambda logits, targets: macro_f1(targets.numpy(), even_out(logits, shares).argmax(1).numpy(), len(shares))
 
 
 def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf, seed=None):
@@ -1713,10 +1736,13 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
-    epochs = epochs or (2 if smoke else epochs_for(len(data.train), PRESENTATIONS[run.network]))
+    planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network])
+    if epochs or smoke or overfit_batch:
+        planned, crops = epochs or 2, 1
+    shown = Subset(data.train.dataset, data.train.indices * crops)
     recipe = Recipe(
-        epochs=epochs,
-        patience=max(10, epochs // 2),
+        epochs=planned,
+        patience=max(10, planned // 2),
         lr=lr or defaults["lr"],
         augment=None if run.plain else make_augment(run, n_classes),
         window=window,
@@ -1724,8 +1750,8 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     model = Classifier(make_backbone(run), n_classes)
     batch_size = batch_size or defaults["batch_size"]
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
-    result = train(model, make_loader(data.train, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
-                   genre_score(n_classes), recipe, folder, settings, device=step.device,
+    result = train(model, make_loader(shown, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
+                   genre_score(settings["shares"]), recipe, folder, settings, device=step.device,
                    overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
     return model, settings, result | {"n_train": len(data.train), "n_val": len(data.val), "weights": count_weights(model)}
 
@@ -1785,7 +1811,7 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
     -------
     scores : dict, see `classification_scores`
     targets : np.ndarray [shape=(N,)]
-    logits : np.ndarray [shape=(N, K)]
+    logits : np.ndarray [shape=(N, K)], see `even_out`
     """
     beat = settings["beat"] if beat is None else beat
     test = load_genre_test(step.data, settings, beat=beat, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
@@ -1795,6 +1821,7 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
         # the training input did, as nearly as can be (a beat is about 21 frames).
         model.backbone.frames_per_step, window = (1 if beat else 21), None
     logits, targets = predict(model, make_loader(test, 64), step.device, window)
+    logits = even_out(logits, settings["shares"])
     model.backbone.frames_per_step = usual
     return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy()
 
@@ -1883,7 +1910,7 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
     train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist()), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
-    epochs = epochs or (2 if smoke else epochs_for(len(train_idx), 10_000))
+    epochs = epochs or (2 if smoke else plan_epochs(len(train_idx), 10_000)[0])
     recipe = Recipe(
         epochs=epochs,
         patience=max(10, epochs // 2),

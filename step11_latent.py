@@ -38,6 +38,7 @@ from common import (
     bootstrap,
     build_model,
     classification_scores,
+    even_out,
     genre_model,
     load_checkpoint,
     load_genre_test,
@@ -109,7 +110,7 @@ def latent_vectors(step, model, settings) -> dict:
     # the average vector is the average answer that steps 6 and 7 score.
     vectors, labels = predict(model.backbone, make_loader(test, 64), step.device, settings["window"])
     with torch.no_grad():
-        logits = model.eval().head(vectors.to(step.device)).cpu()
+        logits = even_out(model.eval().head(vectors.to(step.device)).cpu(), settings["shares"])
     ids = np.array([entry.clip_id for entry in test.store.entries])
     return {"vectors": vectors.numpy(), "labels": labels.numpy(), "ids": ids, "classes": np.array(settings["classes"]), "logits": logits.numpy()}
 

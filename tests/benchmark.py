@@ -202,7 +202,8 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     device = common.pick_device(args.device)
     common.keep_freed_memory()
     data = common.load_genre(args.data_dir, seed=0, crop=common.CROPS["cnn"], device=device)
-    score = common.genre_score(len(data.classes))
+    n_classes = len(data.classes)
+    plain_score = common.genre_score([1 / n_classes] * n_classes)  # equal shares: the largest logit as it is
     store = data.val.dataset.store
     textbook = TextbookDataset(store.entries, data.val.dataset.targets.numpy())
     train_idx, val_idx = data.train.indices, data.val.indices
@@ -214,18 +215,20 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     best, reached, began = -1.0, 0.0, time.perf_counter()
     for epoch in range(epochs):
         textbook_epoch(model, loader, optimizer, device)
-        value = score(*common.predict(model, val, device))
+        value = plain_score(*common.predict(model, val, device))
         if value > best:
             best, reached = value, time.perf_counter() - began
         print(f"textbook CNN, epoch {epoch + 1}: {value:.3f} after {time.perf_counter() - began:.0f} s", flush=True)
     common.seed_everything(0)
     settings = data.settings | {"smoke": False, "window": common.CROPS["cnn"]}
     ours = common.Classifier(common.make_backbone(common.GENRE_RUNS["cnn_mel"]), len(data.classes))
-    recipe = common.Recipe(epochs=common.epochs_for(len(train_idx), common.PRESENTATIONS["cnn"]), lr=common.CNN_DEFAULTS["lr"],
+    epochs, crops = common.plan_epochs(len(train_idx), common.PRESENTATIONS["cnn"])
+    recipe = common.Recipe(epochs=epochs, lr=common.CNN_DEFAULTS["lr"],
                            augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=common.CROPS["cnn"])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        result = common.train(ours, common.make_loader(data.train, 32, True), common.make_loader(data.val, 32), nn.CrossEntropyLoss(),
-                              score, recipe, Path(folder) / "cnn", settings, device=device)  # fmt: skip
+        shown = torch.utils.data.Subset(data.train.dataset, train_idx * crops)
+        result = common.train(ours, common.make_loader(shown, 32, True), common.make_loader(data.val, 32), nn.CrossEntropyLoss(label_smoothing=0.1),
+                              common.genre_score(data.settings["shares"]), recipe, Path(folder) / "cnn", settings, device=device)  # fmt: skip
     seconds = 0.0
     for row in result["history"]:
         seconds += row["seconds"]

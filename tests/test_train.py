@@ -39,7 +39,7 @@ def fit(folder, epochs=4, model=None, data=None, score=None, loss=None, **option
     recipe = Recipe(epochs=epochs, lr=0.02, augment=Augment(n_classes=3, shift_bands=0, mask_bands=1, mask_frames=2))
     recipe = dataclasses.replace(recipe, **options.pop("recipe", {}))
     result = common.train(model, DataLoader(data, 8, shuffle=True), DataLoader(data, 8), loss or nn.CrossEntropyLoss(),
-                          score or common.genre_score(3), recipe, folder, {"classes": list("abc")}, **options)  # fmt: skip
+                          score or common.genre_score([1 / 3] * 3), recipe, folder, {"classes": list("abc")}, **options)  # fmt: skip
     return model, result
 
 
@@ -47,7 +47,7 @@ def test_learns_and_returns_the_best_epoch(tmp_path):
     model, result = fit(tmp_path / "run", epochs=8)
     assert result["val_score"] > 0.9
     outputs, targets = common.predict(model, DataLoader(clips(), 8))
-    assert common.genre_score(3)(outputs, targets) == pytest.approx(result["val_score"])
+    assert common.genre_score([1 / 3] * 3)(outputs, targets) == pytest.approx(result["val_score"])
 
 
 def test_best_checkpoint_is_not_the_last_model(tmp_path):
@@ -82,7 +82,7 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path):
     def stop_in_third_epoch(outputs, targets):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return common.genre_score(3)(outputs, targets)
+        return common.genre_score([1 / 3] * 3)(outputs, targets)
 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts", epochs=5, score=stop_in_third_epoch)
@@ -179,6 +179,18 @@ def test_windows_cover_the_clip_and_stay_inside():
     cut = cut.view(2, -1, 16)
     assert set(cut[0].flatten().tolist()) == set(range(50)) and cut[1].max() == 19
     assert lengths.tolist() == [16] * len(lengths)
+
+
+@pytest.mark.parametrize("n_clips, epochs, crops", [(8, 55, 3), (365, 55, 3), (1000, 60, 1), (1844, 33, 1), (20_000, 20, 1)])
+def test_small_sets_get_more_passes_and_several_crops_per_epoch(n_clips, epochs, crops):
+    assert common.plan_epochs(n_clips, 60_000) == (epochs, crops)
+
+
+def test_a_rare_class_is_believed_a_little_earlier():
+    logits = torch.tensor([[1.0, 0.9], [1.0, -2.0]])
+    assert common.even_out(logits, [0.9, 0.1]).argmax(1).tolist() == [1, 0]
+    equal = common.even_out(logits, [0.5, 0.5])
+    torch.testing.assert_close(equal.log_softmax(1), logits.log_softmax(1))
 
 
 def test_spearman_is_over_the_whole_set():
