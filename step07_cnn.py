@@ -108,7 +108,8 @@ def main(argv=None):
         return step.finish(overfit={"cnn_mel": {key: value for key, value in check.items() if key != "history"}})
 
     # b) The network is CNNBackbone in common.py. It trains on random crops in time, more
-    # examples from the same clips, and the best epoch by validation macro-F1 is kept.
+    # examples from the same clips; of the last fifth of the epochs the best by validation
+    # macro-F1 is kept.
     seeds = {"cnn_mel": None} | {f"cnn_mel_seed{seed}": seed for seed in (args.seed + 1, args.seed + 2) if args.ensemble}
     members = {run: train_genre(step, "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i), seed=seed)
                for i, (run, seed) in enumerate(seeds.items())}  # fmt: skip
@@ -132,7 +133,7 @@ def main(argv=None):
     digits = report_digits(step)
     step.heading("7b. The network and its training")
     step.text(f"Four blocks of convolution, batch normalisation, ReLU and max pooling, {result['weights']:,} weights with the output layer, trained "
-              f"on {result['n_train']} clips; the epoch with the best macro-F1 on {result['n_val']} validation clips was kept (dot).")  # fmt: skip
+              f"on {result['n_train']} clips; of the last fifth of the epochs, the one with the best macro-F1 on {result['n_val']} validation clips was kept (dot).")  # fmt: skip
     fig, ax = plt.subplots(figsize=(7, 4))
     plot_history(ax, result["history"], "CNN on mel spectrograms", "macro-F1")
     step.figure(fig, "learning_curve", "Loss and validation macro-F1 against the epoch; training clips are mixed and masked, so their loss may stay the higher one")

@@ -53,12 +53,33 @@ def test_learns_and_returns_the_best_epoch(tmp_path):
 def test_best_checkpoint_is_not_the_last_model(tmp_path):
     """Bug 7: 'best' was an alias of the live model, or overwritten by the last one."""
     scores = iter([0.1, 0.9, 0.2, 0.3])
-    model, result = fit(tmp_path / "run", score=lambda outputs, targets: next(scores))
+    model, result = fit(tmp_path / "run", score=lambda outputs, targets: next(scores), recipe={"settled": 0.75})
     best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt"))
     assert result["best_epoch"] == best["epoch"] == 2
     key = "head.1.weight"
     assert torch.equal(model.state_dict()[key], best["state"][key])
     assert not torch.equal(best["state"][key], last["average"][f"module.{key}"])
+
+
+def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path):
+    scores = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1])
+    _, result = fit(tmp_path / "run", epochs=10, score=lambda outputs, targets: next(scores))
+    assert result["best_epoch"] == 9 and result["val_score"] == 0.15
+    assert [row["epoch"] for row in result["history"] if row["kept"]] == [1, 9]
+
+
+def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path):
+    scores = iter([0.2, 0.9, 0.3, 0.1])
+
+    class Stopped(nn.CrossEntropyLoss):
+        def forward(self, outputs, targets):
+            if len(outputs) == 24 and (tmp_path / "run" / "history.csv").exists() and len((tmp_path / "run" / "history.csv").read_text().splitlines()) > 3:
+                raise KeyboardInterrupt
+            return super().forward(outputs, targets)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", epochs=20, score=lambda outputs, targets: next(scores), loss=Stopped())
+    assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 2
 
 
 def test_something_is_kept_although_every_score_is_negative(tmp_path):
@@ -107,11 +128,6 @@ def test_resume_of_another_run_is_refused(tmp_path):
 def test_time_limit_ends_training_with_a_scored_epoch(tmp_path, capsys):
     _, result = fit(tmp_path / "run", epochs=50, max_seconds=0)
     assert result["epochs"] == 1 and result["out_of_time"] and "time is up" in capsys.readouterr().out
-
-
-def test_patience_ends_training_early(tmp_path):
-    _, result = fit(tmp_path / "run", epochs=20, score=lambda *_: 0.5, recipe={"patience": 3})
-    assert result["epochs"] < 20
 
 
 def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
