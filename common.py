@@ -985,7 +985,7 @@ def time_mask(lengths, n_steps, device) -> torch.Tensor:
 class Backbone(nn.Module):
     """What both backbones share: `blocks`, of which the first ones can be frozen.
 
-    `prepare` and `stem` are what comes before the first block; they are frozen with it.
+    `stem` is what comes before the first block and is frozen with it.
     """
 
     n_frozen = 0
@@ -998,7 +998,7 @@ class Backbone(nn.Module):
         self.train()
 
     def frozen(self) -> list:
-        return [self.prepare, self.stem, *self.blocks[: self.n_frozen]] if self.n_frozen else []
+        return [self.stem, *self.blocks[: self.n_frozen]] if self.n_frozen else []
 
     def train(self, mode=True):
         super().train(mode)
@@ -1028,26 +1028,24 @@ class LSTMBackbone(Backbone):
     readout : 'pool' or 'last'
         Mean and maximum over the clip's steps, or the last step of the clip: never the
         last step of the padding.
-    shortcut : bool
-        Put mean, maximum and standard deviation of the network's input over the clip
-        beside what the LSTM says. These statistics alone tell genres apart quite well
-        (the SVM of step 6 has no more), and the LSTM need not learn to pass them on.
     """
 
-    def __init__(self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3, frames_per_step=1, projection=0, mask_bands=0, readout="pool",
-                 shortcut=False):  # fmt: skip
+    def __init__(self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3, frames_per_step=1, projection=0, mask_bands=0, readout="pool"):
         super().__init__()
         self.config = {
             "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers, "bidirectional": bidirectional, "dropout": dropout,
-            "frames_per_step": frames_per_step, "projection": projection, "mask_bands": mask_bands, "readout": readout, "shortcut": shortcut,
+            "frames_per_step": frames_per_step, "projection": projection, "mask_bands": mask_bands, "readout": readout,
         }  # fmt: skip
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 2 * n_bands
-        self.prepare = nn.Sequential(
-            StepNorm(n_inputs, affine=False) if frames_per_step > 1 else nn.Identity(),  # a spread within a step is no standardised number yet
-            StripeMask(n_bands, mask_bands),
-        )
-        self.stem = nn.Sequential(nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU()) if projection else nn.Identity()
+        stem = []
+        if frames_per_step > 1:
+            stem.append(StepNorm(n_inputs, affine=False))  # a spread within a step is no standardised number yet
+        if mask_bands:
+            stem.append(StripeMask(n_bands, mask_bands))
+        if projection:
+            stem += [nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU()]
+        self.stem = nn.Sequential(*stem)
         n_directions = 2 if bidirectional else 1
         # One nn.LSTM per layer and direction: the backward ones read the reversed clip, so
         # that they start at its end and not in the padding. (Packed sequences do the same
@@ -1057,13 +1055,12 @@ class LSTMBackbone(Backbone):
             nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for _ in range(n_directions)) for size in sizes
         )
         self.dropout = nn.Dropout(dropout)
-        self.feature_size = hidden_size * n_directions * (2 if readout == "pool" else 1) + (3 * n_inputs if shortcut else 0)
+        self.feature_size = hidden_size * n_directions * (2 if readout == "pool" else 1)
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
         x, lengths = average_frames(x, lengths, self.frames_per_step, spread=self.config["frames_per_step"] > 1)  # (B, S, F or 2 F)
-        steps = self.prepare(x)
-        x = self.stem(steps)
+        x = self.stem(x)
         order = reverse_order(lengths, x.shape[1]).to(x.device)
         for index, layer in enumerate(self.blocks):
             x = self.dropout(x) if index else x
@@ -1077,10 +1074,7 @@ class LSTMBackbone(Backbone):
             last = forward_h[torch.arange(len(x), device=x.device), (lengths - 1).to(x.device)]
             return torch.cat([last] + [h[:, 0] for h in backward_h], dim=1)  # (B, H * directions)
         mask = time_mask(lengths, x.shape[1], x.device)
-        vectors = [masked_mean_max(x, mask)]  # (B, 2 * H * directions)
-        if self.config["shortcut"]:
-            vectors += [masked_mean_max(steps, mask), masked_spread(steps, mask)]
-        return torch.cat(vectors, dim=1)
+        return masked_mean_max(x, mask)  # (B, 2 * H * directions)
 
 
 class StepNorm(nn.BatchNorm1d):
@@ -1144,14 +1138,6 @@ def masked_mean_max(x, mask):
     return torch.cat([mean, highest], dim=1)
 
 
-def masked_spread(x, mask):
-    """Standard deviation over the clip's own steps: (B, S, D), (B, S, 1) -> (B, D)."""
-    n = mask.sum(1)
-    mean = (x * mask).sum(1) / n
-    variance = ((x - mean.unsqueeze(1)).square() * mask).sum(1) / n
-    return (variance + 1e-5).sqrt()  # the root's slope at 0 is infinite
-
-
 class CNNBackbone(Backbone):
     """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
 
@@ -1175,7 +1161,7 @@ class CNNBackbone(Backbone):
     def __init__(self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3, frames_per_step=4):
         super().__init__()
         self.config = {"n_bands": n_bands, "channels": list(channels), "kernel_size": kernel_size, "frames_per_step": frames_per_step}
-        self.frames_per_step, self.prepare, self.stem = frames_per_step, nn.Identity(), nn.Identity()
+        self.frames_per_step, self.stem = frames_per_step, nn.Identity()
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False),  # the norm has a bias
@@ -1682,7 +1668,7 @@ def make_backbone(run) -> nn.Module:
         return CNNBackbone(n_bands)
     if run.plain:
         return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
-    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8, projection=128, mask_bands=16, shortcut=True)
+    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8, projection=128, mask_bands=16)
 
 
 def make_augment(run, n_classes=0) -> Augment:
