@@ -1333,7 +1333,7 @@ def show_bars() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 
-def plan_epochs(n_clips, presentations, low=20, high=165, longest=60) -> tuple[int, int]:
+def plan_epochs(n_clips, presentations, high, low=20, longest=60) -> tuple[int, int]:
     """Plan a training that shows about `presentations` examples in all: small sets get more passes.
 
     Where that takes more than `longest` passes, an epoch shows several random crops of
@@ -1659,6 +1659,7 @@ CNN_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
 CROPS = {"lstm": 640, "cnn": 256}
 # Training examples shown in all, which fixes the number of epochs for any size of data set.
 PRESENTATIONS = {"lstm": 30_000, "cnn": 60_000}
+MOST_PASSES = {"lstm": 80, "cnn": 165}  # over a very small set
 
 
 def make_backbone(run) -> nn.Module:
@@ -1719,7 +1720,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
-    planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network])
+    planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network], MOST_PASSES[run.network])
     if epochs or smoke or overfit_batch:
         planned, crops = epochs or 2, 1
     shown = Subset(data.train.dataset, data.train.indices * crops)
@@ -1892,7 +1893,7 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
     train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist()), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
-    epochs = epochs or (2 if smoke else plan_epochs(len(train_idx), 10_000)[0])
+    epochs = epochs or (2 if smoke else plan_epochs(len(train_idx), 10_000, high=60)[0])
     recipe = Recipe(
         epochs=epochs,
         lr=lr or EMOTION_DEFAULTS["lr"],

@@ -222,7 +222,7 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     common.seed_everything(0)
     settings = data.settings | {"smoke": False, "window": common.CROPS["cnn"]}
     ours = common.Classifier(common.make_backbone(common.GENRE_RUNS["cnn_mel"]), len(data.classes))
-    epochs, crops = common.plan_epochs(len(train_idx), common.PRESENTATIONS["cnn"])
+    epochs, crops = common.plan_epochs(len(train_idx), common.PRESENTATIONS["cnn"], common.MOST_PASSES["cnn"])
     recipe = common.Recipe(epochs=epochs, lr=common.CNN_DEFAULTS["lr"],
                            augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=common.CROPS["cnn"])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
