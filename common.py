@@ -1813,6 +1813,7 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
 # --------------------------------------------------------------------------------------
 
 EMOTION_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
+EMOTION_PRESENTATIONS = {"lstm": 10_000, "cnn": 20_000}
 N_FOLDS = 5  # a fifth is held out: the lab gives no labels for its test clips
 
 
@@ -1891,11 +1892,13 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     window = None if run.beat else CROPS[run.network]
     whole = SpectrogramDataset(store, targets[:, columns], run.features, stats)
     batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
-    train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist()), batch_size, shuffle=True)
+    planned, crops = plan_epochs(len(train_idx), EMOTION_PRESENTATIONS[run.network], high=100)
+    if epochs or smoke or overfit_batch:
+        planned, crops = epochs or 2, 1
+    train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist() * crops), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
-    epochs = epochs or (2 if smoke else plan_epochs(len(train_idx), 10_000, high=60)[0])
     recipe = Recipe(
-        epochs=epochs,
+        epochs=planned,
         lr=lr or EMOTION_DEFAULTS["lr"],
         augment=make_augment(run),
         window=window,
