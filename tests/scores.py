@@ -38,7 +38,8 @@ def collect(args) -> dict:
     """{(row, step that prints it): test scores of every seed}"""
     rows = {}
     for seed in args.seeds:
-        for step, flags in COMMANDS.items():
+        for step in args.steps:
+            flags = COMMANDS[step]
             if step == "step07_cnn" and seed != args.seeds[0]:
                 continue  # its ensemble has trained the next two seeds already
             for name, run in run_step(args, step, flags, seed).items():
@@ -64,12 +65,15 @@ def main():
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out-dir", type=Path, default=Path("scores"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--steps", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = collect(args)
     print(f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95% interval]\n")
     for keys in (GENRE, EMOTION):
         some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
+        if not some:
+            continue
         n_clips = next(iter(some.values()))[0]["n_clips"]
         print(f"{n_clips} clips\n")
         print_table(some, keys)
