@@ -2368,7 +2368,7 @@ def plot_history(ax, history, title="", score_name="score"):
     best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
     lines = ax.get_lines() + right.get_lines()[:1]
-    right.legend(lines, [line.get_label() for line in lines], loc="best", fontsize="small")  # on top of both axes' lines
+    ax.legend(lines, [line.get_label() for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=3, fontsize="small", frameon=False)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
