@@ -2144,7 +2144,9 @@ def report_emotion_rows(step, scores, caption, facts=None) -> None:
         row: (facts or {}).get(row, {}) | {titles[key]: "{:.3f} [{:.3f}, {:.3f}]".format(values[key], *values[f"{key}_ci95"]) for key in keys if key in values}
         for row, values in scores.items()
     }
-    step.table(pd.DataFrame(table).T.fillna("").rename_axis("model"), f"{caption}: Spearman's correlation on {n_clips} held-out clips, 95% bootstrap intervals")
+    columns = dict.fromkeys(column for row in table.values() for column in row)  # a row may lack some
+    table = {row: dict.fromkeys(columns, "") | values for row, values in table.items()}
+    step.table(pd.DataFrame(table).T.rename_axis("model"), f"{caption}: Spearman's correlation on {n_clips} held-out clips, 95% bootstrap intervals")
     fig, axes = plt.subplots(1, len(keys), figsize=(4.2 * len(keys) + 1, 0.42 * len(scores) + 1.3), squeeze=False, layout="constrained")
     for ax, key in zip(axes.flat, keys, strict=True):
         rows = [row for row in scores if key in scores[row]]
