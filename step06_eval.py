@@ -11,9 +11,9 @@ Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06
 tables, confusion matrices and the answers to the lab's questions (summary.md), all
 scores (metrics.json).
 
-Measured on a small set of real music (see README), seed 42, two CPU cores, torch
+Measured on a small set of real music (see README), seed 42, one CPU thread, torch
 2.13.0: majority class .236 accuracy / .048 macro-F1, SVM .541/.521, LSTM on mel +
-chroma .541/.507; 11 s.
+chroma .592/.565, six LSTMs averaged .637/.600.
 """
 
 import matplotlib.pyplot as plt

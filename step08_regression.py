@@ -14,9 +14,9 @@ outputs/step08_regression/: a checkpoint and a history per run, curves, scatter 
 scores (summary.md, metrics.json), predictions.csv for the held-out clips and
 submission.csv for the unlabelled ones.
 
-Measured on a small set of real music (see README), seed 42, two CPU cores, torch
-2.13.0: mean Spearman CNN .626 [.483, .718], LSTM .546, SVR .627 on 56 held-out clips;
-248 s.
+Measured on a small set of real music (see README), seed 42, one CPU thread, torch
+2.13.0: mean Spearman CNN .639 [.494, .733], LSTM .575, SVR .634 on 56 held-out clips;
+about 7 minutes.
 """
 
 
