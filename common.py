@@ -1720,9 +1720,10 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
-    planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network], MOST_PASSES[run.network])
     if epochs or smoke or overfit_batch:
         planned, crops = epochs or 2, 1
+    else:
+        planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network], MOST_PASSES[run.network])
     shown = Subset(data.train.dataset, data.train.indices * crops)
     recipe = Recipe(
         epochs=planned,
@@ -1787,7 +1788,7 @@ def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
     return model.eval(), settings, step.folder / name / "best.pt"
 
 
-def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.ndarray]:
+def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.ndarray, list[str]]:
     """Score a trained genre model on the test split; only after all training.
 
     Returns
@@ -1795,6 +1796,7 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
     scores : dict, see `classification_scores`
     targets : np.ndarray [shape=(N,)]
     logits : np.ndarray [shape=(N, K)], see `even_out`
+    ids : list of N str, sorted; what the rows of two models are matched by
     """
     beat = settings["beat"] if beat is None else beat
     test = load_genre_test(step.data, settings, beat=beat, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
@@ -1806,7 +1808,8 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
     logits, targets = predict(model, make_loader(test, 64), step.device, window)
     logits = even_out(logits, settings["shares"])
     model.backbone.frames_per_step = usual
-    return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy()
+    ids = [entry.clip_id for entry in test.store.entries]
+    return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy(), ids
 
 # --------------------------------------------------------------------------------------
 # The emotion runs of steps 8, 9 and 10: same clips, same folds, same recipe
@@ -1892,9 +1895,10 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     window = None if run.beat else CROPS[run.network]
     whole = SpectrogramDataset(store, targets[:, columns], run.features, stats)
     batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
-    planned, crops = plan_epochs(len(train_idx), EMOTION_PRESENTATIONS[run.network], high=100)
     if epochs or smoke or overfit_batch:
         planned, crops = epochs or 2, 1
+    else:
+        planned, crops = plan_epochs(len(train_idx), EMOTION_PRESENTATIONS[run.network], high=100)
     train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist() * crops), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
     recipe = Recipe(

@@ -65,7 +65,7 @@ def main(argv=None):
     # The test split is opened only now, when no choice is left to make.
     runs = {}
     for name, (model, settings, result) in trained.items():
-        test, _, _ = score_genre(step, model, settings)
+        test, *_ = score_genre(step, model, settings)
         runs[name] = {key: value for key, value in result.items() if key != "history"} | {"val": {"macro_f1": result["val_score"]}, "test": test}
 
     report_overfit(step, names)

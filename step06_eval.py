@@ -61,7 +61,7 @@ def main(argv=None):
     # names both sets, on the other kind as well, which it has never heard.
     runs, other, logits = {}, {}, {}
     for name, (model, settings) in models.items():
-        scores, targets, logits[name] = score_genre(step, model, settings)
+        scores, targets, logits[name], _ = score_genre(step, model, settings)
         runs[name] = {"val": {}, "test": scores}
         other[name] = score_genre(step, model, settings, beat=not settings["beat"])[0]
 

@@ -44,7 +44,6 @@ from common import (
     count_weights,
     genre_model,
     load_checkpoint,
-    load_clips,
     load_genre,
     macro_f1,
     make_parser,
@@ -52,7 +51,6 @@ from common import (
     plot_confusion,
     plot_history,
     plot_spectrogram,
-    read_entries,
     run_main,
     score_genre,
     seconds_left,
@@ -145,13 +143,8 @@ def main(argv=None):
 
 
 def test_answers(step, model, settings):
-    """Scores on the test split, true classes and log-probabilities by clip id.
-
-    By id, in which load_genre_test sorts them: label files of frames and of beats need not be in the same order.
-    """
-    scores, targets, logits = score_genre(step, model, settings)
-    entries = load_clips(sorted(read_entries(step.data, "genre", "test", settings["beat"], settings["merge"])), step.args.skip_bad).entries
-    ids = [entry.clip_id for entry in entries]
+    """Scores on the test split, true classes and log-probabilities by clip id."""
+    scores, targets, logits, ids = score_genre(step, model, settings)
     return scores, pd.Series(targets, ids), pd.DataFrame(log_softmax(logits, axis=1), ids, settings["classes"])
 
 
