@@ -117,7 +117,7 @@ def report_curves(step, trained):
         ax.remove()
     step.heading("5c-f. Training")
     step.text(
-        "Train loss is measured on clips mixed and masked by augmentation, with smoothed labels, so it may stay above "
+        "Train loss is measured on crops of masked clips and with dropout, validation loss on whole clips without, so the first may stay above "
         "the validation loss. The dot marks the epoch whose weights were kept: the best macro-F1 on the validation set "
         "among the last fifth of the epochs, when the learning rate has come down. An earlier peak on so few clips is mostly luck."
     )
