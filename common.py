@@ -608,7 +608,8 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
     with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        facts = list(pool.map(_file_facts, [entry.path for entry in entries]))
+        blocks = [entries[first : first + 64] for first in range(0, len(entries), 64)]  # a task for each file would cost more than asking for it
+        facts = [fact for block in pool.map(_file_facts, blocks) for fact in block]
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.clips"
         try:
@@ -649,12 +650,16 @@ def cache_dir() -> Path:
     return folder
 
 
-def _file_facts(path) -> tuple:
-    try:
-        stat = path.stat()
-    except OSError:
-        return (str(path), None, None)
-    return (str(path), stat.st_size, stat.st_mtime_ns)
+def _file_facts(entries) -> list[tuple]:
+    """Name, size and time of change of every file; two None for one that is missing."""
+    facts = []
+    for path in (str(entry.path) for entry in entries):
+        try:
+            stat = os.stat(path)
+            facts.append((path, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            facts.append((path, None, None))
+    return facts
 
 
 def _convert(entry) -> tuple[np.ndarray | None, str | None]:
@@ -1333,16 +1338,19 @@ def show_bars() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 
-def plan_epochs(n_clips, presentations, high, low=20, longest=60) -> tuple[int, int]:
+def plan_epochs(n_clips, presentations, high, low=20, longest=60, given=None) -> tuple[int, int]:
     """Plan a training that shows about `presentations` examples in all: small sets get more passes.
 
     Where that takes more than `longest` passes, an epoch shows several random crops of
-    each clip, or validation would take as long as training.
+    each clip, or validation would take as long as training. A number of epochs that is
+    `given` is taken as it is.
 
     Returns
     -------
     epochs, crops of a clip per epoch
     """
+    if given:
+        return given, 1
     passes = min(max(presentations / n_clips, low), high)
     crops = math.ceil(passes / longest)
     return round(passes / crops), crops
@@ -1653,13 +1661,22 @@ GENRE_RUNS = {
     "fused": GenreRun("lstm", "fused", False), "beat_fused": GenreRun("lstm", "fused", True),
     "cnn_mel": GenreRun("cnn", "mel", False), "plain_mel": GenreRun("lstm", "mel", False, plain=True),
 }  # fmt: skip
-LSTM_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
-CNN_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
-# Frames of a training example and of a window when scoring: 15 s for LSTMs, 6 s for CNNs.
-CROPS = {"lstm": 640, "cnn": 256}
-# Training examples shown in all, which fixes the number of epochs for any size of data set.
-PRESENTATIONS = {"lstm": 30_000, "cnn": 60_000}
-MOST_PASSES = {"lstm": 80, "cnn": 165}  # over a very small set
+TRAINING_DEFAULTS = {"lr": 2e-3, "batch_size": 32}  # of genre and emotion, LSTM and CNN
+
+
+class Budget(NamedTuple):
+    """How much a kind of network is shown; chosen in cross-validation (docs/experiments.md)."""
+
+    crop: int  # frames of a training example, and of a window when scoring
+    genre: int  # training examples in all, which fixes the number of epochs for any size of data set
+    emotion: int
+    most_passes: int  # over a very small set
+
+
+BUDGETS = {
+    "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
+    "cnn": Budget(crop=256, genre=60_000, emotion=20_000, most_passes=165),  # 6 s
+}
 
 
 def make_backbone(run) -> nn.Module:
@@ -1714,25 +1731,22 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     folder = step.folder / (name if seed is None else f"{name}_seed{seed}")
     seed = step.args.seed if seed is None else seed
     seed_everything(seed)  # each run alone gives what it gives among others
-    window = None if run.beat or run.plain else CROPS[run.network]
+    budget = BUDGETS[run.network]
+    window = None if run.beat or run.plain else budget.crop
     data = load_genre(step.data, run.features, run.beat, seed=seed, merge=not step.args.no_merge,
                       crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
-    defaults = CNN_DEFAULTS if run.network == "cnn" else LSTM_DEFAULTS
-    if epochs or smoke or overfit_batch:
-        planned, crops = epochs or 2, 1
-    else:
-        planned, crops = plan_epochs(len(data.train), PRESENTATIONS[run.network], MOST_PASSES[run.network])
+    planned, crops = plan_epochs(len(data.train), budget.genre, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
     shown = Subset(data.train.dataset, data.train.indices * crops)
     recipe = Recipe(
         epochs=planned,
-        lr=lr or defaults["lr"],
+        lr=lr or TRAINING_DEFAULTS["lr"],
         augment=None if run.plain else make_augment(run, n_classes),
         window=window,
     )
     model = Classifier(make_backbone(run), n_classes)
-    batch_size = batch_size or defaults["batch_size"]
+    batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
     result = train(model, make_loader(shown, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
                    genre_score(settings["shares"]), recipe, folder, settings, device=step.device,
@@ -1815,8 +1829,6 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
 # The emotion runs of steps 8, 9 and 10: same clips, same folds, same recipe
 # --------------------------------------------------------------------------------------
 
-EMOTION_DEFAULTS = {"lr": 2e-3, "batch_size": 32}
-EMOTION_PRESENTATIONS = {"lstm": 10_000, "cnn": 20_000}
 N_FOLDS = 5  # a fifth is held out: the lab gives no labels for its test clips
 
 
@@ -1892,18 +1904,16 @@ def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks
     else:
         model, loss_fn = MultitaskRegressor(backbone, mean.tolist(), std.tolist()), MultitaskLoss(std, learned_weights)
 
-    window = None if run.beat else CROPS[run.network]
+    budget = BUDGETS[run.network]
+    window = None if run.beat else budget.crop
     whole = SpectrogramDataset(store, targets[:, columns], run.features, stats)
-    batch_size = batch_size or EMOTION_DEFAULTS["batch_size"]
-    if epochs or smoke or overfit_batch:
-        planned, crops = epochs or 2, 1
-    else:
-        planned, crops = plan_epochs(len(train_idx), EMOTION_PRESENTATIONS[run.network], high=100)
+    batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
+    planned, crops = plan_epochs(len(train_idx), budget.emotion, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
     train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist() * crops), batch_size, shuffle=True)
     val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
     recipe = Recipe(
         epochs=planned,
-        lr=lr or EMOTION_DEFAULTS["lr"],
+        lr=lr or TRAINING_DEFAULTS["lr"],
         augment=make_augment(run),
         window=window,
     )

@@ -24,7 +24,7 @@ import pandas as pd
 from common import (
     COLORS,
     GENRE_RUNS,
-    LSTM_DEFAULTS,
+    TRAINING_DEFAULTS,
     Step,
     make_parser,
     parse_args,
@@ -41,7 +41,7 @@ PLAIN_RUNS = [name for name, run in GENRE_RUNS.items() if run.plain]
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, training=True, **LSTM_DEFAULTS)
+    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
     parser.add_argument("--features", nargs="+", choices=RUNS, default=RUNS, help="which LSTMs to train (default: all six)")
     parser.add_argument("--plain", action="store_true", help="train the textbook LSTM instead: every frame, one direction, last step")
     args = parse_args(parser, argv)

@@ -31,12 +31,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from common import (
-    CNN_DEFAULTS,
     COLORS,
     GENRE_RUNS,
     HOP,
     N_MELS,
     SR,
+    TRAINING_DEFAULTS,
     Step,
     average_frames,
     bootstrap,
@@ -92,7 +92,7 @@ def paired_bootstrap(targets, predictions, others, n_classes) -> dict:
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, training=True, **CNN_DEFAULTS)
+    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
     parser.add_argument("--ensemble", action="store_true", help="train three seeds and score their averaged answers, alone and with an LSTM's")
     args = parse_args(parser, argv)
     step = Step("step07_cnn", args)

@@ -26,9 +26,9 @@ import pandas as pd
 
 from common import (
     COLORS,
-    EMOTION_DEFAULTS,
     EMOTIONS,
     GENRE_RUNS,
+    TRAINING_DEFAULTS,
     Step,
     by_axis,
     difference_text,
@@ -53,7 +53,7 @@ from common import (
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, training=True, **EMOTION_DEFAULTS)
+    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
     parser.add_argument("--folds", type=int, choices=range(1, 11), default=1, metavar="K",
                         help="1: a fifth of the clips is held out; 2 to 10: cross-validation (default: %(default)s)")  # fmt: skip
     args = parse_args(parser, argv)

@@ -24,9 +24,9 @@ import pandas as pd
 
 from common import (
     COLORS,
-    EMOTION_DEFAULTS,
     EMOTIONS,
     GENRE_RUNS,
+    TRAINING_DEFAULTS,
     InputError,
     Step,
     difference_text,
@@ -53,7 +53,7 @@ from common import (
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, training=True, **EMOTION_DEFAULTS)
+    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
     parser.add_argument("--axis", choices=[*EMOTIONS, "all"], default="valence", help="which emotion to learn (default: %(default)s)")
     parser.add_argument("--freeze", type=int, choices=range(5), default=0, metavar="N",
                         help="blocks that stay as they were after genre training (default: %(default)s)")  # fmt: skip

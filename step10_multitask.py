@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 
 from common import (
-    EMOTION_DEFAULTS,
     EMOTIONS,
     GENRE_RUNS,
+    TRAINING_DEFAULTS,
     MultitaskLoss,
     Step,
     by_axis,
@@ -52,7 +52,7 @@ from common import (
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, training=True, **EMOTION_DEFAULTS)
+    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
     parser.add_argument("--folds", type=int, choices=range(1, 11), default=1, metavar="K",
                         help="1: a fifth of the clips is held out; 2 to 10: cross-validation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--learned-weights", action="store_true", help="train a third model that learns the weights of the three losses")

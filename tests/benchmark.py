@@ -128,7 +128,7 @@ def measure(side, args) -> dict:
         numbers["seconds to load, first"] = numbers["seconds to load, again"] = time.perf_counter() - began
     for name in ("LSTM", "CNN"):
         if side == "ours":
-            window = common.CROPS[run[name].network]
+            window = common.BUDGETS[run[name].network].crop
             model = common.Classifier(common.make_backbone(run[name]), len(classes)).to(device)
             fetch = torch.utils.data.Subset(data.variant(crop=window), train_idx.tolist())
             whole = torch.utils.data.Subset(data, val_idx.tolist())
@@ -203,7 +203,8 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     """
     device = common.pick_device(args.device)
     common.keep_freed_memory()
-    data = common.load_genre(args.data_dir, seed=0, crop=common.CROPS["cnn"], device=device)
+    budget = common.BUDGETS["cnn"]
+    data = common.load_genre(args.data_dir, seed=0, crop=budget.crop, device=device)
     n_classes = len(data.classes)
     plain_score = common.genre_score([1 / n_classes] * n_classes)  # equal shares: the largest logit as it is
     store = data.val.dataset.store
@@ -222,11 +223,11 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
             best, reached = value, time.perf_counter() - began
         print(f"textbook CNN, epoch {epoch + 1}: {value:.3f} after {time.perf_counter() - began:.0f} s", flush=True)
     common.seed_everything(0)
-    settings = data.settings | {"smoke": False, "window": common.CROPS["cnn"]}
+    settings = data.settings | {"smoke": False, "window": budget.crop}
     ours = common.Classifier(common.make_backbone(common.GENRE_RUNS["cnn_mel"]), len(data.classes))
-    epochs, crops = common.plan_epochs(len(train_idx), common.PRESENTATIONS["cnn"], common.MOST_PASSES["cnn"])
-    recipe = common.Recipe(epochs=epochs, lr=common.CNN_DEFAULTS["lr"],
-                           augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=common.CROPS["cnn"])  # fmt: skip
+    epochs, crops = common.plan_epochs(len(train_idx), budget.genre, budget.most_passes)
+    recipe = common.Recipe(epochs=epochs, lr=common.TRAINING_DEFAULTS["lr"],
+                           augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=budget.crop)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         shown = torch.utils.data.Subset(data.train.dataset, train_idx * crops)
         result = common.train(ours, common.make_loader(shown, 32, True), common.make_loader(data.val, 32), nn.CrossEntropyLoss(label_smoothing=0.1),

@@ -67,7 +67,7 @@ def train_batches(data, n_batches) -> float:
     run, n_classes = common.GENRE_RUNS["cnn_mel"], len(data.classes)
     model = common.Classifier(common.make_backbone(run), n_classes)
     recipe = common.Recipe(epochs=1, lr=1e-3, augment=common.make_augment(run, n_classes))
-    loader = common.make_loader(data.train, common.CNN_DEFAULTS["batch_size"], shuffle=True)
+    loader = common.make_loader(data.train, common.TRAINING_DEFAULTS["batch_size"], shuffle=True)
     stretch = list(itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler)), n_batches))
     batches = common.DataLoader(data.train, batch_sampler=stretch)
     parts = [common.torch.optim.AdamW(model.parameters(), lr=recipe.lr)]
@@ -108,7 +108,7 @@ def main():
             made = time.perf_counter()
             for start in ("first", "second"):
                 data.pop(n_clips, None)  # one mapping at a time
-                data[n_clips] = common.load_genre(root / str(n_clips), seed=0, crop=common.CROPS["cnn"])
+                data[n_clips] = common.load_genre(root / str(n_clips), seed=0, crop=common.BUDGETS["cnn"].crop)
                 now = time.perf_counter()
                 print(f"{n_clips:6d} clips: made in {made - began:.0f} s; " * (start == "first") + f"{start} start {1e3 * (now - made) / n_clips:.2f} ms per clip", flush=True)
                 made = now
