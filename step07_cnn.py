@@ -298,7 +298,7 @@ def report_operations(step, model, settings, digits) -> dict:
     mean, std = settings["stats"]
     title = f"a validation clip of class {settings['classes'][int(target)]}, recognised as {settings['classes'][answer]}"
     step.figure(plot_blocks(maps, (clip * std + mean).T, title), "genre_activations",
-                f"What the four blocks make of {title}: four channels of each. Every block halves the resolution in time and frequency")  # fmt: skip
+                f"What the four blocks make of {title}: four channels of each. Every block halves the resolution in frequency and divides that in time by {' / '.join(str(block[-1].kernel_size[0]) for block in backbone.blocks)}")  # fmt: skip
     step.heading("7c. What the four operations do")
     step.figure(plot_operations(maps, len(clip) * HOP / SR), "block_operations",
                 "The four operations of block 1, left to right, on the same clip: three channels, and the distribution of all values. One colour scale per column")  # fmt: skip
@@ -316,12 +316,14 @@ def report_operations(step, model, settings, digits) -> dict:
     parts = data.val.dataset.variant(crop=settings["window"]).__getitems__(data.val.indices[:32])
     shortest = min(n for _, _, n in parts)  # no padding in the measures
     x = average_frames(torch.stack([clip for clip, _, _ in parts])[:, :shortest], torch.full((len(parts),), shortest), frames_per_step)[0].unsqueeze(1)
-    measured, before, sees, stride, rows = activations(backbone.blocks, x), x, 1, 1, {}
+    measured, before, rows = activations(backbone.blocks, x), x, {}
+    sees, stride = np.array([1, 1]), np.array([1, 1])  # in columns and bands: what a cell is made of, and how far its neighbour is
     for block, operations in enumerate(backbone.blocks, start=1):
         conv, norm, relu, pool = (measured[block, name] for name in OPERATIONS)
-        sees, stride = sees + operations[0].kernel_size[0] * stride, 2 * stride  # the kernel adds k - 1 cells below, pooling 1
-        rows[block] = {"bands x columns, in": f"{before.shape[3]} x {before.shape[2]}", "out": f"{pool.shape[3]} x {pool.shape[2]}", "channels": pool.shape[1],
-                       "weights": count_weights(operations), "sees": f"{sees} bands, {sees * frames_per_step * HOP / SR:.1f} s"}  # fmt: skip
+        kernel, pooled_by = operations[0].kernel_size, np.array(operations[3].kernel_size)
+        sees, stride = sees + (np.array(kernel) - 1 + pooled_by - 1) * stride, stride * pooled_by
+        rows[block] = {"bands x columns, in": f"{before.shape[3]} x {before.shape[2]}", "pooled by": f"{pooled_by[1]} x {pooled_by[0]}", "out": f"{pool.shape[3]} x {pool.shape[2]}", "channels": pool.shape[1],
+                       "weights": count_weights(operations), "sees": f"{sees[1]} bands, {sees[0] * frames_per_step * HOP / SR:.1f} s"}  # fmt: skip
         for name, values in (("before BN", conv), ("after BN", norm)):
             low, high = values.mean((0, 2, 3)).aminmax()
             sd = values.std((0, 2, 3))
@@ -357,8 +359,8 @@ gradients in hand whatever the layers below do, so a higher learning rate can be
 silent elsewhere. It makes the network non-linear: stacked convolutions alone would be one linear map, and only max pooling would be
 left to bend it. Digits without it: {digits('without ReLU')}.
 
-**Max pooling** keeps the largest of 2 x 2 neighbours: from {first['bands x columns, in']} to {first['out']} in block 1. The next block has a quarter of the cells to work
-on and sees twice as far: after block {len(rows)} a cell sees {last['sees']}. That a pattern was there is kept, exactly where is forgotten. Digits
+**Max pooling** keeps the largest of {first['pooled by']} neighbours (bands x columns) in block 1, from {first['bands x columns, in']} cells to {first['out']}, and of {last['pooled by']}
+in block {len(rows)}. The next block has fewer cells to work on and sees as many times further: after block {len(rows)} a cell sees {last['sees']}. That a pattern was there is kept, exactly where is forgotten. Digits
 without it: {digits('without MaxPool2d')}, the output layer being larger ({left_out['without MaxPool2d']['weights']} weights in all instead of {left_out['all four operations']['weights']}).
 """)
 

@@ -200,6 +200,7 @@ def test_windows_cover_the_clip_and_stay_inside():
 @pytest.mark.parametrize("n_clips, epochs, crops", [(8, 55, 3), (365, 55, 3), (1000, 60, 1), (1844, 33, 1), (20_000, 20, 1)])
 def test_small_sets_get_more_passes_and_several_crops_per_epoch(n_clips, epochs, crops):
     assert common.plan_epochs(n_clips, 60_000, high=165) == (epochs, crops)
+    assert common.plan_epochs(n_clips, 60_000, high=165, given=7) == (7, 1)
 
 
 def test_a_rare_class_is_believed_a_little_earlier():
