@@ -97,7 +97,7 @@ def _number(kind, low, high=math.inf):
     return parse
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
 
     def error(self, message):
@@ -116,7 +116,7 @@ def make_parser(description, training=False, **defaults) -> argparse.ArgumentPar
     **defaults
         Defaults of a step that differ from the shared ones, e.g. ``batch_size=64``.
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a mistyped flag must fail, not be guessed

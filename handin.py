@@ -109,6 +109,13 @@ def stop(message):
     raise SystemExit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistyped flag is bad input too: one line, without the usage before it."""
+
+    def error(self, message):
+        stop(f"{message}; --help lists all flags")
+
+
 def write(path, data):
     """Write bytes whole or not at all."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -535,7 +542,7 @@ def table(node):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     draft = commands.add_parser("draft", help="gather outputs/ into a report to write on", allow_abbrev=False)
     draft.add_argument("--out-dir", type=Path, default=Path("outputs"), help="where the steps wrote (default: %(default)s)")

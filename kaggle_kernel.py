@@ -33,6 +33,13 @@ def stop(message):
     raise SystemExit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistyped flag is bad input too: one line, without the usage before it."""
+
+    def error(self, message):
+        stop(f"{message}; --help lists all flags")
+
+
 def find_step(name, folder=HERE) -> Path:
     """Find a step's script by '5', '05', 'step05' or its file name."""
     scripts = sorted(folder.glob("step[0-9][0-9]_*.py"))
@@ -197,7 +204,7 @@ def write(path, text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("step", nargs="?", help="5, 05, step05 or the file's name")
     parser.add_argument("--all", action="store_true", help="all steps, each with the kernels it builds on")
     parser.add_argument("--user", default=NO_USER, help="your name on Kaggle, as in kaggle.com/NAME")

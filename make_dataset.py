@@ -58,6 +58,7 @@ from common import (
     N_FFT,
     SR,
     InputError,
+    Parser,
     StepFailed,
     extract_features,
     in_notebook,
@@ -687,7 +688,7 @@ def write_table(path, header, rows) -> None:
 
 def main(argv=None) -> dict:
     """Read the command line, make the set, say what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--demo", action="store_true", help="synthesise the demo set")
     add("--audio-dir", type=Path, metavar="DIR", help="make a set of DIR/<genre>/<file>")

@@ -576,3 +576,8 @@ def test_the_same_from_the_shell(data, tmp_path):
     edit(data / EMOTION / "train_labels.txt", EMOTION_FAULTS["above 1"][0])
     assert_clean_error(run_script("step10_multitask.py", *FEW, *flags[-4:], check=False), str(data / EMOTION / "train_labels.txt"), "outside")
     assert not list((tmp_path / "out").rglob("*.tmp")) and not list((tmp_path / "out").rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("script, flags", [("make_dataset.py", ["--adio-dir", "x"]), ("kaggle_kernel.py", ["--step", "5"]), ("handin.py", ["zip", "--id", "1"])])
+def test_mistyped_flags_are_named_in_one_line(script, flags):
+    assert_clean_error(run_script(script, *flags, check=False), flags[-2], "--help")
