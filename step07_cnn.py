@@ -297,8 +297,9 @@ def report_operations(step, model, settings, digits) -> dict:
     maps = activations(backbone.blocks, average_frames(clip[None], torch.tensor([length]), frames_per_step)[0].unsqueeze(1))  # of (1, 1, T, F)
     mean, std = settings["stats"]
     title = f"a validation clip of class {settings['classes'][int(target)]}, recognised as {settings['classes'][answer]}"
+    by = ", ".join(str(block[-1].kernel_size[0]) for block in backbone.blocks)
     step.figure(plot_blocks(maps, (clip * std + mean).T, title), "genre_activations",
-                f"What the four blocks make of {title}: four channels of each. Every block halves the resolution in frequency and divides that in time by {' / '.join(str(block[-1].kernel_size[0]) for block in backbone.blocks)}")  # fmt: skip
+                f"What the four blocks make of {title}: four channels of each. Every block halves the resolution in frequency; that in time they divide by {by}")  # fmt: skip
     step.heading("7c. What the four operations do")
     step.figure(plot_operations(maps, len(clip) * HOP / SR), "block_operations",
                 "The four operations of block 1, left to right, on the same clip: three channels, and the distribution of all values. One colour scale per column")  # fmt: skip
@@ -320,10 +321,10 @@ def report_operations(step, model, settings, digits) -> dict:
     sees, stride = np.array([1, 1]), np.array([1, 1])  # in columns and bands: what a cell is made of, and how far its neighbour is
     for block, operations in enumerate(backbone.blocks, start=1):
         conv, norm, relu, pool = (measured[block, name] for name in OPERATIONS)
-        kernel, pooled_by = operations[0].kernel_size, np.array(operations[3].kernel_size)
-        sees, stride = sees + (np.array(kernel) - 1 + pooled_by - 1) * stride, stride * pooled_by
-        rows[block] = {"bands x columns, in": f"{before.shape[3]} x {before.shape[2]}", "pooled by": f"{pooled_by[1]} x {pooled_by[0]}", "out": f"{pool.shape[3]} x {pool.shape[2]}", "channels": pool.shape[1],
-                       "weights": count_weights(operations), "sees": f"{sees[1]} bands, {sees[0] * frames_per_step * HOP / SR:.1f} s"}  # fmt: skip
+        kernel, pooled_by = (np.array(operations[place].kernel_size) for place in (0, 3))  # (columns, bands)
+        sees, stride = sees + (kernel - 1 + pooled_by - 1) * stride, stride * pooled_by
+        rows[block] = {"bands x columns, in": f"{before.shape[3]} x {before.shape[2]}", "pooled by": f"{pooled_by[1]} x {pooled_by[0]}",
+                       "out": f"{pool.shape[3]} x {pool.shape[2]}", "channels": pool.shape[1], "weights": count_weights(operations), "sees": f"{sees[1]} bands, {sees[0] * frames_per_step * HOP / SR:.1f} s"}  # fmt: skip
         for name, values in (("before BN", conv), ("after BN", norm)):
             low, high = values.mean((0, 2, 3)).aminmax()
             sd = values.std((0, 2, 3))
