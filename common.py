@@ -1392,6 +1392,8 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     ----------
     model : nn.Module
         Called as ``model(x, lengths)``. Holds the best weights on return.
+    val_loader : DataLoader or None
+        None: nothing is validated, and the last epoch's weights are kept.
     loss_fn : callable
         (outputs, targets) -> scalar tensor.
     score_fn : callable
@@ -1443,27 +1445,30 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         epoch_began = time.monotonic()
         try:
             train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
-            outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)  # half the time of a test
+            score, val_loss, rank = None, None, (epoch, 0.0)  # without validation a later epoch is the better one
+            if val_loader:
+                outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)  # half the time of a test
+                score, val_loss = score_fn(outputs, targets), loss_fn(outputs.to(device), targets.to(device)).item()
+                rank = (score, -val_loss)
         except torch.OutOfMemoryError:
             size = train_loader.batch_size
             raise StepFailed(f"{device} ran out of memory with batches of {size} clips; try --batch-size {max(size // 2, 2)}") from None
-        score = score_fn(outputs, targets)
-        val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         seconds = time.monotonic() - epoch_began
         # Compared from minus infinity, the loss only breaking ties, so something is always kept.
         # Once the rate is low and the weights hardly move, the choice begins anew: an earlier
         # epoch that did better on some hundred clips did so by chance (docs/experiments.md).
-        kept = epoch == first_settled or (score, -val_loss) > best
+        kept = epoch == first_settled or rank > best
         history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss,
                         "val_loss": val_loss, "val_score": score, "kept": int(kept), "seconds": seconds})  # fmt: skip
         if kept:
-            best = (score, -val_loss)
+            best = rank
             save_checkpoint(folder / "best.pt", average.module, settings, epoch=epoch, val_score=score)
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
         elapsed = spent + time.monotonic() - began
         # Last of the three: what it says is done is never missing from the others, whenever the process is killed.
         _save_torch(folder / "last.pt", _state(parts, recipe, settings, history, best, elapsed))
-        print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s", flush=True)
+        validated = f"val loss {val_loss:.4f}  val score {score:.4f}  " if val_loader else ""
+        print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  {validated}{seconds:.1f} s", flush=True)
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
             print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
             out_of_time = True
@@ -1721,12 +1726,17 @@ def genre_score(shares):
     return lambda logits, targets: macro_f1(targets.numpy(), even_out(logits, shares).argmax(1).numpy(), len(shares))
 
 
-def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf, seed=None):
+def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf, seed=None, all_clips=False):
     """Train one of GENRE_RUNS into the step's folder.
 
+    Parameters
+    ----------
     seed : int, optional
         Another seed than the step's: other weights and batches, another validation part,
         a folder of its own.
+    all_clips : bool
+        Train on the validation clips too, once what they were kept for is known: as many
+        epochs as without them, the last one kept, a folder of its own.
 
     Returns
     -------
@@ -1736,7 +1746,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     """
     run = GENRE_RUNS[name]
     smoke = step.args.smoke
-    folder = step.folder / (name if seed is None else f"{name}_seed{seed}")
+    folder = step.folder / (name + ("" if seed is None else f"_seed{seed}") + "_all_clips" * all_clips)
     seed = step.args.seed if seed is None else seed
     seed_everything(seed)  # each run alone gives what it gives among others
     budget = BUDGETS[run.network]
@@ -1746,7 +1756,8 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     planned, crops = plan_epochs(len(data.train), budget.genre, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
-    shown = Subset(data.train.dataset, data.train.indices * crops)
+    train_idx = data.train.indices + (data.val.indices if all_clips else [])
+    shown = Subset(data.train.dataset, train_idx * crops)
     recipe = Recipe(
         epochs=planned,
         lr=lr or TRAINING_DEFAULTS["lr"],
@@ -1756,10 +1767,10 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     model = Classifier(make_backbone(run), n_classes)
     batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
-    result = train(model, make_loader(shown, batch_size, shuffle=True), make_loader(data.val, batch_size), loss_fn,
-                   genre_score(settings["shares"]), recipe, folder, settings, device=step.device,
-                   overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
-    return model, settings, result | {"n_train": len(data.train), "n_val": len(data.val), "weights": count_weights(model)}
+    val_loader = None if all_clips else make_loader(data.val, batch_size)
+    result = train(model, make_loader(shown, batch_size, shuffle=True), val_loader, loss_fn, genre_score(settings["shares"]), recipe, folder, settings,
+                   device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
+    return model, settings, result | {"n_train": len(train_idx), "n_val": len(data.val), "weights": count_weights(model)}
 
 
 def earlier_folders(step, owner) -> list[Path]:

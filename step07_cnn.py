@@ -7,7 +7,8 @@ operations do; d) the overfit check of step 5b; e) genre recognition with this n
 compared with the LSTM of step 5a.
 
     python step07_cnn.py
-    python step07_cnn.py --ensemble       # besides: three seeds averaged, and with an LSTM
+    python step07_cnn.py --all-clips      # besides: trained anew on training and validation clips
+    python step07_cnn.py --ensemble       # besides: three such networks averaged, and with an LSTM
     python step07_cnn.py --overfit-batch  # d): four batches by heart
 
 Input: the genre data set; the LSTMs of step 5 (the one on mel is trained here where
@@ -93,7 +94,8 @@ def paired_bootstrap(targets, predictions, others, n_classes) -> dict:
 
 def main(argv=None):
     parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
-    parser.add_argument("--ensemble", action="store_true", help="train three seeds and score their averaged answers, alone and with an LSTM's")
+    parser.add_argument("--all-clips", action="store_true", help="train the network anew, on training and validation clips together, and score it too")
+    parser.add_argument("--ensemble", action="store_true", help="do so with three seeds and score their averaged answers, alone and with an LSTM's")
     args = parse_args(parser, argv)
     step = Step("step07_cnn", args)
     flags = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "subset": args.subset}
@@ -107,11 +109,17 @@ def main(argv=None):
 
     # b) The network is CNNBackbone in common.py. It trains on random crops in time, more
     # examples from the same clips; of the last fifth of the epochs the best by validation
-    # macro-F1 is kept.
-    seeds = {"cnn_mel": None} | {f"cnn_mel_seed{seed}": seed for seed in (args.seed + 1, args.seed + 2) if args.ensemble}
-    members = {run: train_genre(step, "cnn_mel", **flags, resume=args.resume, max_seconds=seconds_left(args, len(seeds) - i), seed=seed)
-               for i, (run, seed) in enumerate(seeds.items())}  # fmt: skip
-    model, settings, result = members["cnn_mel"]
+    # macro-F1 is kept. The number of epochs being settled by that, the validation clips may
+    # teach too: with --all-clips the same network is trained anew on training and validation
+    # clips. Nothing can validate that one; it keeps its last epoch.
+    plan = {"cnn_mel": {}}
+    if args.all_clips or args.ensemble:
+        plan["cnn_mel_all_clips"] = {"all_clips": True}
+    if args.ensemble:
+        plan |= {f"cnn_mel_seed{seed}_all_clips": {"all_clips": True, "seed": seed} for seed in (args.seed + 1, args.seed + 2)}
+    trained = {run: train_genre(step, "cnn_mel", **flags, **how, resume=args.resume, max_seconds=seconds_left(args, len(plan) - i))
+               for i, (run, how) in enumerate(plan.items())}  # fmt: skip
+    model, settings, result = trained["cnn_mel"]
 
     # e) Its rivals: the LSTM on the same input, and the best by validation score among
     # those that step 5 has left. The test split is opened only after this, by score_genre.
@@ -121,12 +129,12 @@ def main(argv=None):
     best = max(val, key=val.get)
     rivals = {name: rivals[name] for name in {"mel": 0, best: 0}}
 
-    tested = {name: test_answers(step, *trained[:2]) for name, trained in (members | rivals).items()}
+    tested = {name: test_answers(step, *network[:2]) for name, network in (trained | rivals).items()}
     compared = {name: {"weights": count_weights(rival[0]), "val": {"macro_f1": val[name]}, "test": tested[name][0]} for name, rival in rivals.items()}
-    runs = {name: {key: value for key, value in facts.items() if key != "history"} | {"val": {"macro_f1": facts["val_score"]}, "test": tested[name][0]}
-            for name, (_, _, facts) in members.items()}  # fmt: skip
+    runs = {name: {key: value for key, value in facts.items() if key not in ("history", "val_score")} | {"test": tested[name][0]} for name, (_, _, facts) in trained.items()}
+    runs["cnn_mel"]["val"] = {"macro_f1": result["val_score"]}
     if args.ensemble:
-        runs |= score_ensembles(tested, list(members), best)
+        runs |= score_ensembles(tested, [name for name in plan if name != "cnn_mel"], best)
 
     digits = report_digits(step)
     step.heading("7b. The network and its training")
@@ -156,7 +164,7 @@ def score_ensembles(tested, members, lstm):
     """
     cnn = sum(tested[name][2] for name in members) / len(members)
     both = (cnn + tested[lstm][2]).dropna()  # pandas adds by clip id
-    targets = tested["cnn_mel"][1]
+    targets = tested[members[0]][1]
     return {name: {"members": names, "test": classification_scores(targets[mean.index], mean.to_numpy().argmax(1), list(mean.columns))}
             for name, mean, names in (("cnn_ensemble", cnn, members), ("cnn_lstm_ensemble", both, [*members, lstm]))}  # fmt: skip
 
@@ -431,12 +439,15 @@ def report_comparison(step, runs, compared, tested):
             table[name][label] = "{:.3f} [{:.3f}, {:.3f}]".format(run["test"][key], *run["test"][f"{key}_ci95"])
     step.table(pd.DataFrame(table).T.rename_axis("model"),
                f"{scores['cnn_mel']['n_clips']} test clips, 95% bootstrap intervals; `cnn_mel` is the CNN, `mel` the LSTM of step 5a")  # fmt: skip
+    if "cnn_mel_all_clips" in runs:
+        step.text(f"`cnn_mel_all_clips` is the same network trained anew, as many epochs, on all {runs['cnn_mel_all_clips']['n_train']} clips, those that validated `cnn_mel` "
+                  "included: more music, and no choice of an epoch. Steps 8 to 11 go on from `cnn_mel`.")  # fmt: skip
     if "cnn_ensemble" in runs:
         seeds = [runs[name]["test"] for name in runs["cnn_ensemble"]["members"]]
-        step.text("Mean and standard deviation over three seeds: " + ", ".join(
+        step.text("Mean and standard deviation over three seeds, trained on all clips: " + ", ".join(
             f"{label} {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for label, values in
             (("accuracy", [test["accuracy"] for test in seeds]), ("macro-F1", [test["macro_f1"] for test in seeds]))) + ".")  # fmt: skip
-        step.text("`cnn_ensemble` averages the log-probabilities of CNNs trained with three seeds (each with its own validation part), "
+        step.text("`cnn_ensemble` averages the log-probabilities of these three, "
                   f"`cnn_lstm_ensemble` these and those of LSTM `{runs['cnn_lstm_ensemble']['members'][-1]}`, half and half. Nothing in them was chosen on the test set.")  # fmt: skip
 
     paired = {}

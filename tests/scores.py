@@ -3,10 +3,10 @@
     python tests/scores.py --data-dir DIR --out-dir scores               # seeds 42, 43, 44
     python tests/scores.py --data-dir DIR --out-dir scores --seeds 1 2 3
 
-Runs each step as a user would, once per seed, in OUT/seed_N (step 7 once, with three seeds
-of its own; what is finished is not run again), and prints Markdown tables: mean over the
-seeds, their standard deviation and the mean of the 95% bootstrap intervals. Run by hand,
-not by pytest.
+Runs each step as a user would, once per seed, in OUT/seed_N (step 7 with --ensemble for the
+first seed only; what is finished is not run again), and prints Markdown tables: mean over
+the seeds, their standard deviation and the mean of the 95% bootstrap intervals. Run by
+hand, not by pytest.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def collect(args) -> dict:
         for step in args.steps:
             flags = COMMANDS[step]
             if step == "step07_cnn" and seed != args.seeds[0]:
-                continue  # its ensemble has trained the next two seeds already
+                flags = []  # the first seed's ensemble has networks of the next two
             for name, run in run_step(args, step, flags, seed).items():
-                name = re.sub(r"_seed\d+$", "", name)
+                name = re.sub(r"_seed\d+", "", name)
                 if step == "step05_lstm" or (name, "step05_lstm") not in rows:  # step 6 scores step 5's models again
                     rows.setdefault((name, step), []).append(run["test"])
     return rows
