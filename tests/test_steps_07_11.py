@@ -1,5 +1,6 @@
 """Steps 7 and 11: the CNN, its comparison with the LSTM, and the latent vectors."""
 
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+import common
 import step07_cnn
 import step11_latent
 from common import Classifier, CNNBackbone, load_checkpoint, load_genre_test, load_model, make_loader, predict, read_entries
@@ -27,6 +29,9 @@ def outputs(data_dir, tmp_path_factory):
     torch.save(load_checkpoint(path) | {"val_score": 0.99}, path)
     run_script("step07_cnn.py", "--ensemble", "--smoke", "--data-dir", data_dir, "--out-dir", out)
     return out
+
+
+ALL_CLIPS = ["cnn_mel_all_clips", "cnn_mel_seed43_all_clips", "cnn_mel_seed44_all_clips"]
 
 
 def read_metrics(outputs, step):
@@ -62,7 +67,8 @@ def test_answers_carry_the_ids_of_their_clips(outputs, data_dir):
 
 def test_metrics_of_the_cnn(outputs):
     metrics = read_metrics(outputs, "step07_cnn")
-    assert set(metrics["runs"]) == {"cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44", "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert set(metrics["runs"]) == {"cnn_mel", *ALL_CLIPS, "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert metrics["runs"]["cnn_ensemble"]["members"] == ALL_CLIPS
     run = metrics["runs"]["cnn_mel"]
     assert {"epochs", "train_seconds", "val", "test", "weights"} <= set(run)
     for other in metrics["runs"].values():
@@ -76,9 +82,28 @@ def test_metrics_of_the_cnn(outputs):
 
 
 def test_ensemble_is_of_different_networks(outputs):
-    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44")]
+    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", *ALL_CLIPS)]
     first = [state["backbone.blocks.0.0.weight"] for state in states]
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+
+
+def test_all_clips_means_training_and_validation_clips_and_no_other(data_dir, tmp_path, monkeypatch):
+    loaders = []
+
+    def spy(model, train_loader, val_loader, *rest, **options):
+        loaders.append((set(train_loader.dataset.indices), val_loader and set(val_loader.dataset.indices)))
+        return train(model, train_loader, val_loader, *rest, **options)
+
+    train = common.train
+    monkeypatch.setattr(common, "train", spy)
+    args = common.parse_args(common.make_parser("", training=True), ["--data-dir", str(data_dir), "--out-dir", str(tmp_path), "--device", "cpu"])
+    step = common.Step("step07_cnn", args)
+    for all_clips in (False, True):
+        _, _, result = common.train_genre(step, "cnn_mel", epochs=1, all_clips=all_clips)
+    (some, val), (every, none) = loaders
+    n_clips = len(read_entries(data_dir, "genre", "train", merge=True))
+    assert not some & val and some | val == every == set(range(n_clips)) and none is None
+    assert result["n_train"] == n_clips and result["val_score"] is None
 
 
 def test_ensemble_averages_by_clip_id():

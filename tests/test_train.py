@@ -31,14 +31,14 @@ def classifier(n_classes=3):
     return Classifier(LSTMBackbone(6, hidden_size=8, n_layers=1), n_classes)
 
 
-def fit(folder, epochs=4, model=None, data=None, score=None, loss=None, **options):
+def fit(folder, epochs=4, model=None, data=None, score=None, loss=None, validate=True, **options):
     """Train on the toy clips; returns (model, result)."""
     common.seed_everything(3)
     model = model or classifier()
     data = data or clips()
     recipe = Recipe(epochs=epochs, lr=0.02, augment=Augment(n_classes=3, shift_bands=0, mask_bands=1, mask_frames=2))
     recipe = dataclasses.replace(recipe, **options.pop("recipe", {}))
-    result = common.train(model, DataLoader(data, 8, shuffle=True), DataLoader(data, 8), loss or nn.CrossEntropyLoss(),
+    result = common.train(model, DataLoader(data, 8, shuffle=True), DataLoader(data, 8) if validate else None, loss or nn.CrossEntropyLoss(),
                           score or common.genre_score([1 / 3] * 3), recipe, folder, {"classes": list("abc")}, **options)  # fmt: skip
     return model, result
 
@@ -66,6 +66,18 @@ def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path):
     _, result = fit(tmp_path / "run", epochs=10, score=lambda outputs, targets: next(scores))
     assert result["best_epoch"] == 9 and result["val_score"] == 0.15
     assert [row["epoch"] for row in result["history"] if row["kept"]] == [1, 9]
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path, capsys):
+    model, result = fit(tmp_path / "run", epochs=4, validate=False)
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert result["best_epoch"] == best["epoch"] == 4 and result["val_score"] is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, last["average"][f"module.{name}"]), name
+    assert "val" not in capsys.readouterr().out
+    # And its state is one to go on from.
+    _, again = fit(tmp_path / "run", epochs=4, validate=False, resume=True)
+    assert [row["train_loss"] for row in again["history"]] == [row["train_loss"] for row in result["history"]]
 
 
 def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path):
