@@ -452,12 +452,11 @@ def test_bidirectional_lstm_reads_both_ends(frames_per_step):
         assert reached.all(), f"frames {torch.nonzero(~reached).flatten().tolist()} never reach this direction"
 
 
-def test_stripes_are_cut_in_training_only_and_alike_in_means_and_spreads():
-    mask, x = common.StripeMask(16, widest=4), torch.ones(50, 20, 32)
+def test_stripes_are_cut_in_training_only_and_alike_in_means_spreads_and_changes():
+    mask, x = common.StripeMask(16, widest=4), torch.ones(50, 20, 48)
     torch.manual_seed(0)
-    masked = mask(x)
-    means, spreads = masked[..., :16], masked[..., 16:]
-    assert torch.equal(means, spreads)
+    means, spreads, changes = mask(x).chunk(3, dim=2)
+    assert torch.equal(means, spreads) and torch.equal(means, changes)
     bands = (means == 0).all(1).sum(1)  # (50,) bands blank throughout a clip
     steps = (means == 0).all(2).sum(1)
     assert 0 < bands.max() <= 4 and 0 < steps.max() <= 3  # 15% of 20 steps
@@ -465,10 +464,25 @@ def test_stripes_are_cut_in_training_only_and_alike_in_means_and_spreads():
     assert torch.equal(mask.eval()(x), x)
 
 
+def test_steps_are_described_by_mean_spread_and_change_of_their_own_frames():
+    torch.manual_seed(0)
+    lengths = torch.tensor([11, 6])
+    x = torch.randn(2, 11, 5).masked_fill(torch.arange(11)[None, :, None] >= lengths[:, None, None], 0.0)
+    steps, n_steps = common.describe_steps(x, lengths, 4)
+    assert steps.shape == (2, 3, 15) and n_steps.tolist() == [3, 2]
+    for clip, length in enumerate(lengths.tolist()):
+        frames = x[clip, :length].numpy()
+        change = np.abs(np.diff(frames, axis=0, prepend=frames[:1]))
+        for step in range(n_steps[clip]):
+            part = slice(4 * step, 4 * step + 4)
+            expected = [frames[part].mean(0), frames[part].std(0), change[part].mean(0)]
+            np.testing.assert_allclose(steps[clip, step], np.concatenate(expected), atol=1e-5)
+
+
 def test_every_feature_of_a_step_reaches_the_lstm_standardised():
     backbone = LSTMBackbone(6, frames_per_step=4, projection=5)
     x = 30 + 7 * torch.randn(64, 40, 6)
-    steps, _ = common.average_frames(x, torch.full((64,), 40), 4, spread=True)
+    steps, _ = common.describe_steps(x, torch.full((64,), 40), 4)
     normed = backbone.stem[0](steps).flatten(0, 1)
     assert normed.mean(0).abs().max() < 1e-3 and (normed.std(0) - 1).abs().max() < 0.01
 
