@@ -12,8 +12,8 @@ tables, confusion matrices and the answers to the lab's questions (summary.md), 
 scores (metrics.json).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
-2.13.0: majority class .236 accuracy / .048 macro-F1, SVM .541/.521, LSTM on mel +
-chroma .592/.565, six LSTMs averaged .637/.600.
+2.13.0: majority class .236 accuracy / .048 macro-F1, SVM .541/.521, LSTM on mel
+.637/.599, six LSTMs averaged .637/.595.
 """
 
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ set. Output, in outputs/step11_latent/: latent_<run>.npz per model, the maps, me
 separation and the answers (summary.md, metrics.json).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
-2.13.0: k-NN accuracy in the latent space CNN .535, best LSTM .510, worst LSTM .325
+2.13.0: k-NN accuracy in the latent space CNN .535, best LSTM .503, worst LSTM .325
 (untrained .27 to .34); 16 s.
 """
 
