@@ -1733,7 +1733,8 @@ def genre_score(shares):
     return lambda logits, targets: macro_f1(targets.numpy(), even_out(logits, shares).argmax(1).numpy(), len(shares))
 
 
-def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf, seed=None, all_clips=False):
+def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf,
+                seed=None, all_clips=False):  # fmt: skip
     """Train one of GENRE_RUNS into the step's folder.
 
     Parameters
@@ -1777,7 +1778,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     val_loader = None if all_clips else make_loader(data.val, batch_size)
     result = train(model, make_loader(shown, batch_size, shuffle=True), val_loader, loss_fn, genre_score(settings["shares"]), recipe, folder, settings,
                    device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
-    return model, settings, result | {"n_train": len(train_idx), "n_val": len(data.val), "weights": count_weights(model)}
+    return model, settings, result | {"n_train": len(train_idx), "n_val": 0 if all_clips else len(data.val), "weights": count_weights(model)}
 
 
 def earlier_folders(step, owner) -> list[Path]:

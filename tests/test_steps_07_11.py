@@ -103,7 +103,7 @@ def test_all_clips_means_training_and_validation_clips_and_no_other(data_dir, tm
     (some, val), (every, none) = loaders
     n_clips = len(read_entries(data_dir, "genre", "train", merge=True))
     assert not some & val and some | val == every == set(range(n_clips)) and none is None
-    assert result["n_train"] == n_clips and result["val_score"] is None
+    assert result["n_train"] == n_clips and result["n_val"] == 0 and result["val_score"] is None
 
 
 def test_ensemble_averages_by_clip_id():
