@@ -64,7 +64,6 @@ from common import (
 OPERATIONS = ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d")  # of one block, in the lab's order
 
 
-# -> common
 def paired_bootstrap(targets, predictions, others, n_classes) -> dict:
     """How much better one model is than another on the same clips, with 95% intervals.
 
