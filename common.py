@@ -1759,8 +1759,9 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
         Another seed than the step's: other weights and batches, another validation part,
         a folder of its own.
     all_clips : bool
-        Train on the validation clips too, once what they were kept for is known: as many
-        epochs as without them, the last one kept, a folder of its own.
+        Train the network that this run has kept further, on the validation clips too: what
+        they were kept for is known by now. A quarter as many epochs at half the rate, the
+        last one kept, a folder of its own.
 
     Returns
     -------
@@ -1770,7 +1771,7 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     """
     run = GENRE_RUNS[name]
     smoke = step.args.smoke
-    folder = step.folder / (name + ("" if seed is None else f"_seed{seed}") + "_all_clips" * all_clips)
+    folder = step.folder / (name if seed is None else f"{name}_seed{seed}")
     seed = step.args.seed if seed is None else seed
     seed_everything(seed)  # each run alone gives what it gives among others
     budget = BUDGETS[run.network]
@@ -1780,15 +1781,19 @@ def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=Non
     settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
     n_classes = len(data.classes)
     planned, crops = plan_epochs(len(data.train), budget.genre, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
-    train_idx = data.train.indices + (data.val.indices if all_clips else [])
+    planned_lr = lr or TRAINING_DEFAULTS["lr"]
+    model, train_idx = Classifier(make_backbone(run), n_classes), data.train.indices
+    if all_clips:
+        model.load_state_dict(load_checkpoint(folder / "best.pt")["state"])
+        folder = folder.with_name(f"{folder.name}_all_clips")
+        train_idx, planned, planned_lr = train_idx + data.val.indices, max(round(planned / 4), 1), planned_lr / 2
     shown = Subset(data.train.dataset, train_idx * crops)
     recipe = Recipe(
         epochs=planned,
-        lr=lr or TRAINING_DEFAULTS["lr"],
+        lr=planned_lr,
         augment=None if run.plain else make_augment(run, n_classes),
         window=window,
     )
-    model = Classifier(make_backbone(run), n_classes)
     batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
     val_loader = None if all_clips else make_loader(data.val, batch_size)

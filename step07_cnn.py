@@ -7,7 +7,6 @@ operations do; d) the overfit check of step 5b; e) genre recognition with this n
 compared with the LSTM of step 5a.
 
     python step07_cnn.py
-    python step07_cnn.py --all-clips      # besides: trained anew on training and validation clips
     python step07_cnn.py --ensemble       # besides: three such networks averaged, and with an LSTM
     python step07_cnn.py --overfit-batch  # d): four batches by heart
 
@@ -94,8 +93,7 @@ def paired_bootstrap(targets, predictions, others, n_classes) -> dict:
 
 def main(argv=None):
     parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
-    parser.add_argument("--all-clips", action="store_true", help="train the network anew, on training and validation clips together, and score it too")
-    parser.add_argument("--ensemble", action="store_true", help="do so with three seeds and score their averaged answers, alone and with an LSTM's")
+    parser.add_argument("--ensemble", action="store_true", help="train with three seeds and score their averaged answers, alone and with an LSTM's")
     args = parse_args(parser, argv)
     step = Step("step07_cnn", args)
     flags = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "subset": args.subset}
@@ -109,16 +107,15 @@ def main(argv=None):
 
     # b) The network is CNNBackbone in common.py. It trains on random crops in time, more
     # examples from the same clips; of the last fifth of the epochs the best by validation
-    # macro-F1 is kept. The number of epochs being settled by that, the validation clips may
-    # teach too: with --all-clips the same network is trained anew on training and validation
-    # clips. Nothing can validate that one; it keeps its last epoch.
-    plan = {"cnn_mel": {}}
-    if args.all_clips or args.ensemble:
-        plan["cnn_mel_all_clips"] = {"all_clips": True}
-    if args.ensemble:
-        plan |= {f"cnn_mel_seed{seed}_all_clips": {"all_clips": True, "seed": seed} for seed in (args.seed + 1, args.seed + 2)}
-    trained = {run: train_genre(step, "cnn_mel", **flags, **how, resume=args.resume, max_seconds=seconds_left(args, len(plan) - i))
-               for i, (run, how) in enumerate(plan.items())}  # fmt: skip
+    # macro-F1 is kept. The choice made, the validation clips may teach too: the network is
+    # trained a quarter as long again, on training and validation clips together. Nothing can
+    # validate that part, so its last epoch is kept, and both are scored.
+    seeds = [None, args.seed + 1, args.seed + 2] if args.ensemble else [None]
+    trained = {}
+    for left, seed in zip(range(len(seeds), 0, -1), seeds, strict=True):
+        name = "cnn_mel" if seed is None else f"cnn_mel_seed{seed}"
+        trained[name] = train_genre(step, "cnn_mel", **flags, seed=seed, resume=args.resume, max_seconds=seconds_left(args, 1.25 * left))
+        trained[f"{name}_all_clips"] = train_genre(step, "cnn_mel", **flags, seed=seed, all_clips=True, max_seconds=seconds_left(args, 5 * left - 4))
     model, settings, result = trained["cnn_mel"]
 
     # e) Its rivals: the LSTM on the same input, and the best by validation score among
@@ -132,9 +129,11 @@ def main(argv=None):
     tested = {name: test_answers(step, *network[:2]) for name, network in (trained | rivals).items()}
     compared = {name: {"weights": count_weights(rival[0]), "val": {"macro_f1": val[name]}, "test": tested[name][0]} for name, rival in rivals.items()}
     runs = {name: {key: value for key, value in facts.items() if key not in ("history", "val_score")} | {"test": tested[name][0]} for name, (_, _, facts) in trained.items()}
-    runs["cnn_mel"]["val"] = {"macro_f1": result["val_score"]}
+    for name, (_, _, facts) in trained.items():
+        if facts["n_val"]:
+            runs[name]["val"] = {"macro_f1": facts["val_score"]}
     if args.ensemble:
-        runs |= score_ensembles(tested, [name for name in plan if name != "cnn_mel"], best)
+        runs |= score_ensembles(tested, [name for name in trained if name.endswith("all_clips")], best)
 
     digits = report_digits(step)
     step.heading("7b. The network and its training")
@@ -143,6 +142,10 @@ def main(argv=None):
     fig, ax = plt.subplots(figsize=(7, 4))
     plot_history(ax, result["history"], "CNN on mel spectrograms", "macro-F1")
     step.figure(fig, "learning_curve", "Loss and validation macro-F1 against the epoch; training clips are mixed and masked, so their loss may stay the higher one")
+    further = runs["cnn_mel_all_clips"]
+    step.text(f"Trained for {further['epochs']} more epochs at half the rate on all {further['n_train']} clips of the training and validation sets, it becomes `cnn_mel_all_clips`. "
+              + " ".join(f"On the test set `{name}` has " + ", ".join(f"{label[5:]} {cell}" for label, cell in test_cells(runs[name]["test"]).items()) + "."
+                         for name in ("cnn_mel", "cnn_mel_all_clips")))  # fmt: skip
     operations = report_operations(step, model, settings, digits)
     if (step.folder / "cnn_mel" / "overfit.csv").exists():
         report_overfit(step)
@@ -428,23 +431,25 @@ def plot_operations(maps, seconds):
 # e) The CNN against the LSTM.
 
 
+def test_cells(test) -> dict:
+    """Test scores with their intervals, as cells of a table."""
+    labels = (("accuracy", "test accuracy"), ("macro_f1", "test macro-F1"))
+    return {label: "{:.3f} [{:.3f}, {:.3f}]".format(test[key], *test[f"{key}_ci95"]) for key, label in labels}
+
+
 def report_comparison(step, runs, compared, tested):
     """Table, per-class scores, paired differences, confusion matrices."""
     classes, scores = list(tested["cnn_mel"][2].columns), {name: run["test"] for name, run in (runs | compared).items()}
     step.heading("7e. Genre recognition, against the LSTM")
     table = {}
     for name, run in (runs | compared).items():
-        table[name] = {"val macro-F1": run["val"]["macro_f1"] if "val" in run else "-", "weights": run.get("weights", "-")}
-        for key, label in (("accuracy", "test accuracy"), ("macro_f1", "test macro-F1")):
-            table[name][label] = "{:.3f} [{:.3f}, {:.3f}]".format(run["test"][key], *run["test"][f"{key}_ci95"])
+        table[name] = {"val macro-F1": run["val"]["macro_f1"] if "val" in run else "-", "weights": run.get("weights", "-")} | test_cells(run["test"])
     step.table(pd.DataFrame(table).T.rename_axis("model"),
                f"{scores['cnn_mel']['n_clips']} test clips, 95% bootstrap intervals; `cnn_mel` is the CNN, `mel` the LSTM of step 5a")  # fmt: skip
-    if "cnn_mel_all_clips" in runs:
-        step.text(f"`cnn_mel_all_clips` is the same network trained anew, as many epochs, on all {runs['cnn_mel_all_clips']['n_train']} clips, those that validated `cnn_mel` "
-                  "included: more music, and no choice of an epoch. Steps 8 to 11 go on from `cnn_mel`.")  # fmt: skip
+    step.text("The differences below are of `cnn_mel`, which has learned from the same clips as the LSTMs; steps 8 to 11 go on from it too.")
     if "cnn_ensemble" in runs:
         seeds = [runs[name]["test"] for name in runs["cnn_ensemble"]["members"]]
-        step.text("Mean and standard deviation over three seeds, trained on all clips: " + ", ".join(
+        step.text("Mean and standard deviation over three seeds, with all clips: " + ", ".join(
             f"{label} {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for label, values in
             (("accuracy", [test["accuracy"] for test in seeds]), ("macro-F1", [test["macro_f1"] for test in seeds]))) + ".")  # fmt: skip
         step.text("`cnn_ensemble` averages the log-probabilities of these three, "

@@ -11,7 +11,6 @@ hand, not by pytest.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +38,10 @@ def collect(args) -> dict:
     rows = {}
     for seed in args.seeds:
         for step in args.steps:
-            flags = COMMANDS[step]
-            if step == "step07_cnn" and seed != args.seeds[0]:
-                flags = []  # the first seed's ensemble has networks of the next two
+            flags = COMMANDS[step] if step != "step07_cnn" or seed == args.seeds[0] else []
             for name, run in run_step(args, step, flags, seed).items():
-                name = re.sub(r"_seed\d+", "", name)
+                if "_seed" in name:
+                    continue  # of the ensemble: the next seeds' own runs give the same
                 if step == "step05_lstm" or (name, "step05_lstm") not in rows:  # step 6 scores step 5's models again
                     rows.setdefault((name, step), []).append(run["test"])
     return rows

@@ -1,5 +1,6 @@
 """Steps 7 and 11: the CNN, its comparison with the LSTM, and the latent vectors."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -31,6 +32,7 @@ def outputs(data_dir, tmp_path_factory):
     return out
 
 
+VALIDATED = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]
 ALL_CLIPS = ["cnn_mel_all_clips", "cnn_mel_seed43_all_clips", "cnn_mel_seed44_all_clips"]
 
 
@@ -67,7 +69,8 @@ def test_answers_carry_the_ids_of_their_clips(outputs, data_dir):
 
 def test_metrics_of_the_cnn(outputs):
     metrics = read_metrics(outputs, "step07_cnn")
-    assert set(metrics["runs"]) == {"cnn_mel", *ALL_CLIPS, "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert set(metrics["runs"]) == {*VALIDATED, *ALL_CLIPS, "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert {name for name, run in metrics["runs"].items() if "val" in run} == set(VALIDATED)
     assert metrics["runs"]["cnn_ensemble"]["members"] == ALL_CLIPS
     run = metrics["runs"]["cnn_mel"]
     assert {"epochs", "train_seconds", "val", "test", "weights"} <= set(run)
@@ -82,16 +85,17 @@ def test_metrics_of_the_cnn(outputs):
 
 
 def test_ensemble_is_of_different_networks(outputs):
-    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", *ALL_CLIPS)]
+    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in (*VALIDATED, *ALL_CLIPS)]
     first = [state["backbone.blocks.0.0.weight"] for state in states]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
 def test_all_clips_means_training_and_validation_clips_and_no_other(data_dir, tmp_path, monkeypatch):
-    loaders = []
+    loaders, starts = [], []
 
     def spy(model, train_loader, val_loader, *rest, **options):
         loaders.append((set(train_loader.dataset.indices), val_loader and set(val_loader.dataset.indices)))
+        starts.append(copy.deepcopy(model.state_dict()))
         return train(model, train_loader, val_loader, *rest, **options)
 
     train = common.train
@@ -99,11 +103,15 @@ def test_all_clips_means_training_and_validation_clips_and_no_other(data_dir, tm
     args = common.parse_args(common.make_parser("", training=True), ["--data-dir", str(data_dir), "--out-dir", str(tmp_path), "--device", "cpu"])
     step = common.Step("step07_cnn", args)
     for all_clips in (False, True):
-        _, _, result = common.train_genre(step, "cnn_mel", epochs=1, all_clips=all_clips)
+        _, _, result = common.train_genre(step, "cnn_mel", epochs=3, all_clips=all_clips)
     (some, val), (every, none) = loaders
     n_clips = len(read_entries(data_dir, "genre", "train", merge=True))
     assert not some & val and some | val == every == set(range(n_clips)) and none is None
     assert result["n_train"] == n_clips and result["n_val"] == 0 and result["val_score"] is None
+    # It goes on from the network that was kept, for a quarter as long, and leaves it as it is.
+    kept, further = (load_checkpoint(tmp_path / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", "cnn_mel_all_clips"))
+    assert result["epochs"] == 1 and all(torch.equal(starts[1][key], kept[key]) for key in kept)
+    assert not all(torch.equal(further[key], kept[key]) for key in kept)
 
 
 def test_ensemble_averages_by_clip_id():
