@@ -110,6 +110,7 @@ def main(argv=None):
     # macro-F1 is kept. The choice made, the validation clips may teach too: the network is
     # trained a quarter as long again, on training and validation clips together. Nothing can
     # validate that part, so its last epoch is kept, and both are scored.
+    # --max-minutes is shared out accordingly: of what is left, the first part gets four fifths.
     seeds = [None, args.seed + 1, args.seed + 2] if args.ensemble else [None]
     trained = {}
     for left, seed in zip(range(len(seeds), 0, -1), seeds, strict=True):
