@@ -285,20 +285,6 @@ def keep_freed_memory() -> None:
         pass  # no glibc: slower, not wrong
 
 
-@contextlib.contextmanager
-def one_torch_thread():
-    """Keep torch to the thread that calls it, for code that has threads of its own.
-
-    Each of them would otherwise start a team of torch's, which then fight for the cores.
-    """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 @functools.cache
 def fast_dtype(device_type) -> torch.dtype:
     """Number format for matrix work: half precision only where the chip computes in it.
@@ -629,8 +615,7 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
         try:
             footer, frames = _open_cache(cache)
         except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there yet, or cut short when the machine went down
-            with one_torch_thread():
-                _fill_cache(cache, entries, pool)
+            _fill_cache(cache, entries, pool)
             footer, frames = _open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
@@ -677,14 +662,13 @@ def _file_facts(entries) -> list[tuple]:
     return facts
 
 
-def _convert(entry) -> tuple[np.ndarray | None, str]:
-    """Read one clip: (T, 140) float16 and its digest, or None and what is wrong with it."""
+def _convert(entry) -> tuple[np.ndarray | None, str | None]:
+    """Read one clip as (T, 140) float16, or say what is wrong with it."""
     try:
         array = torch.from_numpy(read_array(entry.path))
     except InputError as error:
         return None, str(error)
-    frames = np.ascontiguousarray(array.half().numpy().T)  # (T, 140): a crop in time is one block; NumPy turns twice as fast
-    return frames, hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
+    return np.ascontiguousarray(array.half().numpy().T), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
 
 
 def _fill_cache(cache, entries, pool) -> None:
@@ -699,15 +683,15 @@ def _fill_cache(cache, entries, pool) -> None:
     try:
         with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
             for first in range(0, len(entries), 256):  # in blocks, so that few arrays wait in memory
-                for index, (frames, fact) in enumerate(pool.map(_convert, entries[first : first + 256]), start=first):
+                for index, (frames, fault) in enumerate(pool.map(_convert, entries[first : first + 256]), start=first):
                     bar.update()
-                    if frames is None:
-                        footer["faults"].append(fact)
+                    if fault:
+                        footer["faults"].append(fault)
                         continue
                     file.write(frames)
                     footer["kept"].append(index)
                     footer["lengths"].append(len(frames))
-                    footer["digests"].append(fact)
+                    footer["digests"].append(hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest())
             text = json.dumps(footer).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(partial, cache)

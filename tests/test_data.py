@@ -259,17 +259,6 @@ def test_bad_files_stop_or_are_left_out_also_from_the_cache(own_data, capsys):
         np.testing.assert_allclose(store.frames[start : start + length].T.float().numpy(), np.load(entries[5].path), atol=0.04)
 
 
-def test_loading_gives_torch_its_threads_back(own_data, monkeypatch):
-    inside, before = set(), torch.get_num_threads()
-    monkeypatch.setattr(common, "read_array", lambda path: inside.add(torch.get_num_threads()) or read_array(path))
-    try:
-        torch.set_num_threads(3)
-        load_clips(read_entries(own_data, "genre", "train"))
-        assert inside == {1} and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_cache_is_not_shared_between_sets_of_clips(data_dir):
     entries = read_entries(data_dir, "genre", "train")
     some, others = load_clips(entries[:5]), load_clips(entries[5:9])
