@@ -523,6 +523,18 @@ def test_no_weight_depends_on_the_length_of_a_clip(name):
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == before
 
 
+def test_predict_computes_few_windows_at_once():
+    """All windows of a batch in one go took gigabytes, and four times as long."""
+    torch.manual_seed(0)
+    model = common.Classifier(CNNBackbone(20, channels=(4, 4, 6, 8)), 3)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    clips = [(torch.randn(640, 20), torch.tensor(0), torch.tensor(640)) for _ in range(9)]
+    outputs = {n: common.predict(model, DataLoader(clips, n), window=64)[0] for n in (1, 9)}
+    assert max(sizes) == 128 and sum(sizes) == 2 * 9 * 19
+    torch.testing.assert_close(outputs[9], outputs[1])
+
+
 def test_predict_scores_in_evaluation_mode():
     """Bug 4: dropout and batch norm stayed on, so the same clip scored differently each time."""
     torch.manual_seed(0)
