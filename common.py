@@ -23,6 +23,7 @@ import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import warnings
@@ -532,10 +534,7 @@ def read_array(path) -> np.ndarray:
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     try:
-        with open(path, "rb") as file:
-            array = np.load(file, allow_pickle=False)  # never unpickle: a pickle can run code
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of arrays")
+        array = _load_npy(path)
         fault = _shape_fault(array)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             array = None if fault else np.asarray(array, dtype=np.float32)
@@ -548,6 +547,36 @@ def read_array(path) -> np.ndarray:
     if fault:
         raise InputError(f"{path}: {fault}; replace the file, or leave such clips out with --skip-bad")
     return array
+
+
+_header_lock = threading.Lock()
+
+
+def _load_npy(path) -> np.ndarray:
+    """np.load for one array of numbers, fast from several threads at once.
+
+    One read a file, and a header that came before is not parsed again: the more often
+    threads ask for the interpreter, the longer they wait for each other.
+    """
+    data = np.fromfile(path, np.uint8)
+    if len(data) < 12:
+        raise ValueError("cut short")
+    digits = 2 if data[6] == 1 else 4  # version 1 writes the header's length in two bytes, later ones in four
+    start = 8 + digits + int.from_bytes(data[8 : 8 + digits].tobytes(), "little")
+    # NumPy parses with `ast`, which up to CPython 3.11.7 fails now and then while another
+    # thread is in it too (python/cpython#106905): a sound clip would be called broken.
+    with _header_lock:
+        shape, fortran_order, dtype = _npy_header(data[:start].tobytes())
+    array = np.frombuffer(data, dtype, math.prod(shape), start)  # refuses objects: to unpickle can run code
+    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(header: bytes) -> tuple[tuple, bool, np.dtype]:
+    """Shape, Fortran order and type that the head of a .npy file states."""
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 
 
 def _shape_fault(array) -> str | None:
@@ -614,6 +643,9 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
         cache = cache_dir() / f"{key}.clips"
         try:
             footer, frames = _open_cache(cache)
+            left_out = set(range(len(entries))) - set(footer["kept"])
+            if any(_convert(entries[index])[0] is not None for index in left_out):
+                raise ValueError("a clip that could not be read then can be read now")  # a disk or a share that failed for a moment
         except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there yet, or cut short when the machine went down
             _fill_cache(cache, entries, pool)
             footer, frames = _open_cache(cache)
@@ -671,6 +703,10 @@ def _convert(entry) -> tuple[np.ndarray | None, str | None]:
     return np.ascontiguousarray(array.half().numpy().T), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
 
 
+def _convert_block(entries) -> list[tuple]:
+    return [_convert(entry) for entry in entries]
+
+
 def _fill_cache(cache, entries, pool) -> None:
     """Write the cache file: all frames, then a JSON footer, then the footer's length."""
     footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
@@ -682,8 +718,10 @@ def _fill_cache(cache, entries, pool) -> None:
     partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
-            for first in range(0, len(entries), 256):  # in blocks, so that few arrays wait in memory
-                for index, (frames, fault) in enumerate(pool.map(_convert, entries[first : first + 256]), start=first):
+            for first in range(0, len(entries), 512):  # so many at a time, so that few arrays wait in memory
+                blocks = [entries[start : start + 16] for start in range(first, min(first + 512, len(entries)), 16)]
+                results = itertools.chain.from_iterable(pool.map(_convert_block, blocks))
+                for index, (frames, fault) in enumerate(results, start=first):
                     bar.update()
                     if fault:
                         footer["faults"].append(fault)

@@ -1,7 +1,12 @@
 """The data layer, from label file to batch, and what the backbones make of padding."""
 
+import gc
 import os
 import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -257,6 +262,62 @@ def test_bad_files_stop_or_are_left_out_also_from_the_cache(own_data, capsys):
         # The clips after the bad one keep their own frames.
         start, length = int(store.starts[4]), int(store.lengths[4])
         np.testing.assert_allclose(store.frames[start : start + length].T.float().numpy(), np.load(entries[5].path), atol=0.04)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_clip_that_failed_for_a_moment_is_read_again(own_data, monkeypatch, skip_bad):
+    """A share that hangs once must not brand a clip as bad for as long as the cache lives."""
+    entries = read_entries(own_data, "genre", "train")
+
+    def fails(path):
+        if path == entries[4].path:
+            raise InputError(f"{path}: not a readable .npy array (Input/output error)")
+        return read_array(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "read_array", fails)
+        if skip_bad:
+            assert len(load_clips(entries, skip_bad=True).entries) == len(entries) - 1
+        else:
+            with pytest.raises(InputError, match="Input/output error"):
+                load_clips(entries)
+    assert load_clips(entries, skip_bad).entries == entries
+
+
+def test_headers_are_read_by_one_thread_at_a_time(data_dir):
+    """Up to CPython 3.11.7 `ast`, which NumPy reads headers with, is not safe in threads.
+
+    It fails when the collector runs Python code in the middle of it; this makes that often.
+    """
+    entries = read_entries(data_dir, "genre", "train")
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+
+    def give_way(phase, info):
+        time.sleep(0)
+
+    gc.callbacks.append(give_way)
+    try:
+        gc.set_threshold(20)
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as pool:
+            arrays = list(pool.map(read_array, [entry.path for entry in entries] * 20))
+    finally:
+        gc.callbacks.remove(give_way)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
+    assert len(arrays) == 20 * len(entries)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", ["<f8", ">f8", "<f4", "<f2"])
+def test_every_npy_layout_is_read_as_numpy_reads_it(tmp_path, order, version, dtype):
+    path = tmp_path / "1.fused.full.npy"
+    array = np.asarray(fake_clip(np.random.default_rng(0), 0.5, 20), dtype, order)
+    with open(path, "wb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that old NumPy cannot read versions 2 and 3
+        np.lib.format.write_array(file, array, version)
+    np.testing.assert_array_equal(read_array(path), np.load(path).astype(np.float32))
 
 
 def test_cache_is_not_shared_between_sets_of_clips(data_dir):
