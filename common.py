@@ -558,15 +558,15 @@ def _load_npy(path) -> np.ndarray:
     One read a file, and a header that came before is not parsed again: the more often
     threads ask for the interpreter, the longer they wait for each other.
     """
-    data = np.fromfile(path, np.uint8)
+    data = Path(path).read_bytes()
     if len(data) < 12:
         raise ValueError("cut short")
     digits = 2 if data[6] == 1 else 4  # version 1 writes the header's length in two bytes, later ones in four
-    start = 8 + digits + int.from_bytes(data[8 : 8 + digits].tobytes(), "little")
+    start = 8 + digits + int.from_bytes(data[8 : 8 + digits], "little")
     # NumPy parses with `ast`, which up to CPython 3.11.7 fails now and then while another
     # thread is in it too (python/cpython#106905): a sound clip would be called broken.
     with _header_lock:
-        shape, fortran_order, dtype = _npy_header(data[:start].tobytes())
+        shape, fortran_order, dtype = _npy_header(data[:start])
     array = np.frombuffer(data, dtype, math.prod(shape), start)  # refuses objects: to unpickle can run code
     return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
 
@@ -636,7 +636,7 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
-    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or (os.cpu_count() or 1) + 1) as pool:  # one waits for the disk while the others compute
         blocks = [entries[first : first + 64] for first in range(0, len(entries), 64)]  # a task for each file would cost more than asking for it
         facts = [fact for block in pool.map(_file_facts, blocks) for fact in block]
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
