@@ -537,7 +537,7 @@ def read_array(path) -> np.ndarray:
         array = _load_npy(path)
         fault = _shape_fault(array)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
-            array = None if fault else np.asarray(array, dtype=np.float32)
+            array = None if fault else np.array(array, dtype=np.float32)  # a copy, which may be written to
     except FileNotFoundError:
         fault = "missing, though the label file names it"
     except Exception as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
@@ -576,6 +576,8 @@ def _npy_header(header: bytes) -> tuple[tuple, bool, np.dtype]:
     """Shape, Fortran order and type that the head of a .npy file states."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
+    if version not in [(1, 0), (2, 0), (3, 0)]:
+        raise ValueError(f"of format version {version[0]}.{version[1]}")
     return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 
 
@@ -636,9 +638,8 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
-    with ThreadPoolExecutor(threads or (os.cpu_count() or 1) + 1) as pool:  # one waits for the disk while the others compute
-        blocks = [entries[first : first + 64] for first in range(0, len(entries), 64)]  # a task for each file would cost more than asking for it
-        facts = [fact for block in pool.map(_file_facts, blocks) for fact in block]
+    with ThreadPoolExecutor(threads or N_READERS) as pool:
+        facts = list(_map_blocks(pool, _file_facts, entries, 64))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.clips"
         try:
@@ -662,6 +663,7 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
 
 
 CACHE_VERSION = 1
+N_READERS = (os.cpu_count() or 1) + 1  # threads that read files: one waits for the disk while the others compute
 
 
 def cache_dir() -> Path:
@@ -682,16 +684,20 @@ def cache_dir() -> Path:
     return folder
 
 
-def _file_facts(entries) -> list[tuple]:
-    """Name, size and time of change of every file; two None for one that is missing."""
-    facts = []
-    for path in (str(entry.path) for entry in entries):
-        try:
-            stat = os.stat(path)
-            facts.append((path, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            facts.append((path, None, None))
-    return facts
+def _map_blocks(pool, function, items, size):
+    """pool.map with `size` items a task: what a task costs can be more than asking for a file."""
+    blocks = [items[first : first + size] for first in range(0, len(items), size)]
+    return itertools.chain.from_iterable(pool.map(lambda block: [function(item) for item in block], blocks))
+
+
+def _file_facts(entry) -> tuple:
+    """Name, size and time of change of a file; two None for one that is missing."""
+    path = str(entry.path)
+    try:
+        stat = os.stat(path)
+        return path, stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return path, None, None
 
 
 def _convert(entry) -> tuple[np.ndarray | None, str | None]:
@@ -701,10 +707,6 @@ def _convert(entry) -> tuple[np.ndarray | None, str | None]:
     except InputError as error:
         return None, str(error)
     return np.ascontiguousarray(array.half().numpy().T), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
-
-
-def _convert_block(entries) -> list[tuple]:
-    return [_convert(entry) for entry in entries]
 
 
 def _fill_cache(cache, entries, pool) -> None:
@@ -719,9 +721,7 @@ def _fill_cache(cache, entries, pool) -> None:
     try:
         with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
             for first in range(0, len(entries), 512):  # so many at a time, so that few arrays wait in memory
-                blocks = [entries[start : start + 16] for start in range(first, min(first + 512, len(entries)), 16)]
-                results = itertools.chain.from_iterable(pool.map(_convert_block, blocks))
-                for index, (frames, fault) in enumerate(results, start=first):
+                for index, (frames, fault) in enumerate(_map_blocks(pool, _convert, entries[first : first + 512], 16), start=first):
                     bar.update()
                     if fault:
                         footer["faults"].append(fault)

@@ -14,7 +14,6 @@ and what they show (summary.md, metrics.json). The audit lists faults; it does n
 
 import hashlib
 import itertools
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,6 +27,7 @@ from common import (
     FOLDERS,
     MERGE,
     N_MELS,
+    N_READERS,
     InputError,
     Step,
     load_genre,
@@ -98,7 +98,7 @@ def check_files(step) -> pd.DataFrame:
         rows += [where | {"id": path.name, "fault": "no label", "detail": "in the folder, not in the label file"}
                  for path in sorted((folder / split).glob("*.npy")) if path not in named]  # fmt: skip
         entries = entries[:20] if step.args.smoke else entries
-        with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:  # reading waits for the disk more than for the processor
+        with ThreadPoolExecutor(N_READERS) as pool:
             rows += [where | row for row in tqdm(pool.map(check, entries), where["where"], len(entries), disable=not show_bars(), leave=False)]
     return pd.DataFrame(rows, columns=["where", "id", "fault", "detail", "steps", "digest"]).fillna({"steps": 0, "digest": ""})
 

@@ -277,6 +277,7 @@ ARRAY_FAULTS = {
     "empty": (b"", "not a readable .npy"),
     "truncated": (npy(CLIP)[:-1000], "not a readable .npy"),
     "cut in the header": (npy(CLIP)[:50], "not a readable .npy"),
+    "a version yet unknown": (npy(CLIP)[:6] + b"\7" + npy(CLIP)[7:], "format version 7.0"),
     "text": (b"<html>404</html>\n" * 9, "not a readable .npy"),
     "an archive": (zipped(CLIP), "not a readable .npy"),
     "half an archive": (zipped(CLIP)[:500], "not a readable .npy"),

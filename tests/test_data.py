@@ -317,7 +317,9 @@ def test_every_npy_layout_is_read_as_numpy_reads_it(tmp_path, order, version, dt
     with open(path, "wb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that old NumPy cannot read versions 2 and 3
         np.lib.format.write_array(file, array, version)
-    np.testing.assert_array_equal(read_array(path), np.load(path).astype(np.float32))
+    read = read_array(path)
+    np.testing.assert_array_equal(read, np.load(path).astype(np.float32))
+    assert read.flags.writeable  # torch warns of arrays that are not
 
 
 def test_cache_is_not_shared_between_sets_of_clips(data_dir):
