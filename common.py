@@ -1299,12 +1299,14 @@ class MultitaskRegressor(nn.Module):
         self.backbone, self.config = backbone, {"mean": list(mean), "std": list(std), "dropout": dropout}
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict({name: small_linear(backbone.feature_size) for name in EMOTIONS})
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)  # goes along to the device
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, 3)."""
         vector = self.dropout(self.backbone(x, lengths))
         z = torch.cat([self.heads[name](vector) for name in EMOTIONS], dim=1)  # (B, 3)
-        return z.new_tensor(self.config["mean"]) + z.new_tensor(self.config["std"]) * z
+        return self.mean + self.std * z
 
 
 MODELS = {model.__name__: model for model in (LSTMBackbone, CNNBackbone, Classifier, Regressor, MultitaskRegressor)}
@@ -1464,10 +1466,10 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         batches were not learned.
     """
     model.to(device)
+    loss_fn.to(device)
     if overfit_batch:
         return overfit(model, train_loader, loss_fn, recipe, folder, device)
     make_folder(folder)
-    loss_fn.to(device)
     trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
     n_steps = recipe.epochs * len(train_loader)
