@@ -11,7 +11,6 @@ the same clips; training counts the clips shown per second. Run by hand, not by 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -88,7 +87,7 @@ def textbook_epoch(model, loader, optimizer, device, n_batches=None):
 
 def textbook_predict(model, loader, device, window=None):
     """common.predict in single precision, whatever the machine is fast in."""
-    with mock.patch.object(common, "half_precision", lambda device: contextlib.nullcontext()):
+    with mock.patch.object(common, "fast_dtype", lambda device_type: torch.float32):
         return common.predict(model, loader, device, window)
 
 
@@ -278,7 +277,7 @@ def main():
     parser.add_argument("--clips", type=int, default=10_000, help="use this many training clips at most")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--to-score", type=int, metavar="EPOCHS", help="also train the textbook CNN this long and race to its best score")
-    parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)  # set for the child processes, as is
+    parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)  # this and the next: for the child processes only
     parser.add_argument("--load-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
