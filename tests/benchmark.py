@@ -91,10 +91,9 @@ def textbook_predict(model, loader, device, window=None):
         return common.predict(model, loader, device, window)
 
 
-def clips_per_second(work, device, repeats=3, warm_up=True) -> float:
-    """Median rate of `work() -> clips`."""
-    if warm_up:
-        work()
+def clips_per_second(work, device, repeats=3) -> float:
+    """Median rate of `work() -> clips`, after one turn to warm up."""
+    work()
     rates = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -145,16 +144,16 @@ def measure(side, args) -> dict:
             train = ours_epoch(model, fetch, recipe, device, 32)
             n_batches = None
         else:
-            window, n_batches = None, 1  # a batch takes seconds, with packed sequences minutes: a rate needs no whole epoch
+            window, n_batches = None, 1  # a batch takes seconds: a rate needs no whole epoch
+            batch_size = 4 if name == "LSTM" else 32  # packed sequences of unlike lengths: 32 take minutes
             model = (TextbookLSTM(len(classes)) if name == "LSTM" else TextbookCNN(len(classes), data.longest)).to(device)
             fetch = torch.utils.data.Subset(data, train_idx.tolist())
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-            loader = DataLoader(fetch, 4 if name == "LSTM" else 32, shuffle=True)
+            loader = DataLoader(fetch, batch_size, shuffle=True)
             train = lambda: textbook_epoch(model, loader, optimizer, device, n_batches)  # noqa: E731, B023
             whole = torch.utils.data.Subset(data, val_idx[:32].tolist())
         predict = common.predict if side == "ours" else textbook_predict
-        packed = side == "textbook" and name == "LSTM"
-        numbers[f"{name}: clips/s, training"] = clips_per_second(train, device, 1 if packed else 3, warm_up=not packed)
+        numbers[f"{name}: clips/s, training"] = clips_per_second(train, device)
         numbers[f"{name}: clips/s, inference"] = clips_per_second(
             lambda: len(predict(model, DataLoader(whole, 32), device, window)[0]), device, repeats=2  # noqa: B023
         )  # fmt: skip
