@@ -142,13 +142,11 @@ def measure(side, args) -> dict:
             whole = torch.utils.data.Subset(data, val_idx.tolist())
             recipe = common.Recipe(epochs=99, lr=1e-3, augment=common.make_augment(run[name], len(classes)), window=window)
             train = ours_epoch(model, fetch, recipe, device, 32)
-            n_batches = None
         else:
-            window, n_batches, batch_size = None, 1, 32  # a batch takes seconds: a rate needs no whole epoch
-            if name == "LSTM":
-                # Packed sequences of unlike lengths take ten times as long as those of one length, and
-                # 32 of them minutes: small batches, and enough that both kinds are among them.
-                n_batches, batch_size = 6, 4
+            window = None
+            # A batch takes seconds: a rate needs no whole epoch. Packed sequences of unlike lengths take ten times as long as
+            # those of one length, and 32 of them minutes: small batches, and enough that both kinds are among them.
+            n_batches, batch_size = (6, 4) if name == "LSTM" else (1, 32)
             model = (TextbookLSTM(len(classes)) if name == "LSTM" else TextbookCNN(len(classes), data.longest)).to(device)
             fetch = torch.utils.data.Subset(data, train_idx.tolist())
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
