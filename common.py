@@ -1897,6 +1897,18 @@ def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.
     ids = [entry.clip_id for entry in test.store.entries]
     return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy(), ids
 
+
+def genre_predictions(model, beat, classes, ids, targets, answers) -> pd.DataFrame:
+    """One row per test clip: which clip, which model, which test set, the true and the predicted class.
+
+    beat : whether the test set is the beat-synchronised one
+    targets, answers : class numbers [shape=(N,)]
+    """
+    names = np.array(classes)
+    test_set = part_folder(".", "genre", beat).name
+    return pd.DataFrame({"clip": ids, "model": model, "test_set": test_set, "truth": names[targets], "prediction": names[answers]})
+
+
 # --------------------------------------------------------------------------------------
 # The emotion runs of steps 8, 9 and 10: same clips, same folds, same recipe
 # --------------------------------------------------------------------------------------

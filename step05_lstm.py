@@ -11,7 +11,8 @@ chromagrams, f) on both together.
     python step05_lstm.py --plain                  # the textbook LSTM, for comparison
 
 Input: the genre data set. Output, in outputs/step05_lstm/: a checkpoint and a history
-per run, learning curves, test scores (summary.md, metrics.json).
+per run, learning curves, test scores (summary.md, metrics.json), each test clip's true
+and predicted class (predictions.csv).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
 2.13.0: best on validation mel, test accuracy .637, macro-F1 .599 (157 clips); six LSTMs
@@ -26,6 +27,7 @@ from common import (
     GENRE_RUNS,
     TRAINING_DEFAULTS,
     Step,
+    genre_predictions,
     make_parser,
     parse_args,
     plot_history,
@@ -34,6 +36,7 @@ from common import (
     score_genre,
     seconds_left,
     train_genre,
+    write_text,
 )
 
 RUNS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]
@@ -63,11 +66,13 @@ def main(argv=None):
                                     max_seconds=seconds_left(args, len(names) - position))  # fmt: skip
 
     # The test split is opened only now, when no choice is left to make.
-    runs = {}
+    runs, predictions = {}, []
     for name, (model, settings, result) in trained.items():
-        test, *_ = score_genre(step, model, settings)
+        test, targets, logits, ids = score_genre(step, model, settings)
+        predictions.append(genre_predictions(name, settings["beat"], settings["classes"], ids, targets, logits.argmax(1)))
         runs[name] = {key: value for key, value in result.items() if key != "history"} | {"val": {"macro_f1": result["val_score"]}, "test": test}
 
+    write_text(step.folder / "predictions.csv", pd.concat(predictions).to_csv(index=False))
     report_overfit(step, names)
     report_curves(step, trained)
     report_scores(step, runs)

@@ -9,7 +9,7 @@ macro averages; d) their micro averages; and what these metrics mean.
 
 Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06_eval/:
 tables, confusion matrices and the answers to the lab's questions (summary.md), all
-scores (metrics.json).
+scores (metrics.json), each test clip's true and predicted class (predictions.csv).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
 2.13.0: majority class .236 accuracy / .048 macro-F1, SVM .541/.521, LSTM on mel
@@ -33,6 +33,7 @@ from common import (
     classification_scores,
     encode_labels,
     genre_model,
+    genre_predictions,
     load_clips,
     make_parser,
     parse_args,
@@ -41,6 +42,7 @@ from common import (
     read_entries,
     run_main,
     score_genre,
+    write_text,
 )
 
 RUNS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]
@@ -59,11 +61,14 @@ def main(argv=None):
 
     # Each model on the test set of its own kind (frames or beats), and, because the lab
     # names both sets, on the other kind as well, which it has never heard.
-    runs, other, logits = {}, {}, {}
+    runs, other, logits, predictions = {}, {}, {}, []
     for name, (model, settings) in models.items():
-        scores, targets, logits[name], _ = score_genre(step, model, settings)
+        beat = settings["beat"]
+        scores, targets, logits[name], ids = score_genre(step, model, settings)
         runs[name] = {"val": {}, "test": scores}
-        other[name] = score_genre(step, model, settings, beat=not settings["beat"])[0]
+        predictions.append(genre_predictions(name, beat, classes, ids, targets, logits[name].argmax(1)))
+        other[name], other_targets, other_logits, other_ids = score_genre(step, model, settings, beat=not beat)
+        predictions.append(genre_predictions(name, not beat, classes, other_ids, other_targets, other_logits.argmax(1)))
 
     # Floors: what a guess of the commonest class scores, and a classical method on
     # statistics of the bands. A network that does not beat both has learned too little.
@@ -71,6 +76,8 @@ def main(argv=None):
     if args.ensemble:
         mean = np.mean([log_softmax(values, axis=1) for values in logits.values()], axis=0)
         runs["lstm_ensemble"] = {"test": classification_scores(targets, mean.argmax(1), classes)}
+        predictions.append(genre_predictions("lstm_ensemble", False, classes, ids, targets, mean.argmax(1)))
+    write_text(step.folder / "predictions.csv", pd.concat(predictions).to_csv(index=False))
 
     report_overview(step, runs, other)
     report_classes(step, {name: runs[name] for name in runs if name != "majority"}, classes, targets, logits)

@@ -13,7 +13,7 @@ compared with the LSTM of step 5a.
 Input: the genre data set; the LSTMs of step 5 (the one on mel is trained here where
 there is none); for a), scikit-learn's bundled digits. Output, in outputs/step07_cnn/: a
 checkpoint and a history, pictures of the network at work, test scores (summary.md,
-metrics.json).
+metrics.json), each test clip's true and predicted class (predictions.csv).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
 2.13.0: test accuracy .694 [.624, .758], macro-F1 .671 [.581, .734] on 157 clips, after
@@ -44,6 +44,7 @@ from common import (
     classification_scores,
     count_weights,
     genre_model,
+    genre_predictions,
     load_checkpoint,
     load_genre,
     macro_f1,
@@ -58,6 +59,7 @@ from common import (
     seed_everything,
     split_indices,
     train_genre,
+    write_text,
 )  # fmt: skip
 
 OPERATIONS = ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d")  # of one block, in the lab's order
@@ -135,6 +137,10 @@ def main(argv=None):
             runs[name]["val"] = {"macro_f1": facts["val_score"]}
     if args.ensemble:
         runs |= score_ensembles(tested, [name for name in trained if name.endswith("all_clips")], best)
+    beats = {name for name in rivals if rivals[name][1]["beat"]}
+    write_text(step.folder / "predictions.csv", pd.concat(
+        genre_predictions(name, name in beats, list(mean.columns), mean.index, targets, mean.to_numpy().argmax(1))
+        for name, (_, targets, mean) in tested.items()).to_csv(index=False))  # fmt: skip
 
     digits = report_digits(step)
     step.heading("7b. The network and its training")
@@ -163,14 +169,17 @@ def test_answers(step, model, settings):
 def score_ensembles(tested, members, lstm):
     """Average log-probabilities: CNNs of three seeds, and these half and half with an LSTM.
 
-    tested : {run: see `test_answers`}
+    tested : {run: see `test_answers`}; the averages are added to it
     members, lstm : names of runs in it
     """
     cnn = sum(tested[name][2] for name in members) / len(members)
     both = (cnn + tested[lstm][2]).dropna()  # pandas adds by clip id
-    targets = tested[members[0]][1]
-    return {name: {"members": names, "test": classification_scores(targets[mean.index], mean.to_numpy().argmax(1), list(mean.columns))}
-            for name, mean, names in (("cnn_ensemble", cnn, members), ("cnn_lstm_ensemble", both, [*members, lstm]))}  # fmt: skip
+    runs = {}
+    for name, mean, names in (("cnn_ensemble", cnn, members), ("cnn_lstm_ensemble", both, [*members, lstm])):
+        targets = tested[members[0]][1][mean.index]
+        scores = classification_scores(targets, mean.to_numpy().argmax(1), list(mean.columns))
+        tested[name], runs[name] = (scores, targets, mean), {"members": names, "test": scores}
+    return runs
 
 
 def report_overfit(step):
