@@ -176,7 +176,7 @@ def data_dir(tmp_path_factory):
     return hard_data_set(tmp_path_factory.mktemp("data"))
 
 
-def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
+def run_script(name, *args, cwd=None, check=True, timeout=900, **env):
     """Run a script through its real command line; returns the CompletedProcess."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]
     result = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout)

@@ -3,14 +3,21 @@
 A stand-in for an accelerator: its tensors say that they lie elsewhere, compute on the CPU all
 the same, and refuse to meet tensors of the CPU, as those of a GPU do. A tensor that was left
 behind on the CPU, which no CPU run notices, fails here. Speed and half precision it cannot show.
+Half precision and the scaling of the loss are shown on the CPU, by pretending that it computes
+in them. What only a card can show is marked `cuda` and runs where there is one.
 """
 
+import contextlib
 import functools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, assert_clean_error, run_script, write_data_set
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -63,9 +70,17 @@ def compute(func, args, kwargs):
     return tree_map(lambda x: OnCard(x) if there and isinstance(x, torch.Tensor) and not isinstance(x, OnCard) else x, result)
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Clips twice as long as a crop here, but not as long as the lab's: the stand-in is slow."""
+    return write_data_set(tmp_path_factory.mktemp("data"), per_class=(4, 1), n_emotion=(2, 1), n_frames=(120, 150))
+
+
 @pytest.fixture(autouse=True)
-def single_precision(monkeypatch):
+def single_precision(request, monkeypatch):
     """A processor with bf16 would compute in it and the stand-in would not: the device is compared here, not the format."""
+    if request.node.get_closest_marker("cuda"):
+        return
     monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
 
 
@@ -87,8 +102,11 @@ def test_the_stand_in_refuses_a_tensor_left_on_the_cpu(card):
             left_behind()
 
 
-def train_on(device, data_dir, folder, name, head, **options):
-    """Two epochs and a prediction, all as the steps do it; the history and what is predicted."""
+def train_on(device, data_dir, folder, name, head, quiet=False, **options):
+    """Two epochs and a prediction, all as the steps do it; the history and what is predicted.
+
+    quiet : without dropout and changes of the input, whose random numbers devices draw differently
+    """
     run = common.GENRE_RUNS[name]
     window = None if run.beat or run.plain else 64
     common.seed_everything(0)
@@ -104,6 +122,13 @@ def train_on(device, data_dir, folder, name, head, **options):
         "valence": lambda network: (common.Regressor(network), common.RegressionLoss(0.3)),
         "multitask": lambda network: (common.MultitaskRegressor(network), common.MultitaskLoss([0.3, 0.2, 0.3], learned=True)),
     }[head](common.make_backbone(run))
+    if quiet:
+        augment = None
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, common.StripeMask):
+                module.widest = 0
     score = common.genre_score(data.settings["shares"]) if head == "genre" else common.emotion_score
     recipe = common.Recipe(epochs=2, lr=2e-3, augment=augment, window=window)
     loaders = common.make_loader(data.train, 12, shuffle=True), common.make_loader(data.val, 12)
@@ -111,7 +136,7 @@ def train_on(device, data_dir, folder, name, head, **options):
     if options.get("overfit_batch"):
         return result
     loaded, _ = common.load_model(folder / "best.pt", device)  # what the next step finds
-    assert all(value.device == device for value in loaded.state_dict().values())
+    assert all(value.device.type == device.type for value in loaded.state_dict().values())
     return [row["train_loss"] for row in result["history"]], common.predict(loaded, loaders[1], device, window)[0]
 
 
@@ -130,7 +155,288 @@ def test_training_elsewhere_gives_what_the_cpu_gives(data_dir, tmp_path, monkeyp
     assert torch.allclose(outputs_there, outputs, rtol=1e-2, atol=1e-3), (outputs_there - outputs).abs().max()
 
 
+def test_batches_are_cut_on_the_cpu_where_the_clips_stay_there(data_dir, tmp_path, request):
+    """Where the clips are too many for the device: each batch is copied, and the numbers are the same."""
+    losses, outputs = train_on(torch.device("cpu"), data_dir, tmp_path / "cpu", "cnn_mel", "genre")
+    card = request.getfixturevalue("card")
+    losses_there, outputs_there = train_on(card, data_dir, tmp_path / "card", "cnn_mel", "genre")
+    assert losses_there == pytest.approx(losses, rel=1e-3)
+    assert torch.allclose(outputs_there, outputs, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("name, head", [("cnn_mel", "genre"), ("mel", "valence"), ("cnn_mel", "multitask")])
 def test_four_batches_are_learned_elsewhere(card, data_dir, tmp_path, monkeypatch, name, head):
     monkeypatch.setattr(common, "overfit", functools.partial(common.overfit, goal=math.inf))  # stops early: whether it runs is asked, not how well
     assert math.isfinite(train_on(card, data_dir, tmp_path, name, head, overfit_batch=True)["loss"])
+
+
+# --- what a card decides, on a processor ------------------------------------------------
+
+
+class Frames:
+    """Frames of a given size that say where they were moved to."""
+
+    def __init__(self, nbytes):
+        self.nbytes = nbytes
+
+    def to(self, device):
+        return torch.device(device).type
+
+
+@pytest.mark.parametrize("device, nbytes, moved", [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False), ("mps", 1, False)])
+def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(monkeypatch, device, nbytes, moved):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 8000))
+    frames = Frames(nbytes)
+    assert common.to_resident(frames, device) == (device if moved else frames)
+
+
+class BrokenCard(TorchFunctionMode):
+    """What is made on a card fails, as on one that torch has no code for."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if torch.device((kwargs or {}).get("device") or "cpu").type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore lines")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_card_that_is_there_and_cannot_compute_is_not_believed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with BrokenCard():
+        assert common.pick_device("auto") == torch.device("cpu")
+        assert "no kernel image" in capsys.readouterr().err
+        with pytest.raises(common.InputError, match="no kernel image.*--device cpu") as error:
+            common.pick_device("cuda")
+    assert "\n" not in str(error.value)
+
+
+def test_a_card_that_is_not_there_is_an_input_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(common.InputError, match="--device cuda.*finds no such device.*--device cpu"):
+        common.pick_device("cuda")
+
+
+@contextlib.contextmanager
+def formats_seen():
+    """The number formats that convolutions, LSTMs and linear layers answer in: {in training mode or not: formats}."""
+    seen = {True: set(), False: set()}
+
+    def look(module, _, output):
+        if isinstance(module, nn.Conv2d | nn.LSTM | nn.Linear):
+            seen[module.training].add((output[0] if isinstance(output, tuple) else output).dtype)
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name, head", [("cnn_mel", "genre"), ("mel", "genre"), ("cnn_mel", "multitask")])
+def test_half_precision_is_used_where_it_is_fast_and_nowhere_else(data_dir, tmp_path, monkeypatch, name, head):
+    """In training and in scoring; losses, weights and answers stay in single precision, and say about the same."""
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(common, "fast_dtype", lambda device_type, dtype=dtype: dtype)
+        with formats_seen() as seen:
+            losses, outputs = train_on(torch.device("cpu"), data_dir, tmp_path / str(dtype), name, head)
+        assert seen == {True: {dtype}, False: {dtype}}
+        assert outputs.dtype == torch.float32
+        state = common.load_checkpoint(tmp_path / str(dtype) / "best.pt")["state"]
+        assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
+        results[dtype] = losses, outputs
+    (losses, outputs), (half_losses, half_outputs) = results.values()
+    assert half_losses == pytest.approx(losses, rel=0.05) and half_losses != losses
+    assert (half_outputs - outputs).abs().max() < 0.1 * max(1.0, outputs.abs().max().item())
+
+
+class Scaler:
+    """A GradScaler that writes down what is asked of it."""
+
+    made = []
+
+    def __init__(self, device="cuda", enabled=True, **_):
+        self.enabled, self.events, self.factor, self.restored = enabled, [], 1024.0, None
+        Scaler.made.append(self)
+
+    def scale(self, loss):
+        self.events.append("scale")
+        return loss * self.factor
+
+    def unscale_(self, optimizer):
+        self.events.append("unscale")
+        for group in optimizer.param_groups:
+            for weights in group["params"]:
+                if weights.grad is not None:
+                    weights.grad /= self.factor
+
+    def step(self, optimizer):
+        self.events.append("step")
+        optimizer.step()
+
+    def update(self):
+        self.events.append("update")
+
+    def state_dict(self):
+        return {"scale": self.factor, "steps": len(self.events)}
+
+    def load_state_dict(self, state):
+        self.restored = state
+
+
+class TinyBackbone(nn.Module):
+    """Mean over time and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.feature_size, self.layer = {}, 4, nn.Linear(5, 4)
+
+    def forward(self, x, lengths):
+        return self.layer(x.float().mean(1)).float()
+
+
+def tiny_training(folder, epochs=3, **options):
+    """Train a tiny classifier in 4 steps an epoch; its loss curve and weights."""
+    common.seed_everything(1)
+    model = common.Classifier(TinyBackbone(), 3)
+    x = torch.randn(16, 6, 5)
+    data = torch.utils.data.TensorDataset(x, torch.arange(16) % 3, torch.full((16,), 6))
+    loaders = torch.utils.data.DataLoader(data, 4, shuffle=True), torch.utils.data.DataLoader(data, 8)
+    recipe = common.Recipe(epochs=epochs, lr=0.05)
+    score = common.genre_score([1 / 3] * 3)
+    result = common.train(model, *loaders, nn.CrossEntropyLoss(), score, recipe, folder, {}, **options)
+    return [row["train_loss"] for row in result["history"]], model.state_dict()
+
+
+def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(tmp_path, monkeypatch):
+    """In this order, else scaled gradients are clipped to nothing or tiny ones are lost; and it goes on where it was."""
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    monkeypatch.setattr(common, "half_precision", lambda device: contextlib.nullcontext())  # a processor is slow in float16
+    losses, weights = tiny_training(tmp_path / "float32")
+    assert Scaler.made and not Scaler.made[-1].enabled
+    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float16)
+    clip = nn.utils.clip_grad_norm_
+
+    def clip_noted(parameters, limit, *args, **options):
+        Scaler.made[-1].events.append("clip")
+        return clip(parameters, limit, *args, **options)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_noted)
+    scaled_losses, scaled_weights = tiny_training(tmp_path / "float16")
+    scaler = Scaler.made[-1]
+    assert scaler.enabled and scaler.events == ["scale", "unscale", "clip", "step", "update"] * 12
+    # A factor of 2^10 is taken off again without a trace.
+    assert scaled_losses == losses and all(torch.equal(scaled_weights[key], weights[key]) for key in weights)
+    tiny_training(tmp_path / "float16", resume=True)
+    assert Scaler.made[-1].restored == {"scale": 1024.0, "steps": 60}
+
+
+def test_random_numbers_of_the_card_go_on_where_they_were(tmp_path, monkeypatch):
+    """The state after an epoch is kept, and set again when going on."""
+    epoch, restored = [0], []
+
+    def state(*_):
+        epoch[0] += 1
+        return torch.full((16,), epoch[0], dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, *_: restored.append(value))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda values: restored.extend(values))
+    tiny_training(tmp_path / "run", max_seconds=0)
+    assert epoch[0] == 1 and not restored
+    tiny_training(tmp_path / "run", resume=True)
+    assert len(restored) == 1 and (restored[0] == 1).all() and epoch[0] == 3
+
+
+OUT_OF_MEMORY = """
+import runpy, sys, torch
+
+def forward(self, x, *args):
+    if len(x) > 4:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    return usual(self, x, *args)
+
+usual, torch.nn.LSTM.forward = torch.nn.LSTM.forward, forward
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_out_of_memory_is_one_line_with_advice(data_dir, tmp_path):
+    arguments = ["--smoke", "--features", "beat_mel", "--batch-size", 8, "--data-dir", data_dir, "--out-dir", tmp_path]
+    command = [sys.executable, "-c", OUT_OF_MEMORY.format(root=str(ROOT)), ROOT / "step05_lstm.py", *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert_clean_error(result, "out of memory", "8 clips", "--batch-size 4", code=1)
+    assert not (tmp_path / "step05_lstm" / "metrics.json").exists()
+
+
+# --- on a card --------------------------------------------------------------------------
+
+ON_CARD = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card here")]
+
+
+def on_card(test):
+    for mark in ON_CARD:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The card, computing the same numbers each time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device("cuda")
+
+
+NETWORKS = [("cnn_mel", "genre"), ("mel", "genre"), ("beat_mel", "genre"), ("cnn_mel", "multitask")]
+
+
+@on_card
+@pytest.mark.parametrize("name, head", NETWORKS)
+def test_a_card_trains_as_the_cpu_does(cuda, data_dir, tmp_path, monkeypatch, name, head):
+    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
+    losses, outputs = train_on(torch.device("cpu"), data_dir, tmp_path / "cpu", name, head, quiet=True)
+    losses_there, outputs_there = train_on(cuda, data_dir, tmp_path / "card", name, head, quiet=True)
+    assert losses_there == pytest.approx(losses, rel=0.01)
+    assert (outputs_there - outputs).abs().max() < 0.05 * max(1.0, outputs.abs().max().item())
+
+
+@on_card
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name, head", NETWORKS)
+def test_half_precision_on_a_card_learns_as_single_precision_does(cuda, data_dir, tmp_path, monkeypatch, name, head, dtype):
+    losses = {}
+    for kind in (torch.float32, dtype):
+        monkeypatch.setattr(common, "fast_dtype", lambda device_type, kind=kind: kind)
+        with formats_seen() as seen:
+            losses[kind], outputs = train_on(cuda, data_dir, tmp_path / str(kind), name, head, quiet=True)
+        assert seen == {True: {kind}, False: {kind}} and outputs.isfinite().all()
+    assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.05)
+
+
+@on_card
+def test_batches_are_cut_on_the_card(cuda, data_dir):
+    data = common.load_genre(data_dir, seed=0, crop=64, device=cuda)
+    x, _, _ = next(iter(common.make_loader(data.train, 8, shuffle=True)))
+    assert data.train.dataset.store.frames.is_cuda and x.is_cuda
+
+
+@on_card
+@pytest.mark.parametrize("name, head", NETWORKS)
+def test_resumed_on_a_card_is_uninterrupted_to_the_last_bit(cuda, data_dir, tmp_path, name, head):
+    whole = train_on(cuda, data_dir, tmp_path / "whole", name, head)
+    train_on(cuda, data_dir, tmp_path / "parts", name, head, max_seconds=0)  # one epoch
+    resumed = train_on(cuda, data_dir, tmp_path / "parts", name, head, resume=True)
+    assert resumed[0] == whole[0] and torch.equal(resumed[1], whole[1])
+
+
+@on_card
+@pytest.mark.parametrize("script", ["step05_lstm.py", "step07_cnn.py", "step10_multitask.py"])
+def test_four_batches_are_learned_by_heart_on_a_card(data_dir, tmp_path, script):
+    data = write_data_set(tmp_path / "data", per_class=(6, 2), n_emotion=(40, 6))
+    run_script(script, "--overfit-batch", "--device", "cuda", "--data-dir", data, "--out-dir", tmp_path)

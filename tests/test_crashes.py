@@ -24,7 +24,19 @@ import step05_lstm
 RUN = ("--smoke", "--epochs", "8", "--subset", "16", "--features", "beat_mel", "--device", "cpu", "--resume")
 
 
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(2, 1), n_frames=(60, 120))
+
+
 # --- kill -9 ----------------------------------------------------------------------------
+
+
+def check_table(path):
+    table = pd.read_csv(path)
+    if path.name == "history.csv":
+        assert table["epoch"].tolist() == list(range(1, len(table) + 1)), f"{path}: epochs missing"
+    assert len(table) and not table.isna().any(axis=None), f"{path}: cut short"
 
 
 def check_whole(folder) -> int:
@@ -32,7 +44,7 @@ def check_whole(folder) -> int:
     read = {
         ".pt": lambda path: torch.load(path, weights_only=True),
         ".json": lambda path: json.loads(path.read_text()),
-        ".csv": lambda path: pd.read_csv(path)["epoch"].tolist() == list(range(1, len(pd.read_csv(path)) + 1)) or pytest.fail(f"{path}: epochs missing"),
+        ".csv": check_table,
         ".png": lambda path: path.read_bytes().endswith(b"IEND\xaeB`\x82") or pytest.fail(f"{path}: cut short"),
         ".md": lambda path: path.read_text().startswith("# step05") or pytest.fail(f"{path}: cut short"),
     }
@@ -141,8 +153,8 @@ def files_of(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no folder locks on Windows")
-def test_two_processes_do_not_write_into_one_folder(data_dir, tmp_path, capsys):
-    arguments = ["--smoke", "--features", "beat_mel", "--data-dir", str(data_dir), "--out-dir", str(tmp_path)]
+def test_two_processes_do_not_write_into_one_folder(tiny_data, tmp_path, capsys):
+    arguments = ["--smoke", "--features", "beat_mel", "--data-dir", str(tiny_data), "--out-dir", str(tmp_path)]
     folder = tmp_path / "step05_lstm"
     first = subprocess.Popen([sys.executable, str(ROOT / "step05_lstm.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -172,9 +184,9 @@ def test_two_processes_do_not_write_into_one_folder(data_dir, tmp_path, capsys):
 
 
 @pytest.fixture
-def entries(data_dir, tmp_path, monkeypatch):
+def entries(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
-    return common.read_entries(data_dir, "genre", "train")
+    return common.read_entries(tiny_data, "genre", "train")
 
 
 def test_clips_are_the_same_however_many_threads_read_them(entries, tmp_path):

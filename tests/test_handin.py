@@ -9,7 +9,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, assert_clean_error, run_script
+from conftest import ROOT, assert_clean_error, run_script, write_data_set
 
 PDF = b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n"
 
@@ -64,7 +64,8 @@ def test_what_a_step_imports_comes_along_and_tools_do_not(project, report):
     assert not {"unrelated.py", "handin.py", "kaggle_kernel.py"} & set(names)
 
 
-def test_unpacked_zip_runs_by_itself(tmp_path, report, data_dir):
+def test_unpacked_zip_runs_by_itself(tmp_path, report):
+    data_dir = write_data_set(tmp_path / "data", per_class=(3, 1), n_emotion=(4, 2), n_frames=40)
     run_script("handin.py", "zip", "--id1", "1", "--report", report, "--out-dir", tmp_path)
     zipfile.ZipFile(tmp_path / "patrec_1.zip").extractall(tmp_path / "unpacked")
     step = min(path.name for path in ROOT.glob("step*.py"))

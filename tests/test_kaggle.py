@@ -4,6 +4,7 @@ $PATREC_KAGGLE_ROOT stands in for /kaggle, so that the mounts can be laid out he
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, assert_clean_error, run_script
+from conftest import ROOT, assert_clean_error, run_script, write_data_set
 
+import common
 import kaggle_kernel
 
 STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
@@ -40,15 +43,21 @@ def listing(folder):
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """Small, for each step runs on a copy of it and only has to run."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(24, 6))
+
+
 @pytest.fixture
-def kaggle(tmp_path, data_dir):
+def kaggle(tmp_path, tiny_data):
     """Make an empty /kaggle/working and mount the tiny data set; returns a function of the layout."""
 
     def lay_out(layout):
         root = tmp_path / "kaggle"
         (root / "working").mkdir(parents=True)
         (root / "src").mkdir()
-        shutil.copytree(data_dir, root / MOUNTS[layout])
+        shutil.copytree(tiny_data, root / MOUNTS[layout])
         return root
 
     return lay_out
@@ -126,23 +135,10 @@ def test_missing_data_set_is_named_and_nothing_is_written(kernels, tmp_path):
     assert not any((root / "working").iterdir())
 
 
-@pytest.mark.skipif("PATREC_TEST_REAL_KAGGLE" not in os.environ, reason="makes /kaggle, which every process on the machine would take for Kaggle")
-def test_once_under_the_real_path(kernels, data_dir):
-    """The same without $PATREC_KAGGLE_ROOT, under /kaggle itself (.ci/run asks for it)."""
-    root = Path("/kaggle")
-    root.mkdir()  # fails where there is one already, whose contents are not ours to touch
-    try:
-        for name in ("working", "src"):
-            (root / name).mkdir()
-        shutil.copytree(data_dir, root / MOUNTS["new"])
-        shutil.copy(bundled(kernels, STEPS[0]), root / "src" / "script.py")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PATREC_") and key != "PYTHONPATH"}
-        result = subprocess.run([sys.executable, "/kaggle/src/script.py", "--smoke"], cwd=root / "working", env=environment,
-                                capture_output=True, text=True, timeout=240)  # fmt: skip
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert (root / "working" / "outputs" / STEPS[0].stem / "metrics.json").is_file()
-    finally:
-        shutil.rmtree(root)
+def test_kaggle_is_where_kaggle_is(monkeypatch):
+    """What the stand-in of these tests replaces."""
+    monkeypatch.delenv("PATREC_KAGGLE_ROOT", raising=False)
+    assert common.kaggle_root() == Path("/kaggle")
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
@@ -204,42 +200,63 @@ def test_steps_that_cannot_become_one_file_are_refused(tmp_path, capsys, line, w
 # -------------------------------------------------------------------------- the metadata
 
 
-def push_faults(folder):
-    """What the official client would refuse or warn of, before it sends anything.
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """The official client, which finds nobody's name or key here and so has nothing to sign in with."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "XDG_CONFIG_HOME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", str(home))
+        patch.setenv("KAGGLE_CONFIG_DIR", str(home))
+        from kaggle.api.kaggle_api_extended import KaggleApi
+    return KaggleApi()
 
-    Restated from kaggle 2.2.4, kaggle/api/kaggle_api_extended.py: kernels_push,
-    validate_dataset_string, validate_kernel_string; titles end at 50 characters by the
-    server's rule (Kaggle/kaggle-cli, pull request 179).
-    """
-    facts = json.loads((folder / "kernel-metadata.json").read_text())
-    owner, slug = facts["id"].split("/")
-    checks = {
-        "title": 5 <= len(facts["title"]) <= 50,
-        "id": bool(owner) and len(slug) >= 5,
-        "title resolves to the id": re.sub(r"[^a-z0-9]+", "-", facts["title"].lower()).strip("-") == slug,
-        "code_file": (folder / facts["code_file"]).is_file(),
-        "language": facts["language"] == "python",
-        "kernel_type": facts["kernel_type"] == "script",
-        "booleans": all(isinstance(facts[key], bool) for key in ("is_private", "enable_gpu", "enable_tpu", "enable_internet")),
-        "dataset_sources": all(2 <= len(source.split("/")) <= 3 and all(source.split("/")) for source in facts["dataset_sources"]),
-        "kernel_sources": all(len(source.split("/")) == 2 and len(source.split("/")[1]) >= 5 for source in facts["kernel_sources"]),
-        "lists": facts["competition_sources"] == facts["model_sources"] == [],
-    }
-    return [name for name, fine in checks.items() if not fine]
+
+@pytest.fixture
+def push(client, monkeypatch, capsys):
+    """`kaggle kernels push -p FOLDER`, all of it but the sending; returns what it would send."""
+
+    def call(folder):
+        sent = []
+        network = SimpleNamespace(kernels=SimpleNamespace(kernels_api_client=SimpleNamespace(save_kernel=sent.append)))
+        monkeypatch.setattr(client, "build_kaggle_client", lambda: contextlib.nullcontext(network))
+        capsys.readouterr()
+        client.kernels_push(str(folder))
+        printed = capsys.readouterr()
+        assert printed.out + printed.err == "", "a warning: the title does not give the id"
+        (request,) = sent
+        # The server's rule, which the client leaves to it.
+        assert len(request.new_title) <= 50 and len(request.slug.split("/")[1]) <= 50
+        return request
+
+    return call
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
-def test_metadata_is_what_a_push_wants(kernels, step):
+def test_the_official_client_pushes_the_folder(kernels, push, step):
     folder = bundled(kernels, step).parent
-    assert push_faults(folder) == []
-    facts = json.loads((folder / "kernel-metadata.json").read_text())
-    assert facts["id"] == f"someone/{folder.name}"
-    assert facts["is_private"] and not facts["enable_internet"]
-    assert facts["dataset_sources"] == ["geoparslp/patreco3-multitask-affective-music"]
+    request = push(folder)
+    assert request.slug == f"someone/{folder.name}" and request.text == (folder / step.name).read_text()
+    assert request.language == "python" and request.kernel_type == "script"
+    assert request.is_private and not request.enable_internet and not request.enable_tpu
+    assert request.dataset_data_sources == ["geoparslp/patreco3-multitask-affective-music"]
+    assert request.competition_data_sources == request.model_data_sources == []
     trains = "training=True" in step.read_text()
-    assert facts["enable_gpu"] == trains
-    assert facts["machine_shape"] == ("NvidiaTeslaT4" if trains else "")
+    assert request.enable_gpu == trains
+    assert request.machine_shape == ("NvidiaTeslaT4" if trains else "")
     assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", [{"title": "Other"}, {"code_file": "x.py"}, {"language": "Python"},
+                                   {"kernel_type": "py"}, {"dataset_sources": ["slug"]}, {"kernel_sources": ["slug"]}])  # fmt: skip
+def test_a_folder_that_the_client_would_refuse_is_noticed(kernels, push, tmp_path, fault):
+    """So that the test above tells something, whatever the next version of the client checks."""
+    folder = shutil.copytree(bundled(kernels, STEPS[0]).parent, tmp_path / "kernel")
+    path = folder / "kernel-metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fault))
+    with pytest.raises((ValueError, AssertionError)):
+        push(folder)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
@@ -266,10 +283,10 @@ def test_earlier_kernels_by_number_or_name(tmp_path):
     assert json.loads((tmp_path / "patrec-lab3-step06-eval" / "kernel-metadata.json").read_text())["enable_gpu"]  # it has to train
 
 
-def test_without_a_user_it_says_what_to_fill_in(tmp_path):
+def test_without_a_user_it_says_what_to_fill_in(tmp_path, push):
     result = run_script("kaggle_kernel.py", "5", "--out", tmp_path)
     assert "--user" in result.stdout
-    assert push_faults(tmp_path / "patrec-lab3-step05-lstm") == []
+    push(tmp_path / "patrec-lab3-step05-lstm")
 
 
 @pytest.mark.parametrize(

@@ -249,21 +249,27 @@ def test_both_parts_share_one_stratified_split(own):
     assert not (out / FOLDERS[2] / "test_labels.txt").exists()
 
 
-def test_files_added_or_mended_later_join_the_set(own, songs):
-    """Comes after the tests above: it changes the songs and the set."""
-    out = own[0]
+def test_files_added_or_mended_later_join_the_set(tmp_path):
+    songs, out = tmp_path / "songs", tmp_path / "set"
+    for genre in ("Rock", "Sea Shanty"):
+        (songs / genre).mkdir(parents=True)
+        for i in range(3):
+            soundfile.write(songs / genre / f"song {i}.wav", song(1, 200 + 50 * i), SR)
+    for name in ("text.wav", "empty.mp3"):
+        (songs / "Rock" / name).write_text("")
+    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
     before = {row["file"]: row for row in read_csv(out / "sources.csv")}
     made = {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
     soundfile.write(songs / "Rock" / "text.wav", song(1), SR)
     soundfile.write(songs / "Rock" / "a new one.wav", song(1), SR)
-    make_here("--audio-dir", songs, "--out", out, "--emotions", songs / "emotions.csv", "--test-fraction", 0.3)
+    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
     after = {row["file"]: row for row in read_csv(out / "sources.csv")}
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"Rock/a new one.wav"} and after["Rock/a new one.wav"]["id"] == "23"
+    assert set(after) - set(before) == {"Rock/a new one.wav"} and after["Rock/a new one.wav"]["id"] == "9"
     now = arrays(out)
     assert all(now[name].stat().st_mtime_ns == mtime for name, mtime in made.items()) and len(now) == len(made) + 4
-    assert len(read_csv(out / "unreadable.csv")) == 6
-    assert {"23", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(out, "genre", "test")
+    assert [row["file"] for row in read_csv(out / "unreadable.csv")] == ["Rock/empty.mp3"]
+    assert {"9", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(out, "genre", "test")
 
 
 def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_path):

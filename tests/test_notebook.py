@@ -7,7 +7,7 @@ runs them all, one after the other, as a user's session does.
 import os
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_data_set
 
 STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
 LAST_LINE = "metrics = run_main(main)"
@@ -40,14 +40,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def session(folder, data_dir):
+def session(folder, tmp_path_factory):
     import nbformat
     from nbclient import NotebookClient
 
     client = NotebookClient(nbformat.v4.new_notebook(), timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     with client.setup_kernel():
         session = Session(client)
-        settings = {"PATREC_DATA": str(data_dir), "PATREC_CACHE": os.environ["PATREC_CACHE"]}
+        data = write_data_set(tmp_path_factory.mktemp("data"), n_emotion=(24, 6))  # small: the steps only have to run
+        settings = {"PATREC_DATA": str(data), "PATREC_CACHE": os.environ["PATREC_CACHE"]}
         session.run(f"import os\nos.environ.update({settings!r})\nos.environ.pop('PATREC_KAGGLE_ROOT', None)")
         assert "common.py" in session.run("%%writefile common.py\n" + (ROOT / "common.py").read_text())[0]
         yield session
@@ -58,11 +59,6 @@ def smoke_cell(step):
     text = step.read_text()
     assert text.rstrip().endswith(LAST_LINE)
     return text.replace(LAST_LINE, 'metrics = run_main(lambda: main(["--smoke"]))')
-
-
-# Every step runs once. The cell is run a second time for a step that only reads and for
-# one that trains; with $PATREC_TEST_TWICE set, for all (several minutes).
-TWICE = STEPS if "PATREC_TEST_TWICE" in os.environ else [path for path in STEPS if path.name.startswith(("step04", "step05"))]
 
 
 def run_step_cell(session, folder, step):
@@ -76,12 +72,9 @@ def run_step_cell(session, folder, step):
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)
 def test_step_in_a_cell(session, folder, step):
-    run_step_cell(session, folder, step)
-
-
-@pytest.mark.parametrize("step", TWICE, ids=lambda path: path.stem)
-def test_second_run_of_the_cell(session, folder, step):
-    run_step_cell(session, folder, step)
+    """And again, as people run a cell: a step that only reads, and one that trains."""
+    for _ in range(2 if step.name.startswith(("step04", "step05")) else 1):
+        run_step_cell(session, folder, step)
 
 
 def test_one_file_form_in_a_cell_twice(session, folder):

@@ -7,7 +7,7 @@ import struct
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import assert_clean_error, run_script, write_data_set
+from conftest import CLASSES, COUNTS, GENRES, MERGED, assert_clean_error, genre_level, run_script, write_data_set
 from scipy.io import wavfile
 
 import step01_spectrograms
@@ -90,14 +90,17 @@ def test_step01_draws_two_clips_of_different_classes(runs):
 def test_step01_counts_the_data_folder(runs):
     _, metrics = runs["step01_spectrograms"]
     counts = {row["folder"]: (row["arrays"], row["labelled clips"]) for row in metrics["step0"]["parts"]}
-    assert counts["fma_genre_spectrograms/train"] == counts["fma_genre_spectrograms_beat/train"] == (120, 120)
-    assert counts["fma_genre_spectrograms_beat/test"] == (40, 40)
-    assert counts["multitask_dataset/train"] == (40, 40) and counts["multitask_dataset/test"][0] == 6
+    n_train, n_test = (sum(count[i] for count in COUNTS.values()) for i in (0, 1))
+    for form in ("", "_beat"):
+        assert counts[f"fma_genre_spectrograms{form}/train"] == (n_train, n_train)
+        assert counts[f"fma_genre_spectrograms{form}/test"] == (n_test, n_test)
+        assert counts[f"multitask_dataset{form}/train"] == (64, 64) and counts[f"multitask_dataset{form}/test"][0] == 12
     assert metrics["step0"]["matmul_seconds"]["cpu"] > 0
 
 
 def test_step01_measures_rise_with_the_genres_frequency(runs):
-    """The tiny set's k-th genre is loudest at k/19 of the mel axis."""
+    """The clips of Blues are loudest at the low end of the mel axis, those of Trip-Hop near the high one."""
+    assert genre_level("Blues") == 0 < 0.9 < genre_level("Trip-Hop")
     _, metrics = runs["step01_spectrograms"]
     low, high = metrics["genres"]["Blues"], metrics["genres"]["Trip-Hop"]
     assert high["centroid_hz"] > 3 * low["centroid_hz"]
@@ -159,12 +162,15 @@ def test_step02_counts_the_time_steps_of_every_clip(runs, data_dir):
     _, metrics = runs["step02_beat_sync"]
     for form, folder in (("full", "fma_genre_spectrograms"), ("beat-synced", "fma_genre_spectrograms_beat")):
         lengths = [np.load(path).shape[1] for path in (data_dir / folder / "train").glob("*.npy")]
-        assert metrics["steps"][form] == {"min": min(lengths), "median": np.median(lengths), "max": max(lengths), "clips": 120}
+        assert metrics["steps"][form] == {"min": min(lengths), "median": np.median(lengths), "max": max(lengths), "clips": sum(train for train, _ in COUNTS.values())}
 
 
 def test_step02_measures_cost_and_reach(runs):
     _, metrics = runs["step02_beat_sync"]
-    assert metrics["lstm_cost"]["full_over_beat"] > 1
+    # How long a pass takes is the machine's affair; that it was measured at both median lengths is not.
+    seconds = metrics["lstm_cost"]["seconds"]
+    full, beat = (seconds[str(int(metrics["steps"][form]["median"]))] for form in ("full", "beat-synced"))
+    assert min(full, beat) > 0 and metrics["lstm_cost"]["full_over_beat"] == pytest.approx(full / beat)
     full, beat = metrics["gradient_reach"]["full"], metrics["gradient_reach"]["beat-synced"]
     assert 0 < full["at_first_step"] < 1e-4 and full["share"] < beat["share"]
     assert full["steps"] < full["of_steps"]
@@ -188,15 +194,13 @@ def test_lstm_gradient_follows_each_clips_own_end():
 
 
 def test_step03_names_the_strongest_note(runs, data_dir):
-    """The tiny set's k-th genre has its chroma at row k * 11 // 19."""
-    from conftest import GENRES
-
+    """Each genre's clips have one strong note, by where the genre lies on the axis."""
     from common import NOTES
 
     _, metrics = runs["step03_chroma"]
     for row in metrics["pair"]:
-        level = GENRES.index(row["clip"].split(" (")[0]) / 19
-        assert row["full"]["strongest"] == row["beat-synced"]["strongest"] == NOTES[int(level * 11)]
+        note = NOTES[int(min(genre_level(row["clip"].split(" (")[0]), 1) * 11)]
+        assert row["full"]["strongest"] == row["beat-synced"]["strongest"] == note
         assert 0 < row["full"]["entropy_bits"] < np.log2(12)
 
 
@@ -215,9 +219,9 @@ def test_unreadable_clips_are_an_input_error(tmp_path, step):
 def test_step04_counts_before_and_after_the_merge(runs):
     _, metrics = runs["step04_dataset"]
     before, after = metrics["classes"]["before"], metrics["classes"]["after"]
-    assert len(before["train"]) == 20 and set(before["train"].values()) == {6} and set(before["test"].values()) == {2}
-    assert len(after["train"]) == 10 and after["train"]["Rock"] == 18 and after["test"]["Rock"] == 6
-    assert sum(after["train"].values()) == 90
+    for number, split in enumerate(("train", "test")):
+        assert before[split] == {genre: COUNTS[genre][number] for genre in GENRES}
+        assert after[split] == {name: sum(COUNTS[genre][number] for genre in MERGED if MERGED[genre] == name) for name in CLASSES}
 
 
 def test_step04_sound_data_have_no_problem(runs):
@@ -257,7 +261,7 @@ def audit(tmp_path_factory):
     # array and by id, among the multitask training clips.
     plant("same array", test[0])
     shutil.copy(test[0], train[71])
-    shutil.copy(test[5], emotion / "train" / "500001.fused.full.npy")
+    shutil.copy(test[5], min((emotion / "train").glob("*.npy")))
     labels = beat.parent / "multitask_dataset_beat" / "train_labels.txt"
     labels.write_text(labels.read_text() + f"{test[9].name.split('.')[0]},0.5,0.5,0.5\n")
     np.save(labels.parent / "train" / test[9].name, np.load(beat / "test" / test[9].name) * 0.9)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_clean_error, run_script, write_data_set
+from conftest import COUNTS, assert_clean_error, emotion_predictions, labels_of, read_metrics, run_script, submission, write_data_set
 from scipy.stats import spearmanr
 
 import common
@@ -15,7 +15,14 @@ import step10_multitask
 from common import EMOTIONS, GENRE_RUNS
 
 STEPS = ("step08_regression", "step09_transfer", "step10_multitask")
-FLAGS = {"step08_regression": [], "step09_transfer": ["--compare-depths"], "step10_multitask": ["--learned-weights"]}
+FLAGS = {"step08_regression": ["--batch-size", 8], "step09_transfer": ["--compare-depths"], "step10_multitask": ["--learned-weights"]}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """As many clips as in the shared set, of little more than one window, as two epochs are to be quick."""
+    options = {"n_emotion": (64, 12), "n_frames": (270, 320), "n_beats": (14, 40), "dtype": np.float32}
+    return write_data_set(tmp_path_factory.mktemp("data"), per_class=COUNTS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def make_step(data, out, *flags, name="test"):
 
 
 def metrics_of(outputs, name):
-    return json.loads((outputs / name / "metrics.json").read_text())
+    return read_metrics(outputs / name)
 
 
 # --- what the command lines leave behind
@@ -83,16 +90,21 @@ def test_submission_has_the_competitions_format(outputs, data_dir, name):
     lines = (outputs / name / "submission.csv").read_text().splitlines()
     assert lines[0] == "Id.fused.full.npy.gz,valence,energy,danceability"
     ids = sorted(path.name.split(".")[0] for path in (data_dir / "multitask_dataset" / "test").glob("*.npy"))
-    assert sorted(line.split(",")[0] for line in lines[1:]) == ids
-    values = np.array([[float(cell) for cell in line.split(",")[1:]] for line in lines[1:]])
-    assert values.shape == (len(ids), 3) and (0 <= values).all() and (values <= 1).all()
+    table = submission(outputs / name)
+    assert sorted(table.index) == ids and table.shape == (len(ids), 3)
+    assert ((0 <= table) & (table <= 1)).all(axis=None)
 
 
-def test_scores_are_scipys_over_the_whole_held_out_set(outputs):
-    table = pd.read_csv(outputs / STEPS[0] / "predictions.csv")
-    for row in ("lstm", "cnn", "svr"):
+def test_scores_are_scipys_over_the_whole_held_out_set(outputs, data_dir):
+    """With the truth of the label file, and over more clips than a batch holds: a mean over batches would differ."""
+    table, labels = emotion_predictions(outputs / STEPS[0]), labels_of(data_dir, "emotion")
+    assert table["clip"].nunique() > FLAGS[STEPS[0]][1]
+    for row in ("lstm", "cnn", "ridge", "svr"):
         test = metrics_of(outputs, STEPS[0])["runs"][row]["test"]
-        expected = [spearmanr(table[axis], table[f"{row}_{axis}"]).statistic for axis in EMOTIONS]
+        expected = []
+        for i, axis in enumerate(EMOTIONS):
+            rows = table[(table["model"] == row) & (table["target"] == axis)]
+            expected.append(spearmanr([labels[clip][i] for clip in rows["clip"]], rows["prediction"]).statistic)
         assert [test[axis] for axis in EMOTIONS] == pytest.approx(expected)
         assert test["mean_spearman"] == pytest.approx(np.mean(expected))
 
@@ -134,8 +146,10 @@ def test_earlier_scores_are_taken_from_the_same_clips_only(outputs, data_dir):
 
 def test_cross_validation_predicts_every_clip_once(data_dir, tmp_path):
     metrics = step10_multitask.main(["--smoke", "--epochs", "1", "--folds", "2", "--data-dir", str(data_dir), "--out-dir", str(tmp_path)])
-    ids = pd.read_csv(tmp_path / STEPS[2] / "predictions.csv", dtype={"Id": str})["Id"]
-    assert ids.is_unique and len(ids) == 40 and metrics["runs"]["multitask"]["test"]["n_clips"] == 40
+    table, labels = emotion_predictions(tmp_path / STEPS[2]), labels_of(data_dir, "emotion")
+    for _, rows in table.groupby(["model", "target"]):
+        assert sorted(rows["clip"]) == sorted(labels)
+    assert metrics["runs"]["multitask"]["test"]["n_clips"] == len(labels)
 
 
 # --- losses and heads
@@ -161,13 +175,28 @@ def test_multitask_gradient_reaches_every_head_and_the_backbone():
 
 
 def test_each_head_answers_for_its_own_axis():
+    class Vector(torch.nn.Module):
+        """A clip's vector is its first frame."""
+
+        feature_size = 20
+
+        def forward(self, x, lengths):
+            return x[:, 0]
+
     torch.manual_seed(0)
-    outputs, targets = torch.rand(6, 3, requires_grad=True), torch.rand(6, 3)
-    for column in range(3):  # right on two axes: only the third one's output is corrected
-        answer = targets.clone()
-        answer[:, column] = outputs[:, column]
-        (gradient,) = torch.autograd.grad(common.MultitaskLoss([0.25, 0.25, 0.17])(answer, targets), outputs)
-        assert gradient[:, column].abs().sum() > 0
+    model = common.MultitaskRegressor(Vector()).eval()
+    x, lengths = torch.randn(6, 3, 20), torch.full((6,), 3)
+    with torch.no_grad():  # the heads begin as good as silent
+        for weights in model.heads.parameters():
+            weights.add_(torch.randn_like(weights))
+    for column, axis in enumerate(EMOTIONS):  # right on two axes: only the third one's head is corrected
+        outputs = model(x, lengths)
+        targets = outputs.detach().clone()
+        targets[:, column] += torch.rand(6)
+        model.zero_grad()
+        common.MultitaskLoss([0.25, 0.25, 0.17])(outputs, targets).backward()
+        largest = {name: max(weights.grad.abs().max().item() for weights in head.parameters()) for name, head in model.heads.items()}
+        assert largest[axis] > 0.1 and all(value < 1e-3 for name, value in largest.items() if name != axis), largest
 
 
 def test_multitask_loss_is_the_sum_of_the_three():
@@ -177,15 +206,25 @@ def test_multitask_loss_is_the_sum_of_the_three():
 
 
 @pytest.mark.parametrize("axis", EMOTIONS)
-def test_axis_is_learned_from_its_own_column(step, axis):
-    """Valence once was loaded as energy, with the id column still in place."""
-    _, labels, splits = common.emotion_folds(step, [GENRE_RUNS["beat_mel"]])
+def test_axis_is_learned_from_its_own_column(step, monkeypatch, axis):
+    """Valence once was loaded as energy, with the id column still in place: what the loss is shown is looked at."""
+    shown, ids = {}, [entry.clip_id for entry in common.load_emotion(step, beat=True)[0].entries]
+    train = common.train
+
+    def spy(model, train_loader, val_loader, *rest, **options):
+        for part in (train_loader.dataset, val_loader.dataset):
+            shown.update({ids[index]: float(part.dataset[index][1]) for index in part.indices})
+        return train(model, train_loader, val_loader, *rest, **options)
+
+    monkeypatch.setattr(common, "train", spy)
+    _, _, splits = common.emotion_folds(step, [GENRE_RUNS["beat_mel"]])
     split = splits[True][0]
     model, _, _ = common.train_emotion(step, f"run_{axis}", GENRE_RUNS["beat_mel"], split, axis, epochs=1)
-    files = dict(common.read_labels(step.data / "multitask_dataset_beat" / "train_labels.txt"))
-    ids = [entry.clip_id for entry in common.load_emotion(step, beat=True)[0].entries]
-    expected = np.mean([files[ids[index]][EMOTIONS.index(axis)] for index in split.train])
-    assert model.config["mean"] == pytest.approx(expected, abs=1e-5)
+    files = labels_of(step.data, "emotion", beat=True)
+    expected = {clip_id: files[clip_id][EMOTIONS.index(axis)] for clip_id in (ids[index] for index in [*split.train, *split.val])}
+    assert shown == pytest.approx(expected)
+    trained = [ids[index] for index in split.train]
+    assert model.config["mean"] == pytest.approx(np.mean([expected[clip_id] for clip_id in trained]), abs=1e-5)
 
 
 # --- transfer

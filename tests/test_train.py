@@ -1,13 +1,12 @@
 """The training loop, its checkpoints and scores: what public solutions got wrong, held here."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_clean_error, run_script
+from conftest import assert_clean_error, read_metrics, run_script, write_data_set
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 from torch import nn
@@ -15,6 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import common
 from common import Augment, Classifier, InputError, LSTMBackbone, MultitaskLoss, Recipe, Regressor, StepFailed
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """Small, for tests in which the steps only have to run."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(2, 1))
 
 
 def clips(n=24, n_frames=12, n_bands=6, n_classes=3, seed=0):
@@ -100,9 +105,13 @@ def test_something_is_kept_although_every_score_is_negative(tmp_path):
     assert (tmp_path / "run" / "best.pt").exists() and result["val_score"] == -5.0
 
 
-def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path):
-    """Bug 4: train() called once, so dropout and batch norm stayed on in validation, or off later."""
-    model, seen = classifier(), []
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path, mode):
+    """Bug 4: train() called once, so dropout and batch norm stayed on in validation, or off later.
+
+    In whichever mode the network comes: a checkpoint's network comes in evaluation mode, a new one in training mode.
+    """
+    model, seen = classifier().train(mode == "training"), []
     model.head[0].register_forward_hook(lambda module, *_: seen.append(module.training))
     fit(tmp_path / "run", epochs=2, model=model)  # the averaged copy that is validated carries the hook too
     assert seen == ([True] * 3 + [False] * 3) * 2
@@ -279,7 +288,7 @@ class Evil:
         return (pytest.fail, ("code in a checkpoint was run",))
 
 
-def test_test_split_is_read_only_after_training(data_dir, tmp_path, monkeypatch):
+def test_test_split_is_read_only_after_training(tiny_data, tmp_path, monkeypatch):
     """Bug 3: test clips in training, or validation scores shown as test scores."""
     import step05_lstm
 
@@ -287,7 +296,7 @@ def test_test_split_is_read_only_after_training(data_dir, tmp_path, monkeypatch)
     monkeypatch.setattr(common, "read_array", lambda path: order.append(path.parent.name) or read_array(path))
     monkeypatch.setattr(common, "train", lambda *args, **kw: (train(*args, **kw), order.append("trained"))[0])
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
-    arguments = ["--smoke", "--features", "beat_mel", "beat_chroma", "--data-dir", str(data_dir), "--out-dir", str(tmp_path / "out")]
+    arguments = ["--smoke", "--features", "beat_mel", "beat_chroma", "--data-dir", str(tiny_data), "--out-dir", str(tmp_path / "out")]
     step05_lstm.main(arguments)
     assert "test" in order and order.count("trained") == 2
     assert "test" not in order[: len(order) - 1 - order[::-1].index("trained")]
@@ -297,20 +306,20 @@ def test_same_seed_same_numbers_in_another_process(data_dir, tmp_path):
     results = []
     for attempt in ("a", "b"):
         run_script("step05_lstm.py", "--smoke", "--features", "beat_fused", "--data-dir", data_dir, "--out-dir", tmp_path / attempt)
-        metrics = json.loads((tmp_path / attempt / "step05_lstm" / "metrics.json").read_text())
+        metrics = read_metrics(tmp_path / attempt / "step05_lstm")
         run = metrics["runs"]["beat_fused"]
         run.pop("train_seconds")
         results.append((run, (tmp_path / attempt / "step05_lstm" / "beat_fused" / "best.pt").read_bytes()))
     assert results[0] == results[1]
 
 
-def test_step05_and_06_write_what_the_contract_says(data_dir, tmp_path):
-    run_script("step05_lstm.py", "--smoke", "--data-dir", data_dir, "--out-dir", tmp_path)
-    run_script("step06_eval.py", "--smoke", "--ensemble", "--data-dir", data_dir, "--out-dir", tmp_path)
+def test_step05_and_06_write_what_the_contract_says(tiny_data, tmp_path):
+    run_script("step05_lstm.py", "--smoke", "--data-dir", tiny_data, "--out-dir", tmp_path)
+    run_script("step06_eval.py", "--smoke", "--ensemble", "--data-dir", tiny_data, "--out-dir", tmp_path)
     lstms = {"mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"}
     for step, names in (("step05_lstm", lstms), ("step06_eval", lstms | {"majority", "svm", "lstm_ensemble"})):
         folder = tmp_path / step
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = read_metrics(folder)
         assert metrics["step"] == step and set(metrics["runs"]) == names
         for run in metrics["runs"].values():
             test = run["test"]
@@ -326,7 +335,7 @@ def test_step05_and_06_write_what_the_contract_says(data_dir, tmp_path):
 def test_step05_overfit_batch(data_dir, tmp_path):
     result = run_script("step05_lstm.py", "--overfit-batch", "--features", "beat_mel", "--batch-size", "16", "--data-dir", data_dir, "--out-dir", tmp_path)
     assert "overfit 4 batches" in result.stdout
-    check = json.loads((tmp_path / "step05_lstm" / "metrics.json").read_text())["overfit"]["beat_mel"]
+    check = read_metrics(tmp_path / "step05_lstm")["overfit"]["beat_mel"]
     assert check["loss"] < 0.01 and check["accuracy"] == 1
 
 

@@ -1,0 +1,115 @@
+"""The first command of somebody who has no data: the demo set is made, and what comes of it says so.
+
+In a copy of the scripts beside which there is no data, with a make_dataset.py that makes its set in no time.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, assert_clean_error, read_metrics, write_data_set
+
+STEP = "step04_dataset"  # the quickest one
+# Stands in for make_dataset.py: what it was called with, and the set that the test has put beside it.
+MAKER = '''import shutil, sys
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+with open(here / "calls.txt", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if (here / "broken").exists():
+    sys.exit("no room")
+shutil.copytree(here / "made", sys.argv[sys.argv.index("--out") + 1])
+'''
+
+
+@pytest.fixture(scope="module")
+def demo_set(tmp_path_factory):
+    root = write_data_set(tmp_path_factory.mktemp("made"), per_class=(3, 1), n_emotion=(4, 2), n_frames=30)
+    (root / "DEMO.txt").write_text("Synthesised.\n")
+    return root
+
+
+@pytest.fixture
+def project(tmp_path, demo_set):
+    """A folder with the scripts, without data."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("common.py", f"{STEP}.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "make_dataset.py").write_text(MAKER)
+    shutil.copytree(demo_set, folder / "made")
+    return folder
+
+
+def first_command(project, check=True, **env):
+    """`python stepNN.py` with nothing that would tell where data are; in another folder than the scripts'."""
+    told = ("PATREC_DATA", "PATREC_KAGGLE_ROOT", "PYTHONPATH")
+    known = {key: value for key, value in os.environ.items() if key not in told}
+    # A machine on which the tests run may be one of Kaggle's: its data are not for this test.
+    known |= {"PATREC_KAGGLE_ROOT": str(project / "no kaggle here")} | env
+    command = [sys.executable, str(project / f"{STEP}.py")]
+    result = subprocess.run(command, cwd=project.parent, env=known, capture_output=True, text=True, timeout=240)
+    if check:
+        assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_it(project):
+    result = first_command(project)
+    demo = project / "data" / "demo"
+    (call,) = (project / "calls.txt").read_text().splitlines()
+    assert call == f"--demo --out {demo}"
+    assert "demo" in result.stderr and "nothing about real music" in result.stderr
+
+    folder = project.parent / "outputs" / STEP
+    metrics = read_metrics(folder)
+    assert metrics["data"]["demo"] is True and metrics["data"]["root"] == str(demo)
+    head = (folder / "summary.md").read_text().split("\n## ")[0]
+    assert "Synthesised demo data" in head and "nothing about music" in head, "the banner stands before all results"
+
+    again = first_command(project)  # it is there now
+    assert len((project / "calls.txt").read_text().splitlines()) == 1 and "synthesising" not in again.stderr
+    assert read_metrics(folder)["data"] == metrics["data"]
+
+
+def test_data_of_ones_own_are_no_demo_and_come_before_it(project, demo_set):
+    shutil.copytree(demo_set, project / "data" / "demo")
+    shutil.copytree(demo_set, project / "data", dirs_exist_ok=True, ignore=shutil.ignore_patterns("DEMO.txt"))
+    first_command(project)
+    folder = project.parent / "outputs" / STEP
+    data = read_metrics(folder)["data"]
+    assert data["root"] == str(project / "data") and data["demo"] is False
+    assert "demo" not in (folder / "summary.md").read_text().lower()
+    assert not (project / "calls.txt").exists()
+
+
+def test_a_wrong_folder_is_never_replaced_by_the_demo_set(project):
+    wrong = project.parent / "songs"
+    wrong.mkdir()
+    result = first_command(project, check=False, PATREC_DATA=str(wrong))
+    assert_clean_error(result, str(wrong), "--data-dir")
+    assert not (project / "calls.txt").exists() and not (project / "data").exists()
+
+
+def test_on_kaggle_no_demo_set_is_made(project, tmp_path):
+    """There a data set that was not attached is to be attached: hours of GPU time would go into toys."""
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    result = first_command(project, check=False, PATREC_KAGGLE_ROOT=str(tmp_path / "kaggle"))
+    assert_clean_error(result, "not attached", "geoparslp/patreco3-multitask-affective-music")
+    assert not (project / "calls.txt").exists() and not (project / "data").exists()
+    assert not any((tmp_path / "kaggle" / "working").iterdir())
+
+
+@pytest.mark.parametrize("fault", ["fails", "missing"])
+def test_where_no_demo_set_can_be_made_it_says_what_to_do(project, fault):
+    if fault == "fails":
+        (project / "broken").touch()
+    else:
+        (project / "make_dataset.py").unlink()
+    result = first_command(project, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "--data-dir" in result.stderr.splitlines()[-1] and "make_dataset.py" in result.stderr.splitlines()[-1]
+    assert not (project.parent / "outputs").exists()
