@@ -1425,6 +1425,9 @@ class Recipe:
     settled: float = 0.2  # the last share of the epochs, of which the best by validation score is kept
 
 
+UNFINISHED = "unfinished"  # marks the folder of a run while it trains, so that no step takes its model for the finished one
+
+
 def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, settings, *,
           device="cpu", overfit_batch=False, resume=False, max_seconds=math.inf) -> dict:  # fmt: skip
     """Train a model, keep the best of its last epochs.
@@ -1473,7 +1476,8 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
     trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
     n_steps = recipe.epochs * len(train_loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, pct_start=recipe.warm_up)
+    warm_up = recipe.warm_up if abs(recipe.warm_up * n_steps - 1) > 1e-6 else 1.5 * recipe.warm_up  # at exactly one step OneCycleLR divides by 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, pct_start=warm_up)
     decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # in a short run the average must forget its start too
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
     scaler = torch.amp.GradScaler(device_type(device), enabled=fast_dtype(device_type(device)) == torch.float16)
@@ -1486,6 +1490,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
     elif not resume:
         (folder / "last.pt").unlink(missing_ok=True)  # stopped in its first epoch, a new run must not go on as the old one
+    write_text(folder / UNFINISHED, "")
     began = time.monotonic()
     out_of_time = False
     for epoch in range(len(history) + 1, recipe.epochs + 1):
@@ -1520,6 +1525,7 @@ def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, se
             print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
             out_of_time = True
             break
+    (folder / UNFINISHED).unlink()
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
     return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
@@ -1845,7 +1851,7 @@ def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
     classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", run.beat, merge=not step.args.no_merge)})
     for folder in [*earlier_folders(step, owner), step.folder, step.out / "step09_transfer"]:
         path = folder / name / "best.pt"
-        if not path.exists():
+        if not path.exists() or (path.parent / UNFINISHED).exists():
             continue
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
@@ -1870,7 +1876,7 @@ def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
         model, checkpoint = load_model(path, step.device)
         return model, checkpoint["settings"], path
     print(f"{name}: no checkpoint yet, training it here")
-    model, settings, _ = train_genre(step, name, max_seconds=seconds_left(step.args))
+    model, settings, _ = train_genre(step, name, resume=getattr(step.args, "resume", False), max_seconds=seconds_left(step.args))
     return model.eval(), settings, step.folder / name / "best.pt"
 
 

@@ -243,7 +243,6 @@ def test_second_training_on_all_clips_is_resumed_too(machine, whole):
     assert expected.steps - resumed.steps >= EPOCHS * BATCHES, "the first training was made again"
 
 
-@pytest.mark.xfail(strict=True, reason="the half-trained model is found and taken for the finished one")
 @pytest.mark.parametrize("script, run", [("step07_cnn", "mel"), ("step09_transfer", "cnn_mel")])
 def test_a_genre_model_trained_on_the_way_and_interrupted_is_not_taken_for_finished(
     machine, whole, tmp_path, script, run
@@ -262,7 +261,6 @@ def test_a_genre_model_trained_on_the_way_and_interrupted_is_not_taken_for_finis
     assert_same_results(resumed.folder, tmp_path / "whole" / script)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's OneCycleLR divides by zero where a tenth of the steps is one step")
 def test_a_training_of_ten_steps_works(machine, tmp_path):
     machine.run("step05_lstm", tmp_path, "--features", "beat_mel", "--batch-size", 4, "--epochs", 2, "--subset", 20)
 
@@ -357,6 +355,6 @@ def test_emotion_runs_and_folds_share_the_time_evenly(machine, whole, script, fl
 
 
 def test_every_run_gets_one_epoch_however_short_the_time(machine, tmp_path):
-    result = machine.run("step08_regression", tmp_path, "--epochs", 5, "--max-minutes", 0.01)
+    result = machine.run("step08_regression", tmp_path, "--epochs", 6, "--max-minutes", 0.01)
     assert list(n_epochs(result.folder).values()) == [1] * 6
     assert_usable(result.folder)
