@@ -43,10 +43,11 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -60,10 +61,10 @@ from common import (
     InputError,
     Parser,
     StepFailed,
+    end_in_one_line,
     extract_features,
     in_notebook,
     part_folder,
-    run_main,
     show_bars,
     write_bytes,
     write_text,
@@ -131,7 +132,14 @@ PATTERNS = {  # strokes of kick, snare, hi-hat on the sixteenths of a bar
     "swing": ("x.......x.......", "....x.......x...", "x...x.x.x...x.x."),
     "hand": ("x..x..x...x.x...", "......x......x.x", "................"),
 }
-PROGRESSIONS = ((0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (0, 0, 3, 0), (0, 3, 0, 4), (5, 3, 0, 4))  # scale steps
+PROGRESSIONS = (
+    (0, 4, 5, 3),
+    (0, 3, 4, 0),
+    (0, 5, 3, 4),
+    (0, 0, 3, 0),
+    (0, 3, 0, 4),
+    (5, 3, 0, 4),
+)  # scale steps
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)  # semitones
 TABLE = 4096  # samples of one stored period of a tone
 
@@ -149,10 +157,28 @@ def demo_style(genre, rng) -> Style:
             style[name] = b if rng.random() < 0.6 * lean else a
         else:
             style[name] = a + lean * (b - a)
-    spread = {"tempo": 0.12 * style["tempo"], "rolloff": 0.2, "tilt": 1.5, "bass": 0.2, "lead": 0.2, "drums": 0.2,
-              "octave": 0.3, "swell": 2, "noise": 6, "drive": 0.3 * style["drive"], "sustain": 0.3 * style["sustain"]}  # fmt: skip
+    spread = {
+        "tempo": 0.12 * style["tempo"],
+        "rolloff": 0.2,
+        "tilt": 1.5,
+        "bass": 0.2,
+        "lead": 0.2,
+        "drums": 0.2,
+        "octave": 0.3,
+        "swell": 2,
+        "noise": 6,
+        "drive": 0.3 * style["drive"],
+        "sustain": 0.3 * style["sustain"],
+    }
     for name, width in spread.items():
-        low = {"noise": -80, "tilt": -6, "octave": -1.5, "tempo": 50, "rolloff": 0.8, "sustain": 0.08}.get(name, 0)
+        low = {
+            "noise": -80,
+            "tilt": -6,
+            "octave": -1.5,
+            "tempo": 50,
+            "rolloff": 0.8,
+            "sustain": 0.08,
+        }.get(name, 0)
         style[name] = max(low, style[name] + width * rng.standard_normal())
     return Style(**style)
 
@@ -211,7 +237,14 @@ def play(style, seconds, rng) -> np.ndarray:
 
     def note(start_s, length_s, midi, level, rolloff=style.rolloff):
         start = round(start_s * SR)
-        tone = play_tone(440 * 2 ** ((midi - 69) / 12), min(round(length_s * SR), len(music) - start), rolloff, style.even, style.sustain, rng)
+        tone = play_tone(
+            440 * 2 ** ((midi - 69) / 12),
+            min(round(length_s * SR), len(music) - start),
+            rolloff,
+            style.even,
+            style.sustain,
+            rng,
+        )
         music[start : start + len(tone)] += level * rng.uniform(0.8, 1.2) * tone
 
     walk = 7  # the lead wanders over the scale, in steps
@@ -222,7 +255,12 @@ def play(style, seconds, rng) -> np.ndarray:
             length_s = 4 * beat_s / strokes
             steps = [style.voices[i % len(style.voices)]] if arpeggio else style.voices
             for step in steps:
-                note(bar_s + i * length_s, length_s, pitch(degree + step, 1 + style.octave), 1 / len(steps) ** 0.5)
+                note(
+                    bar_s + i * length_s,
+                    length_s,
+                    pitch(degree + step, 1 + style.octave),
+                    1 / len(steps) ** 0.5,
+                )
         for i in range(8):
             eighth_s = bar_s + (i + style.swing * (i % 2)) * beat_s / 2
             if i % 2 == 0 or rng.random() < 0.3:
@@ -245,11 +283,17 @@ def play_tone(f_hz, n, rolloff, even, sustain_s, rng) -> np.ndarray:
         return np.zeros(0, np.float32)
     k = np.arange(1, int(np.clip(0.45 * SR / f_hz, 1, 40)) + 1)
     spectrum = np.zeros(TABLE // 2 + 1, np.complex64)
-    spectrum[k] = k ** -float(rolloff) * np.where(k % 2, 1, even) * np.exp(2j * np.pi * rng.random(len(k)))
+    spectrum[k] = (
+        k ** -float(rolloff) * np.where(k % 2, 1, even) * np.exp(2j * np.pi * rng.random(len(k)))
+    )
     period = (np.fft.irfft(spectrum) * TABLE / 2).astype(np.float32)
     t = np.arange(n, dtype=np.float32)
-    tone = period[(t * np.float32(f_hz * TABLE / SR)).astype(np.int32) % TABLE] * np.exp(t * np.float32(-1 / (sustain_s * SR)))
-    ramp = np.linspace(0, 1, min(n // 2, 110), dtype=np.float32)  # 5 ms: without it a tone would click
+    tone = period[(t * np.float32(f_hz * TABLE / SR)).astype(np.int32) % TABLE] * np.exp(
+        t * np.float32(-1 / (sustain_s * SR))
+    )
+    ramp = np.linspace(
+        0, 1, min(n // 2, 110), dtype=np.float32
+    )  # 5 ms: without it a tone would click
     tone[: len(ramp)] *= ramp
     tone[-len(ramp) :] *= ramp[::-1]
     return tone
@@ -265,7 +309,9 @@ def shape(music, style, rng) -> np.ndarray:
     music = music * 10 ** (swell_db / 20)
     music += 10 ** (style.noise / 20) * rng.standard_normal(len(music), np.float32)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(len(music), 1 / SR), 30) / 1000)
-    return np.fft.irfft(np.fft.rfft(music) * 10 ** (style.tilt * octaves / 20), len(music)).astype(np.float32)
+    return np.fft.irfft(np.fft.rfft(music) * 10 ** (style.tilt * octaves / 20), len(music)).astype(
+        np.float32
+    )
 
 
 def play_drums(style, n, beat_s, rng) -> np.ndarray:
@@ -276,14 +322,18 @@ def play_drums(style, n, beat_s, rng) -> np.ndarray:
     kit = (
         np.sin(2 * np.pi * np.cumsum(kick_hz) / SR) * np.exp(-t * 14),
         0.35 * (noise[1:] + np.sin(2 * np.pi * 190 * t)) * np.exp(-t * rng.uniform(16, 26)),
-        0.15 * np.diff(noise) * np.exp(-t * rng.uniform(35, 70)),  # the difference takes the lows away
+        0.15
+        * np.diff(noise)
+        * np.exp(-t * rng.uniform(35, 70)),  # the difference takes the lows away
     )
     music = np.zeros(n + len(t), np.float32)
     sixteenth = beat_s / 4 * SR
     for stroke, pattern in zip(kit, PATTERNS[style.pattern], strict=True):
         for i in range(int(n / sixteenth)):
             if pattern[i % 16] == "x":
-                start = int((i + 2 * style.swing * (i % 4 == 2)) * sixteenth)  # every second eighth is late
+                start = int(
+                    (i + 2 * style.swing * (i % 4 == 2)) * sixteenth
+                )  # every second eighth is late
                 if start < n:
                     music[start : start + len(t)] += rng.uniform(0.7, 1) * stroke
     return music[:n]
@@ -333,10 +383,16 @@ def read_audio(path) -> np.ndarray:
             waveform, _ = librosa.load(sound, sr=SR, offset=max(0.0, spare_s / 2), duration=CLIP_S)
     except Exception as error:  # whatever a broken file makes the decoder raise
         lines = str(error).replace(str(path), path.name).splitlines()
-        raise UnusableAudio(f"cannot be read: {lines[0] if lines else type(error).__name__}") from error
+        raise UnusableAudio(
+            f"cannot be read: {lines[0] if lines else type(error).__name__}"
+        ) from error
     if len(waveform) < N_FFT:
-        raise UnusableAudio(f"{len(waveform) / SR:.3f} s of sound; at least {N_FFT / SR:.3f} s are needed")
-    if np.ptp(waveform) < 1e-5:  # under a third of a 16-bit step: nothing to learn from, and no array that the steps accept
+        raise UnusableAudio(
+            f"{len(waveform) / SR:.3f} s of sound; at least {N_FFT / SR:.3f} s are needed"
+        )
+    if (
+        np.ptp(waveform) < 1e-5
+    ):  # under a third of a 16-bit step: nothing to learn from, and no array that the steps accept
         raise UnusableAudio("silence")
     return waveform
 
@@ -344,10 +400,18 @@ def read_audio(path) -> np.ndarray:
 def find_audio(folder) -> list[str]:
     """List <genre>/<file> below a folder, sorted, with / on every system."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; --audio-dir must hold <genre>/<file>.mp3 (or .wav, .flac, .ogg)")
-    genres = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        raise InputError(
+            f"{folder}: no such folder; --audio-dir must hold <genre>/<file>.mp3 (or .wav, .flac,"
+            " .ogg)"
+        )
+    genres = [
+        path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")
+    ]
     if not genres:
-        raise InputError(f"{folder}: no genre folders in it; --audio-dir must hold <genre>/<file>.mp3 (or .wav, .flac, .ogg)")
+        raise InputError(
+            f"{folder}: no genre folders in it; --audio-dir must hold <genre>/<file>.mp3 (or .wav,"
+            " .flac, .ogg)"
+        )
     files = [
         f"{genre.name}/{path.name}"
         for genre in genres
@@ -356,9 +420,14 @@ def find_audio(folder) -> list[str]:
     ]
     if not files:
         raise InputError(f"{folder}: no {' '.join(SUFFIXES)} files in its {len(genres)} folders")
-    strange = [name for name in files if any(mark < " " or "\ud800" <= mark <= "\udfff" for mark in name)]
+    strange = [
+        name for name in files if any(mark < " " or "\ud800" <= mark <= "\udfff" for mark in name)
+    ]
     if strange:
-        raise InputError(f"{folder}: the name {strange[0]!r} holds a tab, a line break or no UTF-8, which label files cannot; rename it")
+        raise InputError(
+            f"{folder}: the name {strange[0]!r} holds a tab, a line break or no UTF-8, which label"
+            " files cannot; rename it"
+        )
     return files
 
 
@@ -372,24 +441,33 @@ def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
         raise InputError(f"{path}: no CSV in UTF-8 ({error}); save it as such") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if sorted(header) != sorted(("file", *EMOTIONS)):
-        raise InputError(f"{path}: header {','.join(header)!r}; expected 'file,{','.join(EMOTIONS)}'")
+        raise InputError(
+            f"{path}: header {','.join(header)!r}; expected 'file,{','.join(EMOTIONS)}'"
+        )
     known, emotions = set(files), {}
     for number, cells in enumerate(rows[1:], start=2):
         where = f"{path}, line {number}"
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} columns, expected {len(header)}; mend or remove the line")
+            raise InputError(
+                f"{where}: {len(cells)} columns, expected {len(header)}; mend or remove the line"
+            )
         row = dict(zip(header, map(str.strip, cells), strict=True))
         name = row["file"].replace("\\", "/").removeprefix("./")
         if name not in known:
-            raise InputError(f"{where}: {name!r} is not among the audio files; paths are relative to --audio-dir, e.g. {files[0]}")
+            raise InputError(
+                f"{where}: {name!r} is not among the audio files; paths are relative to"
+                f" --audio-dir, e.g. {files[0]}"
+            )
         if name in emotions:
             raise InputError(f"{where}: {name!r} stands in a line above too; keep one")
         try:
             values = tuple(float(row[axis]) for axis in EMOTIONS)
         except ValueError:
-            raise InputError(f"{where}: a value that is no number; mend or remove the line") from None
+            raise InputError(
+                f"{where}: a value that is no number; mend or remove the line"
+            ) from None
         if not all(0 <= value <= 1 for value in values):
             raise InputError(f"{where}: a value outside [0, 1]; scale the column")
         emotions[name] = values
@@ -415,7 +493,9 @@ class Clip(NamedTuple):
 
     @property
     def parts(self):
-        return [part for part, label in (("genre", self.genre), ("emotion", self.emotions)) if label]
+        return [
+            part for part, label in (("genre", self.genre), ("emotion", self.emotions)) if label
+        ]
 
 
 def array_path(root, clip, part, beat):
@@ -448,23 +528,36 @@ def make_all(root, clips) -> dict[Clip, str]:
     ruin the cache for good. So everything is compiled once, here, before any is started.
     """
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
-    warnings.filterwarnings("ignore", module="librosa")  # of silent or very short clips, which are meant to work
+    warnings.filterwarnings(
+        "ignore", module="librosa"
+    )  # of silent or very short clips, which are meant to work
     extract_features(np.random.default_rng(0).standard_normal(2 * SR).astype(np.float32))
-    n_workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(clips))
-    # fork shares what is compiled already; elsewhere (it is unsafe on a Mac) the cache on disk does.
+    n_workers = min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        len(clips),
+    )
+    # fork shares what is compiled already; elsewhere (it is unsafe on a Mac) the disk cache does.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failed, shown, began = {}, 0, time.monotonic()
     pool = ProcessPoolExecutor(n_workers, context, start_worker)
     try:
         futures = {pool.submit(make_arrays, root, clip): clip for clip in clips}
-        for n_done, future in enumerate(tqdm(as_completed(futures), total=len(clips), desc="clips", disable=not show_bars()), start=1):
+        for n_done, future in enumerate(
+            tqdm(as_completed(futures), total=len(clips), desc="clips", disable=not show_bars()),
+            start=1,
+        ):
             if reason := future.result():
                 failed[futures[future]] = reason
             if not show_bars() and n_done * 10 // len(clips) > shown:
                 shown = n_done * 10 // len(clips)
-                print(f"{n_done} of {len(clips)} clips, {time.monotonic() - began:.0f} s", flush=True)
+                print(
+                    f"{n_done} of {len(clips)} clips, {time.monotonic() - began:.0f} s", flush=True
+                )
     except BrokenProcessPool:
-        raise StepFailed("a worker process died (out of memory, or a file that crashes the decoder); the same command goes on from here") from None
+        raise StepFailed(
+            "a worker process died (out of memory, or a file that crashes the decoder); the same"
+            " command goes on from here"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -488,18 +581,43 @@ def write_labels(root, clips, seed) -> None:
     shuffled = [clips[i] for i in order]
     for beat in (False, True):
         for split in ("train", "test"):
-            form = "beatsync.fused" if beat else {"train": "fused.full", "test": "full.fused"}[split]
-            rows = [f"{clip.clip_id}.{form}.npy.gz\t{clip.genre}" for clip in shuffled if clip.genre and clip.split == split]
+            form = (
+                "beatsync.fused" if beat else {"train": "fused.full", "test": "full.fused"}[split]
+            )
+            rows = [
+                f"{clip.clip_id}.{form}.npy.gz\t{clip.genre}"
+                for clip in shuffled
+                if clip.genre and clip.split == split
+            ]
             if rows:
-                write_text(part_folder(root, "genre", beat) / f"{split}_labels.txt", "\n".join(["Id\tGenre", *rows]) + "\n")
-        rows = [",".join(map(str, (clip.clip_id, *clip.emotions))) for clip in shuffled if clip.emotions and clip.split == "train"]
+                write_text(
+                    part_folder(root, "genre", beat) / f"{split}_labels.txt",
+                    "\n".join(["Id\tGenre", *rows]) + "\n",
+                )
+        rows = [
+            ",".join(map(str, (clip.clip_id, *clip.emotions)))
+            for clip in shuffled
+            if clip.emotions and clip.split == "train"
+        ]
         if rows:
-            write_text(part_folder(root, "emotion", beat) / "train_labels.txt", "\n".join([f"Id,{','.join(EMOTIONS)}", *rows]) + "\n")
+            write_text(
+                part_folder(root, "emotion", beat) / "train_labels.txt",
+                "\n".join([f"Id,{','.join(EMOTIONS)}", *rows]) + "\n",
+            )
 
 
 SET_MARKERS = {  # what a finished set is known by; common looks for DEMO.txt
-    "demo": ("DEMO.txt", "Synthesised by make_dataset.py --demo. Scores on these clips say nothing about real music."),
-    "audio": ("AUDIO.txt", "Made by make_dataset.py --audio-dir of the files that sources.csv names."),
+    "demo": (
+        "DEMO.txt",
+        (
+            "Synthesised by make_dataset.py --demo. Scores on these clips say nothing about real"
+            " music."
+        ),
+    ),
+    "audio": (
+        "AUDIO.txt",
+        "Made by make_dataset.py --audio-dir of the files that sources.csv names.",
+    ),
 }
 
 
@@ -524,10 +642,20 @@ def check_folder(out, arguments) -> bool:
             continue
         made = read_marker(folder)
         if made is None:
-            raise InputError(f"{folder}: holds something that make_dataset.py did not make; name another folder in --out")
-        changed = [f"{key} {made.get(key)}, now {arguments.get(key)}" for key in arguments | made if made.get(key) != arguments.get(key)]
+            raise InputError(
+                f"{folder}: holds something that make_dataset.py did not make; name another folder"
+                " in --out"
+            )
+        changed = [
+            f"{key} {made.get(key)}, now {arguments.get(key)}"
+            for key in arguments | made
+            if made.get(key) != arguments.get(key)
+        ]
         if changed:
-            raise InputError(f"{folder}: made with other arguments ({'; '.join(changed)}); name another folder in --out, or delete it")
+            raise InputError(
+                f"{folder}: made with other arguments ({'; '.join(changed)}); name another folder"
+                " in --out, or delete it"
+            )
         if folder == out:
             return True
     return False
@@ -558,13 +686,22 @@ def finish(out) -> None:
             out.rmdir()  # an empty folder that stood there before
         os.replace(unfinished(out), out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); the set is complete in {unfinished(out)}, move it by hand") from None
+        raise InputError(
+            f"{out}: cannot be made ({error.strerror}); the set is complete in {unfinished(out)},"
+            " move it by hand"
+        ) from None
 
 
 def make_demo(args) -> None:
     """Synthesise the demo set."""
     out, seed = args.out, args.seed
-    arguments = {"source": "demo", "clips": args.clips, "emotion_clips": args.emotion_clips, "seconds": args.seconds, "seed": seed}
+    arguments = {
+        "source": "demo",
+        "clips": args.clips,
+        "emotion_clips": args.emotion_clips,
+        "seconds": args.seconds,
+        "seed": seed,
+    }
     if check_folder(out, arguments):
         print(f"{out}: made already")
         return
@@ -575,14 +712,22 @@ def make_demo(args) -> None:
         test = set(rng.permutation(ids)[: n_held_out(len(ids), 0.2)].tolist())
         for i in ids:
             waveform = functools.partial(demo_waveform, seed, i, genre, args.seconds)
-            clips.append(Clip(i, f"{genre} {i}", genre, None, "test" if i in test else "train", waveform))
+            clips.append(
+                Clip(i, f"{genre} {i}", genre, None, "test" if i in test else "train", waveform)
+            )
     ids = [100_000_000 + i for i in range(args.emotion_clips)]  # far from those of the genre clips
     test = set(rng.permutation(ids)[: n_held_out(len(ids), 0.25)].tolist())
     for i in ids:
         emotions = demo_emotion(clip_rng(seed, i))[1]
         waveform = functools.partial(demo_waveform, seed, i, None, args.seconds)
-        clips.append(Clip(i, f"emotion {i}", None, emotions, "test" if i in test else "train", waveform))
-    print(f"synthesising {args.clips} genre and {args.emotion_clips} emotion clips of {args.seconds:g} s", flush=True)
+        clips.append(
+            Clip(i, f"emotion {i}", None, emotions, "test" if i in test else "train", waveform)
+        )
+    print(
+        f"synthesising {args.clips} genre and {args.emotion_clips} emotion clips of"
+        f" {args.seconds:g} s",
+        flush=True,
+    )
     begin(out, arguments, clips)
     failed = make_all(unfinished(out), clips)
     if failed:
@@ -629,17 +774,28 @@ def make_audio(args) -> None:
     out, audio_dir = args.out, args.audio_dir
     files = find_audio(audio_dir)
     emotions = read_emotions(args.emotions, files) if args.emotions else {}
-    arguments = {"source": "audio", "audio_dir": str(audio_dir.resolve()), "test_fraction": args.test_fraction, "seed": args.seed,
-                 "emotions": hashlib.sha256(json.dumps(emotions, sort_keys=True).encode()).hexdigest()[:12]}  # fmt: skip
+    arguments = {
+        "source": "audio",
+        "audio_dir": str(audio_dir.resolve()),
+        "test_fraction": args.test_fraction,
+        "seed": args.seed,
+        "emotions": hashlib.sha256(json.dumps(emotions, sort_keys=True).encode()).hexdigest()[:12],
+    }
     finished = check_folder(out, arguments)
     known = read_sources(out if finished else unfinished(out))
     plan = plan_audio(files, known, args.test_fraction, args.seed)
-    if finished:
-        if plan == known and not (out / "unreadable.csv").exists():
-            print(f"{out}: made already")
-            return
+    if finished and plan == known and not (out / "unreadable.csv").exists():
+        print(f"{out}: made already")
+        return
     clips = [
-        Clip(i, name, genre_of(name), emotions.get(name), split, functools.partial(read_audio, audio_dir / name))
+        Clip(
+            i,
+            name,
+            genre_of(name),
+            emotions.get(name),
+            split,
+            functools.partial(read_audio, audio_dir / name),
+        )
         for name, (i, split) in plan.items()
     ]
     require_emotions(args.emotions, clips)
@@ -647,29 +803,49 @@ def make_audio(args) -> None:
     if finished:
         os.replace(out, root)  # files were added, or may have been mended: go on with it
     begin(out, arguments, clips)
-    write_table(root / "sources.csv", ("id", "file", "split"), [(i, name, split) for name, (i, split) in plan.items()])
-    print(f"extracting {len(clips)} files of {len({clip.genre for clip in clips})} genres", flush=True)
+    write_table(
+        root / "sources.csv",
+        ("id", "file", "split"),
+        [(i, name, split) for name, (i, split) in plan.items()],
+    )
+    print(
+        f"extracting {len(clips)} files of {len({clip.genre for clip in clips})} genres", flush=True
+    )
     failed = make_all(root, clips)
 
     unreadable = root / "unreadable.csv"
     unreadable.unlink(missing_ok=True)
     if failed:
-        write_table(unreadable, ("file", "reason"), sorted((clip.name, reason) for clip, reason in failed.items()))
+        write_table(
+            unreadable,
+            ("file", "reason"),
+            sorted((clip.name, reason) for clip, reason in failed.items()),
+        )
     made = [clip for clip in clips if clip not in failed]
     # A class that lost all its training files cannot be learned, so it cannot be asked for either.
     trained = {clip.genre for clip in made if clip.split == "train"}
     kept = [clip for clip in made if clip.genre in trained]
     require_emotions(args.emotions, kept)
     if not kept:
-        raise InputError(f"{audio_dir}: not one file gives a training clip; {len(failed)} of {len(clips)} are listed, with reasons, in {unreadable}")
+        raise InputError(
+            f"{audio_dir}: not one file gives a training clip; {len(failed)} of {len(clips)} are"
+            f" listed, with reasons, in {unreadable}"
+        )
     write_labels(root, kept, args.seed)
     finish(out)
     for clip in sorted(failed)[:10]:
         print(f"left out: {clip.name}: {failed[clip]}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(clips)} files left out; all are listed in {out / 'unreadable.csv'}", file=sys.stderr)
+        print(
+            f"{len(failed)} of {len(clips)} files left out; all are listed in"
+            f" {out / 'unreadable.csv'}",
+            file=sys.stderr,
+        )
     for genre in sorted({clip.genre for clip in made} - trained):
-        print(f"class {genre} left out of the label files: none of its training files can be read", file=sys.stderr)
+        print(
+            f"class {genre} left out of the label files: none of its training files can be read",
+            file=sys.stderr,
+        )
     foreign = sorted(trained - set(MERGE))
     if foreign:
         print(f"class {foreign[0]} is none of the lab's 20: give the steps --no-merge")
@@ -677,7 +853,9 @@ def make_audio(args) -> None:
 
 def require_emotions(path, clips) -> None:
     if path and clips and not any(clip.emotions and clip.split == "train" for clip in clips):
-        raise InputError(f"{path}: none of its files gives a clip of the training part; label more files")
+        raise InputError(
+            f"{path}: none of its files gives a clip of the training part; label more files"
+        )
 
 
 def write_table(path, header, rows) -> None:
@@ -688,38 +866,81 @@ def write_table(path, header, rows) -> None:
 
 def main(argv=None) -> dict:
     """Read the command line, make the set, say what is in it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--demo", action="store_true", help="synthesise the demo set")
     add("--audio-dir", type=Path, metavar="DIR", help="make a set of DIR/<genre>/<file>")
-    add("--out", type=Path, help="folder of the new set (default with --demo: data/demo beside this script)")
+    add(
+        "--out",
+        type=Path,
+        help="folder of the new set (default with --demo: data/demo beside this script)",
+    )
     add("--seed", type=int, default=42, help="seed of the music and of the split (default: 42)")
     add("--clips", type=int, default=400, help="demo: genre clips, 40 or more (default: 400)")
-    add("--emotion-clips", type=int, default=200, help="demo: emotion clips, 4 or more (default: 200)")
-    add("--seconds", type=float, default=10.0, help="demo: length of a clip, 1 to 60 s (default: 10)")
+    add(
+        "--emotion-clips",
+        type=int,
+        default=200,
+        help="demo: emotion clips, 4 or more (default: 200)",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="demo: length of a clip, 1 to 60 s (default: 10)",
+    )
     add("--emotions", type=Path, metavar="CSV", help="audio: emotion values of the files")
-    add("--test-fraction", type=float, default=0.2, help="audio: test part's share of each genre, .05 to .5 (default: 0.2)")
+    add(
+        "--test-fraction",
+        type=float,
+        default=0.2,
+        help="audio: test part's share of each genre, .05 to .5 (default: 0.2)",
+    )
     args = parser.parse_args([] if argv is None and in_notebook() else argv)
     if args.demo == bool(args.audio_dir):
         raise InputError("give either --demo or --audio-dir DIR")
     if args.audio_dir and not args.out:
         raise InputError("--audio-dir needs --out, the folder of the new set")
-    for name, low, high in (("seed", 0, 2**31), ("clips", 40, 10**6), ("emotion_clips", 4, 10**6), ("seconds", 1, 60), ("test_fraction", 0.05, 0.5)):
+    for name, low, high in (
+        ("seed", 0, 2**31),
+        ("clips", 40, 10**6),
+        ("emotion_clips", 4, 10**6),
+        ("seconds", 1, 60),
+        ("test_fraction", 0.05, 0.5),
+    ):
         if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be {low:g} to {high:g}")
-    args.out = (args.out or Path(globals().get("__file__", "make_dataset.py")).resolve().parent / "data" / "demo").absolute()
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name):g}: must be {low:g} to {high:g}"
+            )
+    args.out = (
+        args.out
+        or Path(globals().get("__file__", "make_dataset.py")).resolve().parent / "data" / "demo"
+    ).absolute()
     began = time.monotonic()
     try:
         (make_demo if args.demo else make_audio)(args)
     except KeyboardInterrupt:
-        print("stopped; finished clips are kept, the same command goes on from here", file=sys.stderr)
+        print(
+            "stopped; finished clips are kept, the same command goes on from here", file=sys.stderr
+        )
         raise SystemExit(130) from None
     counts = {
-        f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("*.npy"))) for part in ("genre", "emotion") for split in ("train", "test")
+        f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("*.npy")))
+        for part in ("genre", "emotion")
+        for split in ("train", "test")
     }
-    print(f"{args.out}: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + f" clips; {time.monotonic() - began:.0f} s")
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{n} {name}" for name, n in counts.items())
+        + f" clips; {time.monotonic() - began:.0f} s"
+    )
     return {"out": str(args.out), "clips": counts}
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.excepthook = end_in_one_line
+    main()
