@@ -1,15 +1,16 @@
-"""What the eleven steps of the lab share: data, models, training, scores, figures.
+"""What the eleven steps of the lab share: data, networks, training, scores, figures.
 
 Read it from top to bottom; a clip travels the same way:
 
     label file -> entries -> arrays -> one resident tensor -> Subset -> batch
-    -> backbone -> head -> loss or scores -> metrics -> files
+    -> backbone -> head -> loss -> answers (clip x target) -> scores -> files
 
-Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train and
-evaluate, 8 Metrics, 9 Plots, 10 Records.
+Genre, one emotion and three emotions take the same way: one `load_data`, one `fit`, one
+`answer`. Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train
+and evaluate, 8 Metrics, 9 Plots, 10 Records.
 
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
-C channels, H hidden units, K classes, N clips.
+C channels, H hidden units, K classes or emotions, N clips.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -29,9 +31,11 @@ import math
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -40,18 +44,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import median_filter
 from scipy.stats import rankdata, spearmanr
-from sklearn.linear_model import Ridge
-from sklearn.metrics import confusion_matrix, make_scorer, precision_recall_fscore_support
-from sklearn.model_selection import GridSearchCV, KFold, train_test_split
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVR
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.model_selection import KFold, train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -61,12 +62,43 @@ from tqdm.auto import tqdm
 # ======================================================================================
 
 
-class InputError(ValueError):
+class StepEnd(Exception):
+    """What ends a script with one line instead of a traceback, in a notebook too."""
+
+    exit_code, label = 0, ""
+
+    def _render_traceback_(self):
+        """IPython prints these lines in place of a traceback."""
+        return [f"{self.label}{self}"]
+
+
+class InputError(StepEnd, ValueError):
     """A mistake in what the user handed in: one line on stderr, exit code 2."""
 
+    exit_code, label = 2, "error: "
 
-class StepFailed(RuntimeError):
+
+class StepFailed(StepEnd, RuntimeError):
     """A step that ran as asked and did not reach its goal: one line, exit code 1."""
+
+    exit_code, label = 1, "failed: "
+
+
+class Finished(StepEnd):
+    """A step that was asked for a part only (--overfit-batch) and is done: exit code 0."""
+
+
+def end_in_one_line(kind, error, traceback):
+    """sys.excepthook: one line for what a user can mend, a traceback for a bug."""
+    if issubclass(kind, StepEnd):
+        if error.exit_code:
+            print(f"{error.label}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if issubclass(kind, KeyboardInterrupt):
+        message = "stopped; finished epochs are kept, --resume goes on from them"
+        print(message, file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, traceback)
 
 
 def in_notebook() -> bool:
@@ -83,7 +115,7 @@ def on_kaggle() -> bool:
     return (kaggle_root() / "working").is_dir()
 
 
-def _number(kind, low, high=math.inf):
+def number(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
@@ -93,7 +125,8 @@ def _number(kind, low, high=math.inf):
             value = math.nan
         if not low <= value <= high:
             name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else ""))
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
         return value
 
     return parse
@@ -105,85 +138,41 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists all flags\n")
 
+    def flag(self, name, help, **options):
+        """Add a flag whose help ends with its default."""
+        if options.get("default") is not None:
+            help += " (default: %(default)s)"
+        self.add_argument(name, help=help, **options)
 
-def make_parser(description, training=False, **defaults) -> argparse.ArgumentParser:
-    """Build the command line that every step shares.
 
-    Parameters
-    ----------
-    description : str
-        The step's docstring, shown by --help.
-    training : bool
-        Add the flags of steps that train a network.
-    **defaults
-        Defaults of a step that differ from the shared ones, e.g. ``batch_size=64``.
-    """
+def make_parser(description, training=False) -> Parser:
+    """Build the command line that every step shares; `training` adds the flags of a training."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a mistyped flag must fail, not be guessed
     )
-    add = functools.partial(_add_with_default, parser)
+    add = parser.flag
     add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
     add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
-    add("--seed", type=_number(int, 0, 2**31), default=42, help="seed of splits, weights and batches")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--seed", type=number(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="where to compute")
     add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
     add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
-    add("--allow-leak", action="store_true", help="go on although test clips are in the training split")
-    add("--no-merge", action="store_true", help="keep the classes as they are instead of merging the lab's 20 into 10")
+    add("--allow-leak", action="store_true", help="go on although test clips are trained on")
+    add("--no-merge", action="store_true", help="keep the classes instead of merging 20 into 10")
     if training:
-        add("--epochs", type=_number(int, 1), help="passes over the training clips; else scaled to their number")
-        add("--batch-size", type=_number(int, 2), default=32, help="clips in a batch")
-        add("--lr", type=_number(float, 1e-8, 10), default=1e-3, help="highest learning rate")
-        add("--subset", type=_number(int, 8), metavar="N", help="train on N clips only (torch Subset)")
-        add("--overfit-batch", action="store_true", help="check that the network can learn 4 batches by heart")
-        add("--resume", action="store_true", help="go on from the last finished epoch in the output folder")
-        add("--max-minutes", type=_number(float, 0.01), help="stop training cleanly after this long")
-    parser.set_defaults(**defaults)
+        scaled = "passes over the training clips; else scaled to their number"
+        add("--epochs", type=number(int, 1), help=scaled)
+        add("--batch-size", type=number(int, 2), default=32, help="clips in a batch")
+        add("--lr", type=number(float, 1e-8, 10), default=2e-3, help="highest learning rate")
+        add("--subset", type=number(int, 8), metavar="N", help="train on N clips (torch Subset)")
+        check = "only check that the network can learn 4 batches by heart"
+        add("--overfit-batch", action="store_true", help=check)
+        add("--resume", action="store_true", help="go on from the last finished epoch")
+        add("--max-minutes", type=number(float, 0.01), help="stop training cleanly after this long")
     return parser
-
-
-def _add_with_default(parser, name, help, **options):
-    """Add a flag whose help ends with its default ('%(default)s' follows set_defaults)."""
-    if options.get("default") is not None:
-        help += " (default: %(default)s)"
-    parser.add_argument(name, help=help, **options)
-
-
-def parse_args(parser, argv=None) -> argparse.Namespace:
-    """Parse the command line; in a notebook cell there is none, so only defaults."""
-    if argv is None and in_notebook():
-        argv = []
-    args = parser.parse_args(argv)
-    if args.smoke and hasattr(args, "epochs"):
-        args.epochs, args.subset = args.epochs or 2, args.subset or 64
-    args.started = time.monotonic()
-    return args
-
-
-def seconds_left(args, runs_left=1) -> float:
-    """Share of --max-minutes that the next of `runs_left` trainings may take, in s."""
-    if getattr(args, "max_minutes", None) is None:
-        return math.inf
-    return max(0.0, args.started + 60 * args.max_minutes - time.monotonic()) / runs_left
-
-
-def run_main(main):
-    """Call a step's main; turn a user's mistake into one line, keep a bug's traceback.
-
-    Exit codes: 2 bad input, 1 the step did not reach its goal, 130 stopped by hand.
-    """
-    try:
-        return main()
-    except InputError as error:
-        message, code = f"error: {error}", 2
-    except StepFailed as error:
-        message, code = f"failed: {error}", 1
-    except KeyboardInterrupt:
-        message, code = "stopped; finished epochs are kept, --resume goes on from them", 130
-    print(message, file=sys.stderr)
-    raise SystemExit(code)
 
 
 FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
@@ -193,9 +182,9 @@ KAGGLE_MOUNTS = (  # the classic layout and the one of newer kernels
 )
 
 
-def part_folder(data_dir, part, beat=False) -> Path:
+def part_folder(root, part, beat=False) -> Path:
     """Folder of one part of the data: part is 'genre' or 'emotion'."""
-    return Path(data_dir) / (FOLDERS[part] + ("_beat" if beat else ""))
+    return Path(root) / (FOLDERS[part] + ("_beat" if beat else ""))
 
 
 def find_data(data_dir=None) -> Path:
@@ -213,9 +202,10 @@ def find_data(data_dir=None) -> Path:
     here = Path(globals().get("__file__", "common.py")).resolve().parent
     if given:
         places = [Path(given)]
-    elif on_kaggle():
-        inputs = kaggle_root() / "input"  # after the two known mounts, anybody's copy of the data set
-        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS] + sorted(inputs.glob("*")) + sorted(inputs.glob("datasets/*/*"))
+    elif on_kaggle():  # after the two known mounts, anybody's copy of the data set
+        inputs = kaggle_root() / "input"
+        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS]
+        places += [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
     else:
         places = [here / "data", here / "data" / "demo"]
     parts = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
@@ -228,16 +218,28 @@ def find_data(data_dir=None) -> Path:
                 return root.resolve()
     tried = ", ".join(map(str, places[:2]))
     if given:
-        raise InputError(f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}; name the folder that holds them in --data-dir")
+        raise InputError(
+            f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}; "
+            "name the folder that holds them in --data-dir"
+        )
     if on_kaggle():
-        raise InputError(f"data set not attached (looked in {tried}); add geoparslp/patreco3-multitask-affective-music under Input")
+        raise InputError(
+            f"data set not attached (looked in {tried}); "
+            "add geoparslp/patreco3-multitask-affective-music under Input"
+        )
     maker = here / "make_dataset.py"
     if not maker.exists():
-        raise InputError(f"no data in {tried} and no make_dataset.py to make a demo set; give --data-dir")
-    print("No data set found: synthesising a demo set. Scores on it say nothing about real music.", file=sys.stderr)
+        raise InputError(f"no data in {tried}, no make_dataset.py for a demo set; give --data-dir")
+    print(
+        "No data set found: synthesising a demo set. Scores on it say nothing about real music.",
+        file=sys.stderr,
+    )
     # A separate process, so that this file imports no other of the project.
-    if subprocess.run([sys.executable, str(maker), "--demo", "--out", str(places[-1])]).returncode:
-        raise InputError(f"make_dataset.py could not write the demo set to {places[-1]}; give --data-dir")
+    made = subprocess.run([sys.executable, str(maker), "--demo", "--out", str(places[-1])])
+    if made.returncode:
+        raise InputError(
+            f"make_dataset.py could not write the demo set to {places[-1]}; give --data-dir"
+        )
     return places[-1]
 
 
@@ -247,11 +249,13 @@ def pick_device(name="auto") -> torch.device:
     A card that torch has no code for says is_available() and fails at the first
     operation (P100 on Kaggle), so one small operation is run before believing it.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available()
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     for kind in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
         if not available[kind]:
             if name == kind:
-                raise InputError(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu")
+                version = torch.__version__
+                raise InputError(f"--device {name}: torch {version} finds none; use --device cpu")
             continue
         try:
             x = torch.ones(8, 8, device=kind)
@@ -260,7 +264,8 @@ def pick_device(name="auto") -> torch.device:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if name == kind:
-                raise InputError(f"--device {name} cannot compute ({reason}); use --device cpu") from error
+                fault = f"--device {name} cannot compute ({reason}); use --device cpu"
+                raise InputError(fault) from error
             print(f"{kind} cannot compute ({reason}); going on without it", file=sys.stderr)
     raise AssertionError("the CPU always computes")
 
@@ -268,7 +273,7 @@ def pick_device(name="auto") -> torch.device:
 def seed_everything(seed) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, for libraries that draw from the global state
     torch.manual_seed(seed)
 
 
@@ -279,12 +284,10 @@ def keep_freed_memory() -> None:
     time costs page faults, measured at two fifths of a CNN's training time on a CPU.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: slower, not wrong
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # no glibc: slower, not wrong
 
 
 @functools.cache
@@ -344,7 +347,7 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     -------
     full : np.ndarray [shape=(140, T)], float64
         128 mel bands in dB, then 12 chroma values.
-    beat : np.ndarray [shape=(140, n_beats + 1)], float64
+    beat : np.ndarray [shape=(140, at most n_beats + 1)], float64
         The same, one column per beat interval.
 
     Source: the course's lab3/feature_extractor.py (slp-ntua/patrec-labs); Müller, 2015,
@@ -353,8 +356,12 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     import librosa
 
     if waveform.ndim != 1 or len(waveform) < N_FFT:
-        raise InputError(f"waveform of shape {waveform.shape}: one channel of at least {N_FFT} samples is needed")
-    mel_power = librosa.feature.melspectrogram(y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS)
+        raise InputError(
+            f"waveform of shape {waveform.shape}: one channel of at least {N_FFT} samples is needed"
+        )
+    mel_power = librosa.feature.melspectrogram(
+        y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS
+    )
     chroma = librosa.feature.chroma_cqt(y=waveform, sr=SR, hop_length=HOP)
     # mel and CQT may differ by a frame in odd cases; the common length keeps them aligned.
     n_frames = min(mel_power.shape[1], chroma.shape[1])
@@ -365,7 +372,11 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
         beat_frames = np.array([0])
 
     def stack(power, pitch):
-        db = librosa.power_to_db(power, ref=np.max) if power.max() > 1e-10 else np.full_like(power, DB_FLOOR)  # its own lower limit
+        db = (
+            librosa.power_to_db(power, ref=np.max)
+            if power.max() > 1e-10
+            else np.full_like(power, DB_FLOOR)
+        )  # its own lower limit
         return np.vstack([db, np.clip(pitch, 0, 1)]).astype(np.float64)
 
     sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
@@ -383,7 +394,9 @@ def percussive_part(waveform, size=31) -> np.ndarray:
     def median_along_rows(rows):
         # scipy's fast median is for one dimension only, so the mirrored rows are laid end to end.
         padded = np.pad(rows, ((0, 0), (size // 2, size // 2)), mode="symmetric")
-        return median_filter(padded.ravel(), size).reshape(padded.shape)[:, size // 2 : -(size // 2)]
+        return median_filter(padded.ravel(), size).reshape(padded.shape)[
+            :, size // 2 : -(size // 2)
+        ]
 
     magnitude, phase = librosa.magphase(librosa.stft(waveform))
     over_time, over_frequency = median_along_rows(magnitude), median_along_rows(magnitude.T).T
@@ -395,11 +408,11 @@ def percussive_part(waveform, size=31) -> np.ndarray:
 # 3. Dataset: label files -> entries -> one resident tensor -> torch Dataset
 # ======================================================================================
 
-MERGE = {  # the lab's step 4b: similar classes merged, ill-defined or tiny ones dropped (None)
+MERGE = {  # the lab's step 4b: similar classes merged, five left out (None)
     "Rock": "Rock", "Psych-Rock": "Rock", "Post-Rock": "Rock", "Indie-Rock": None,
     "Folk": "Folk", "Psych-Folk": "Folk", "Metal": "Metal", "Punk": "Metal", "Post-Punk": None,
-    "Electronic": "Electronic", "Chiptune": "Electronic", "Trip-Hop": "Trip-Hop", "Hip-Hop": "Hip-Hop",
-    "Pop": "Pop", "Classical": "Classical", "Blues": "Blues", "Jazz": "Jazz",
+    "Electronic": "Electronic", "Chiptune": "Electronic", "Trip-Hop": "Trip-Hop",
+    "Hip-Hop": "Hip-Hop", "Pop": "Pop", "Classical": "Classical", "Blues": "Blues", "Jazz": "Jazz",
     "Soundtrack": None, "International": None, "Old-Time": None,
 }  # fmt: skip
 EMOTIONS = ("valence", "energy", "danceability")
@@ -431,23 +444,38 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: a BOM is no part of the header
+        lines = path.read_text(
+            encoding="utf-8-sig"
+        ).splitlines()  # -sig: a BOM is no part of the header
     except FileNotFoundError:
         raise InputError(f"{path}: label file missing; is the data set complete?") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        raise InputError(
+            f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from None
     except OSError as error:  # a folder in its place, no permission
-        raise InputError(f"{path}: cannot be read ({error.strerror}); is the data set complete?") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); is the data set complete?"
+        ) from None
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise InputError(f"{path}: empty; its first line must be 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+        raise InputError(
+            f"{path}: empty; its first line must be 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
+        )
     header = rows[0][1].strip()
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
     is_genre = columns == ["Id", "Genre"]
     # Columns are found by name: a fixed number is how valence once was read as energy.
-    if not is_genre and not (separator == "," and columns[0] == "Id" and set(columns[1:]) == set(EMOTIONS) and len(columns) == 4):
-        raise InputError(f"{path}: header {header!r}; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'")
+    if not is_genre and not (
+        separator == ","
+        and columns[0] == "Id"
+        and set(columns[1:]) == set(EMOTIONS)
+        and len(columns) == 4
+    ):
+        raise InputError(
+            f"{path}: header {header!r}; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
+        )
     if is_genre and separator != "\t":
         raise InputError(f"{path}: columns separated by {separator!r}; expected a tab")
 
@@ -456,22 +484,33 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
         where = f"{path}, line {number}"
         cells = [cell.strip() for cell in line.split(separator)]
         if len(cells) != len(columns) or not all(cells):
-            raise InputError(f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line")
+            raise InputError(
+                f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line"
+            )
         clip_id = cells[0].split(".")[0]
         if not clip_id or any(mark in cells[0] for mark in "/\\:\0"):
-            raise InputError(f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz")
+            raise InputError(
+                f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz"
+            )
         if is_genre:
             label = cells[1]
         else:
             try:
                 values = dict(zip(columns[1:], map(float, cells[1:]), strict=True))
             except ValueError:
-                raise InputError(f"{where}: {line!r} holds a value that is no number; mend or remove the line") from None
+                raise InputError(
+                    f"{where}: {line!r} holds a value that is no number; mend or remove the line"
+                ) from None
             label = tuple(values[name] for name in EMOTIONS)
             if not all(0 <= value <= 1 for value in label):
-                raise InputError(f"{where}: {line!r} holds a value outside [0, 1]; mend or remove the line")
+                raise InputError(
+                    f"{where}: {line!r} holds a value outside [0, 1]; mend or remove the line"
+                )
         if seen.setdefault(clip_id, label) != label:
-            raise InputError(f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, now {label!r}; keep one")
+            raise InputError(
+                f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, "
+                f"now {label!r}; keep one"
+            )
         labels.append((clip_id, label))
     if not labels:
         raise InputError(f"{path}: a header and no clips; is the data set complete?")
@@ -499,8 +538,13 @@ def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
     else:
         labels = read_labels(folder / f"{split}_labels.txt")
         if isinstance(labels[0][1], str) != (part == "genre"):
-            raise InputError(f"{folder / f'{split}_labels.txt'}: holds the labels of the other part; expected {part} labels")
-    entries = [Entry(clip_id, arrays / f"{clip_id}.fused.full.npy", label) for clip_id, label in labels]
+            raise InputError(
+                f"{folder / f'{split}_labels.txt'}: holds the labels of the other part; "
+                f"expected {part} labels"
+            )
+    entries = [
+        Entry(clip_id, arrays / f"{clip_id}.fused.full.npy", label) for clip_id, label in labels
+    ]
     return merge_classes(entries) if merge and part == "genre" else entries
 
 
@@ -508,10 +552,16 @@ def merge_classes(entries) -> list[Entry]:
     """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
     unknown = sorted({entry.label for entry in entries} - set(MERGE))
     if unknown:
-        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} is not one of the lab's 20; --no-merge keeps classes as they are")
+        raise InputError(
+            f"{_label_file(entries)}: class {unknown[0]!r} is not one of the lab's 20; "
+            "--no-merge keeps classes as they are"
+        )
     merged = [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
     if not merged:
-        raise InputError(f"{_label_file(entries)}: the lab's merge drops every class in it; --no-merge keeps classes as they are")
+        raise InputError(
+            f"{_label_file(entries)}: the lab's merge drops every class in it; "
+            "--no-merge keeps classes as they are"
+        )
     return merged
 
 
@@ -519,6 +569,12 @@ def _label_file(entries) -> Path:
     """The file that named these clips, for messages."""
     folder = entries[0].path.parent
     return folder.with_name(f"{folder.name}_labels.txt")
+
+
+# NumPy parses a header with `ast`, which up to CPython 3.11.7 fails now and then while
+# another thread is in it too (python/cpython#106905): a sound clip would be called broken.
+# Only the header is read under the lock; the numbers are read when they are converted.
+parser_lock = threading.Lock()
 
 
 def read_array(path) -> np.ndarray:
@@ -534,51 +590,30 @@ def read_array(path) -> np.ndarray:
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     try:
-        array = _load_npy(path)
+        with parser_lock:
+            # Takes .npy files only: no archive and no pickle, which may run code.
+            array = np.lib.format.open_memmap(path, mode="r")
         fault = _shape_fault(array)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
-            array = None if fault else np.array(array, dtype=np.float32)  # a copy, which may be written to
+        with np.errstate(
+            over="ignore"
+        ):  # what float32 cannot hold becomes infinite and is refused below
+            array = (
+                None if fault else np.array(array, dtype=np.float32)
+            )  # a copy, which may be written to
     except FileNotFoundError:
         fault = "missing, though the label file names it"
-    except Exception as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
-        fault = f"not a readable .npy array ({str(error).splitlines()[0] if str(error) else 'empty file'})"
+    except (
+        Exception
+    ) as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
+        reason = str(error).splitlines()[0] if str(error) else "empty file"
+        fault = f"not a readable .npy array ({reason})"
     if not fault:
         fault = _value_fault(array)
     if fault:
-        raise InputError(f"{path}: {fault}; replace the file, or leave such clips out with --skip-bad")
+        raise InputError(
+            f"{path}: {fault}; replace the file, or leave such clips out with --skip-bad"
+        )
     return array
-
-
-_header_lock = threading.Lock()
-
-
-def _load_npy(path) -> np.ndarray:
-    """np.load for one array of numbers, fast from several threads at once.
-
-    One read a file, and a header that came before is not parsed again: the more often
-    threads ask for the interpreter, the longer they wait for each other.
-    """
-    data = Path(path).read_bytes()
-    if len(data) < 12:
-        raise ValueError("cut short")
-    digits = 2 if data[6] == 1 else 4  # version 1 writes the header's length in two bytes, later ones in four
-    start = 8 + digits + int.from_bytes(data[8 : 8 + digits], "little")
-    # NumPy parses with `ast`, which up to CPython 3.11.7 fails now and then while another
-    # thread is in it too (python/cpython#106905): a sound clip would be called broken.
-    with _header_lock:
-        shape, fortran_order, dtype = _npy_header(data[:start])
-    array = np.frombuffer(data, dtype, math.prod(shape), start)  # refuses objects: to unpickle can run code
-    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
-
-
-@functools.lru_cache(maxsize=4096)
-def _npy_header(header: bytes) -> tuple[tuple, bool, np.dtype]:
-    """Shape, Fortran order and type that the head of a .npy file states."""
-    file = io.BytesIO(header)
-    version = np.lib.format.read_magic(file)
-    if version not in [(1, 0), (2, 0), (3, 0)]:
-        raise ValueError(f"of format version {version[0]}.{version[1]}")
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 
 
 def _shape_fault(array) -> str | None:
@@ -609,11 +644,11 @@ class ClipStore:
     """All clips of a split in one tensor, clip after clip, without padding.
 
     frames : torch.Tensor [shape=(total frames, 140)], float16
-        dB and chroma as on disk. Half precision is .06 dB at worst and a quarter of the
+        dB and chroma as on disk. Half precision is .03 dB off at worst and a quarter of the
         memory of float64.
     starts, lengths : torch.Tensor [shape=(N,)], int64, in frames
     digests : list of str
-        A checksum of every 16th frame of a clip: equal digests are identical arrays.
+        A checksum of every 16th frame of a clip: clips with equal ones count as identical.
     """
 
     entries: list[Entry]
@@ -646,13 +681,23 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
             footer, frames = _open_cache(cache)
             left_out = set(range(len(entries))) - set(footer["kept"])
             if any(_convert(entries[index])[0] is not None for index in left_out):
-                raise ValueError("a clip that could not be read then can be read now")  # a disk or a share that failed for a moment
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there yet, or cut short when the machine went down
+                raise ValueError(
+                    "a clip that could not be read then can be read now"
+                )  # a disk or a share that failed for a moment
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ):  # not there yet, or cut short when the machine went down
             _fill_cache(cache, entries, pool)
             footer, frames = _open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
-        raise InputError(faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""))
+        raise InputError(
+            faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else "")
+        )
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     if not footer["kept"]:
@@ -663,7 +708,9 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
 
 
 CACHE_VERSION = 1
-N_READERS = (os.cpu_count() or 1) + 1  # threads that read files: one waits for the disk while the others compute
+N_READERS = (
+    os.cpu_count() or 1
+) + 1  # threads that read files: one waits for the disk while the others compute
 
 
 def cache_dir() -> Path:
@@ -680,14 +727,18 @@ def cache_dir() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: no cache folder can be made there ({error.strerror}); set $PATREC_CACHE") from error
+        raise InputError(
+            f"{folder}: no cache folder can be made there ({error.strerror}); set $PATREC_CACHE"
+        ) from error
     return folder
 
 
 def _map_blocks(pool, function, items, size):
     """pool.map with `size` items a task: what a task costs can be more than asking for a file."""
     blocks = [items[first : first + size] for first in range(0, len(items), size)]
-    return itertools.chain.from_iterable(pool.map(lambda block: [function(item) for item in block], blocks))
+    return itertools.chain.from_iterable(
+        pool.map(lambda block: [function(item) for item in block], blocks)
+    )
 
 
 def _file_facts(entry) -> tuple:
@@ -706,7 +757,9 @@ def _convert(entry) -> tuple[np.ndarray | None, str | None]:
         array = torch.from_numpy(read_array(entry.path))
     except InputError as error:
         return None, str(error)
-    return np.ascontiguousarray(array.half().numpy().T), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
+    return np.ascontiguousarray(
+        array.half().numpy().T
+    ), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
 
 
 def _fill_cache(cache, entries, pool) -> None:
@@ -719,9 +772,18 @@ def _fill_cache(cache, entries, pool) -> None:
                 leftover.unlink()
     partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(partial, "wb") as file, tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False) as bar:
-            for first in range(0, len(entries), 512):  # so many at a time, so that few arrays wait in memory
-                for index, (frames, fault) in enumerate(_map_blocks(pool, _convert, entries[first : first + 512], 16), start=first):
+        with (
+            open(partial, "wb") as file,
+            tqdm(
+                total=len(entries), desc="reading clips", disable=not show_bars(), leave=False
+            ) as bar,
+        ):
+            for first in range(
+                0, len(entries), 512
+            ):  # so many at a time, so that few arrays wait in memory
+                for index, (frames, fault) in enumerate(
+                    _map_blocks(pool, _convert, entries[first : first + 512], 16), start=first
+                ):
                     bar.update()
                     if fault:
                         footer["faults"].append(fault)
@@ -729,12 +791,17 @@ def _fill_cache(cache, entries, pool) -> None:
                     file.write(frames)
                     footer["kept"].append(index)
                     footer["lengths"].append(len(frames))
-                    footer["digests"].append(hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest())
+                    footer["digests"].append(
+                        hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
+                    )
             text = json.dumps(footer).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(partial, cache)
     except OSError as error:
-        raise InputError(f"{partial}: cannot be written ({error.strerror}); point $PATREC_CACHE to a folder with more room") from error
+        raise InputError(
+            f"{partial}: cannot be written ({error.strerror}); "
+            "point $PATREC_CACHE to a folder with more room"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -806,7 +873,9 @@ class SpectrogramDataset(Dataset):
             lengths = lengths.clamp(max=self.crop)
         frames = self.store.frames[:, BANDS[self.features]]
         t = torch.arange(int(lengths.max()))
-        rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)  # (B, T), past the end: the last frame
+        rows = starts[:, None] + torch.minimum(
+            t, lengths[:, None] - 1
+        )  # (B, T), past the end: the last frame
         x = frames[rows.to(frames.device)].float()  # (B, T, F)
         if self.stats:
             mean, std = (value.to(x.device) for value in self.stats)
@@ -843,7 +912,9 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
         squares = squares + x.square().sum(0, dtype=torch.float64)
         n_frames += len(x)
     mean = total / n_frames
-    std = (squares / n_frames - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)  # a silent band stays finite
+    std = (
+        (squares / n_frames - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+    )  # a silent band stays finite
     return mean.float().cpu(), std.float().cpu()
 
 
@@ -852,7 +923,10 @@ def encode_labels(entries, classes) -> np.ndarray:
     number = {name: index for index, name in enumerate(classes)}
     unknown = sorted({entry.label for entry in entries} - set(number))
     if unknown:
-        raise InputError(f"{_label_file(entries)}: class {unknown[0]!r} does not occur in the training part {list(classes)}; mend the label or remove the clip")
+        raise InputError(
+            f"{_label_file(entries)}: class {unknown[0]!r} does not occur in the training "
+            f"part {list(classes)}; mend the label or remove the clip"
+        )
     return np.array([number[entry.label] for entry in entries])
 
 
@@ -866,81 +940,237 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     classes : np.ndarray [shape=(n_clips,)], optional
         Class names or numbers, to keep every class's share in both parts.
     """
-    names, counts = np.unique(classes, return_counts=True) if classes is not None else ([], np.zeros(0))
+    names, counts = (
+        np.unique(classes, return_counts=True) if classes is not None else ([], np.zeros(0))
+    )
     if (counts == 1).any():
-        raise InputError(f"class {names[counts == 1][0]} has a single clip, which cannot be in both the training and the validation part; add clips of it or drop it")
+        raise InputError(
+            f"class {names[counts == 1][0]} has a single clip, which cannot be in both the "
+            "training and the validation part; add clips of it or drop it"
+        )
     n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
     if n_clips < 2 * n_held_out:
-        raise InputError(f"{n_clips} clips are too few to split into training and validation part; add clips")
-    return tuple(train_test_split(np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes))
+        raise InputError(
+            f"{n_clips} clips are too few to split into training and validation part; add clips"
+        )
+    return tuple(
+        train_test_split(
+            np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes
+        )
+    )
+
+
+VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
+N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels for its test clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which clips there are and how they are read: what the data flags of a step say."""
+
+    root: Path  # folder of the four parts
+    seed: int = 42  # of all splits
+    device: str | torch.device = "cpu"
+    merge: bool = True
+    skip_bad: bool = False
+    allow_leak: bool = False
+    subset: int | None = None  # train on so many clips only
+    smoke: bool = False
 
 
 @dataclasses.dataclass
-class GenreData:
-    """The genre training split, ready to train on; the test split stays unread."""
+class Data:
+    """What one network learns from: parts that no clip shares.
+
+    train, val, held_out : Subset of one SpectrogramDataset; held_out is empty for genre,
+        which has a test split of its own (`load_test`)
+    names : list of K str, the classes or the emotions that the columns stand for
+    mean, std : np.ndarray [shape=(K,)], of the training labels; emotion only
+    settings : dict, what a checkpoint needs to judge new clips and to know its own origin
+    """
 
     train: Subset
     val: Subset
-    classes: list[str]
-    settings: dict  # what a checkpoint needs to judge new clips: features, beat, merge, classes, shares, stats
+    held_out: Subset
+    names: list[str]
+    mean: np.ndarray | None
+    std: np.ndarray | None
+    settings: dict
 
 
-def load_genre(data_dir, features="mel", beat=False, *, seed, merge=True, crop=None, subset=None, device="cpu", skip_bad=False) -> GenreData:
-    """Load the genre training split and cut it into training and validation part.
+def load_data(
+    source, features="mel", beat=False, target="genre", *, crop=None, fold=0, n_folds=1, stats=None
+) -> Data:
+    """Load the training split of genre or emotion and cut it into parts.
+
+    Whatever a network hears (frames or beats, mel or chroma), the same clips train,
+    validate and are held out: the cut is made on the ids, in the order of the full
+    clips' label file.
 
     Parameters
     ----------
+    target : 'genre', 'emotion' (three values per clip), 'valence', 'energy', 'danceability'
     crop : int or None
-        Random crops of this many frames for training; validation sees whole clips.
-    subset : int or None
-        Keep only this many training clips (in proportion to the classes).
+        Random crops of this many frames for training; the other parts see whole clips.
+    fold, n_folds : int
+        Emotion: which fold is held out, of how many; one fold is a fifth.
+    stats : (mean, std), optional
+        Standardise with these, of the network that is continued, not with those of the
+        training part.
     """
-    store = load_clips(read_entries(data_dir, "genre", "train", beat, merge), skip_bad)
-    classes = sorted({entry.label for entry in store.entries})
-    targets = encode_labels(store.entries, classes)
-    try:
-        train_idx, val_idx = split_indices(len(targets), VAL_FRACTION, seed, np.array(classes)[targets])
-    except InputError as error:
-        raise InputError(f"{_label_file(store.entries)}: {error}") from None
-    if subset and subset < len(train_idx):
-        # Rows are shuffled by the split already; a clip per class first, then as they come.
-        first = [train_idx[targets[train_idx] == k][0] for k in range(len(classes))]
-        rest = [index for index in train_idx if index not in set(first)]
-        train_idx = np.array((first + rest)[: max(subset, len(classes))])
-    stats = band_statistics(store, train_idx, features)
-    store.frames = to_resident(store.frames, device)
+    part = "genre" if target == "genre" else "emotion"
+    entries = read_entries(source.root, part, "train", beat, source.merge)
+    store = load_clips(entries, source.skip_bad)
+    labels = {entry.clip_id: entry.label for entry in entries}
+    if part == "genre":
+        refuse_lone_clips(entries)
+    parts = cut_ids(source, part, labels, fold, n_folds)
+    row = {entry.clip_id: index for index, entry in enumerate(store.entries)}
+    train, val, held_out = ([row[i] for i in ids if i in row] for ids in parts)
+    if not (train and val and (held_out or part == "genre")):
+        fault = "no readable clip is left in one of the parts; replace the files left out"
+        raise InputError(f"{entries[0].path.parent}: {fault}")
+    if part == "genre":
+        names = sorted(set(labels.values()))
+        targets = encode_labels(store.entries, names)
+        train = take_subset(train, targets, source.subset)
+        mean = std = None
+        # A class whose few training clips were all left out counts as one: log 0 is no number.
+        counts = np.bincount(targets[train], minlength=len(names)).clip(min=1)
+        extra = {"priors": (counts / len(train)).tolist()}
+    else:
+        names = list(EMOTIONS) if target == "emotion" else [target]
+        columns = [EMOTIONS.index(name) for name in names]
+        targets = np.array([entry.label for entry in store.entries], dtype=np.float32)[:, columns]
+        train = train[: source.subset]
+        mean, std = targets[train].mean(0), targets[train].std(0).clip(min=1e-3)
+        extra = {"fold": fold, "n_folds": n_folds}
+    stats = stats or band_statistics(store, train, features)
+    store.frames = to_resident(store.frames, source.device)
     whole = SpectrogramDataset(store, targets, features, stats)
-    shares = np.bincount(targets[train_idx], minlength=len(classes)) / len(train_idx)
-    settings = {"part": "genre", "features": features, "beat": beat, "merge": merge, "classes": classes, "shares": shares.tolist(), "stats": stats}
-    return GenreData(Subset(whole.variant(crop=crop), train_idx.tolist()), Subset(whole, val_idx.tolist()), classes, settings)
+    settings = {
+        "part": part, "features": features, "beat": beat, "merge": source.merge, "names": names,
+        "stats": stats, "seed": source.seed, "subset": source.subset, "smoke": source.smoke,
+        "fingerprint": fingerprint(source.root, part, beat), **extra,
+    }  # fmt: skip
+    train, val, held_out = (
+        Subset(whole.variant(crop=crop), train),
+        Subset(whole, val),
+        Subset(whole, held_out),
+    )
+    return Data(train, val, held_out, names, mean, std, settings)
 
 
-VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip trained on counts
+def refuse_lone_clips(entries) -> None:
+    """Raise InputError where a class has one clip, which cannot be trained on and validate."""
+    counts = pd.Series([entry.label for entry in entries]).value_counts()
+    if (counts == 1).any():
+        raise InputError(
+            f"{_label_file(entries)}: class {counts.idxmin()} has a single clip, which cannot be "
+            "in both the training and the validation part; add clips of it or drop it"
+        )
 
 
-def load_genre_test(data_dir, settings, *, beat=None, device="cpu", skip_bad=False, allow_leak=False) -> SpectrogramDataset:
-    """Load the genre test split the way a trained model wants it; only after training.
+def cut_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
+    """Ids of the training, validation and held-out clips of a part.
+
+    labels : {id: label} of the clips that the network hears
+    """
+    folder = part_folder(source.root, part)
+    order = labels
+    if folder.is_dir():
+        order = {
+            entry.clip_id: entry.label
+            for entry in read_entries(source.root, part, "train", merge=source.merge)
+        }
+        odd = sorted(order.keys() ^ labels.keys())
+        if odd and part == "emotion":
+            raise InputError(
+                f"{part_folder(source.root, part, True)}: clip {odd[0]} can be used in only one of "
+                "the full and the beat-synchronised emotion data; take it out of both label files"
+            )
+    ids = np.array([*order, *(clip_id for clip_id in labels if clip_id not in order)])
+    try:
+        if part == "genre":
+            classes = np.array([order.get(clip_id) or labels[clip_id] for clip_id in ids])
+            train, val = split_indices(len(ids), VAL_FRACTION, source.seed, classes)
+            return ids[train].tolist(), ids[val].tolist(), []
+        n_splits = n_folds if n_folds > 1 else N_FOLDS
+        if len(ids) < 4 * n_splits:
+            fault = f"{len(ids)} clips are too few for {n_splits} folds"
+            raise InputError(f"{fault}; add clips, at least {4 * n_splits} are needed")
+        cut = KFold(n_splits, shuffle=True, random_state=source.seed).split(ids)
+        known, held_out = next(itertools.islice(cut, fold, None))
+        train, val = split_indices(len(known), VAL_FRACTION, source.seed)
+    except InputError as error:
+        raise InputError(f"{folder / 'train_labels.txt'}: {error}") from None
+    return ids[known[train]].tolist(), ids[known[val]].tolist(), ids[held_out].tolist()
+
+
+def take_subset(rows, targets, n) -> list[int]:
+    """The first n of the training rows, but at least one clip of every class."""
+    if not n or n >= len(rows):
+        return rows
+    first = list({targets[row]: row for row in reversed(rows)}.values())  # of each class
+    first.sort(key=lambda row: targets[row])
+    rest = [row for row in rows if row not in set(first)]
+    return (first + rest)[: max(n, len(first))]
+
+
+def fingerprint(root, part, beat=False) -> str:
+    """What tells one data set from another: a hash of its training ids and labels."""
+    lines = (part_folder(root, part, beat) / "train_labels.txt").read_bytes().splitlines()
+    return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()[:16]
+
+
+def load_test(source, settings, split="test", *, beat=None) -> SpectrogramDataset:
+    """Load a test split the way a trained network wants it; only after training.
+
+    Genre clips have classes; the lab publishes no labels for the emotion clips, whose
+    targets are NaN. Rows are sorted by id.
 
     Raises
     ------
     InputError
-        A test clip is in the training split too (same id or same array).
+        A genre test clip is in the training split too (same id or same array).
     """
-    beat = settings["beat"] if beat is None else beat
-    # Sorted by id: models of frames and of beats then answer for the same clips row by row.
-    store = load_clips(sorted(read_entries(data_dir, "genre", "test", beat, settings["merge"])), skip_bad)
-    train = load_clips(read_entries(data_dir, "genre", "train", beat, settings["merge"]), skip_bad)
-    leaked = find_leak(train, store)
-    if leaked and not allow_leak:
-        raise InputError(f"{store.entries[0].path.parent}: {len(leaked)} test clips are in the training split too, e.g. {leaked[0]}; remove them from one, or pass --allow-leak")
-    store.frames = to_resident(store.frames, device)
-    return SpectrogramDataset(store, encode_labels(store.entries, settings["classes"]), settings["features"], settings["stats"])
+    part, beat = settings["part"], settings["beat"] if beat is None else beat
+    merge, names = settings["merge"], settings["names"]
+    entries = sorted(read_entries(source.root, part, split, beat, merge), key=lambda e: e.clip_id)
+    store = load_clips(entries, source.skip_bad)
+    if part == "genre":
+        leaked = []
+        for form in {beat, settings["beat"]}:  # what the network was trained on, in either form
+            known = read_entries(source.root, part, "train", form, merge)
+            leaked += find_leak(load_clips(known, source.skip_bad), store)
+        if leaked and not source.allow_leak:
+            raise InputError(
+                f"{store.entries[0].path.parent}: {len(leaked)} test clips are in the training "
+                f"split too, e.g. {leaked[0]}; remove them from one, or pass --allow-leak"
+            )
+        targets = encode_labels(store.entries, names)
+    else:
+        targets = np.full((len(store.entries), len(names)), math.nan, dtype=np.float32)
+    store.frames = to_resident(store.frames, source.device)
+    return SpectrogramDataset(store, targets, settings["features"], settings["stats"])
 
 
 def find_leak(train, test) -> list[str]:
     """Ids of test clips that the training clips hold too, by id or by content."""
     ids, digests = {entry.clip_id for entry in train.entries}, set(train.digests)
-    return [e.clip_id for e, digest in zip(test.entries, test.digests, strict=True) if e.clip_id in ids or digest in digests]
+    return [
+        entry.clip_id
+        for entry, digest in zip(test.entries, test.digests, strict=True)
+        if entry.clip_id in ids or digest in digests
+    ]
+
+
+def clip_ids(dataset) -> list[str]:
+    """Ids of a SpectrogramDataset's clips, or of a Subset of it, row by row."""
+    if isinstance(dataset, Subset):
+        ids = clip_ids(dataset.dataset)
+        return [ids[index] for index in dataset.indices]
+    return [entry.clip_id for entry in dataset.store.entries]
 
 
 # ======================================================================================
@@ -960,11 +1190,6 @@ def to_resident(frames, device) -> torch.Tensor:
     return frames
 
 
-def make_loader(dataset, batch_size, shuffle=False) -> DataLoader:
-    """Plain DataLoader. No workers: the data are resident and a batch is one index away."""
-    return DataLoader(dataset, batch_size, shuffle=shuffle)
-
-
 @dataclasses.dataclass
 class Augment:
     """Random changes of a training batch, drawn on the device; off where 0.
@@ -972,7 +1197,8 @@ class Augment:
     mixup : float
         Alpha of the Beta distribution of the mixing weight (Zhang et al., 2018, mixup).
     shift_bands : int
-        Move the mel bands up or down by up to this many: a change of pitch and tuning.
+        Move the mel bands up or down by up to this many: roughly a change of pitch. Chroma
+        rows stay as they are.
     mask_bands, mask_frames : int
         Widest stripe that is set to the mean (Park et al., 2019, SpecAugment).
     """
@@ -988,7 +1214,9 @@ class Augment:
         if self.n_classes:
             targets = nn.functional.one_hot(targets, self.n_classes).float()
         if self.shift_bands and x.shape[2] >= N_MELS:
-            shift = torch.randint(-self.shift_bands, self.shift_bands + 1, (len(x), 1), device=x.device)
+            shift = torch.randint(
+                -self.shift_bands, self.shift_bands + 1, (len(x), 1), device=x.device
+            )
             bands = (torch.arange(N_MELS, device=x.device) + shift).clamp(0, N_MELS - 1)  # (B, 128)
             mel = x[..., :N_MELS].gather(2, bands[:, None].expand(-1, x.shape[1], -1))
             x = torch.cat([mel, x[..., N_MELS:]], dim=2)
@@ -1060,7 +1288,7 @@ class LSTMBackbone(Backbone):
     hidden_size : int
         H, units of one direction.
     frames_per_step : int
-        Frames summed up in one step, see `describe_steps`. 1,293 steps are slow and the
+        Frames described by one step, see `describe_steps`. 1,293 steps are slow and the
         gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
         frames as they are.
     projection : int
@@ -1073,17 +1301,31 @@ class LSTMBackbone(Backbone):
         last step of the padding.
     """
 
-    def __init__(self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3, frames_per_step=1, projection=0, mask_bands=0, readout="pool"):
+    def __init__(
+        self,
+        n_bands,
+        hidden_size=128,
+        n_layers=1,
+        bidirectional=True,
+        dropout=0.3,
+        frames_per_step=1,
+        projection=0,
+        mask_bands=0,
+        readout="pool",
+    ):
         super().__init__()
         self.config = {
-            "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers, "bidirectional": bidirectional, "dropout": dropout,
-            "frames_per_step": frames_per_step, "projection": projection, "mask_bands": mask_bands, "readout": readout,
+            "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers,
+            "bidirectional": bidirectional, "dropout": dropout, "frames_per_step": frames_per_step,
+            "projection": projection, "mask_bands": mask_bands, "readout": readout,
         }  # fmt: skip
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
         if frames_per_step > 1:
-            stem.append(StepNorm(n_inputs, affine=False))  # a spread or a change is no standardised number yet
+            stem.append(
+                StepNorm(n_inputs, affine=False)
+            )  # a spread or a change is no standardised number yet
         if mask_bands:
             stem.append(StripeMask(n_bands, mask_bands))
         if projection:
@@ -1095,7 +1337,8 @@ class LSTMBackbone(Backbone):
         # and are four times slower on a CPU.)
         sizes = [projection or n_inputs] + [hidden_size * n_directions] * (n_layers - 1)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for _ in range(n_directions)) for size in sizes
+            nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for _ in range(n_directions))
+            for size in sizes
         )
         self.dropout = nn.Dropout(dropout)
         self.feature_size = hidden_size * n_directions * (2 if readout == "pool" else 1)
@@ -1137,13 +1380,19 @@ class StripeMask(nn.Module):
 
     def __init__(self, n_bands, widest, share_of_steps=0.15):
         super().__init__()
-        self.n_bands, self.widest, self.share_of_steps = n_bands, min(widest, n_bands // 4), share_of_steps
+        self.n_bands, self.widest, self.share_of_steps = (
+            n_bands,
+            min(widest, n_bands // 4),
+            share_of_steps,
+        )
 
     def forward(self, x):
         """(B, S, n_bands) or, as `describe_steps` gives them, (B, S, 3 n_bands)."""
         if not (self.training and self.widest):
             return x
-        bands = mask_stripe(x.reshape(len(x), -1, self.n_bands), 2, self.widest)  # the same stripe in means, spreads and changes
+        bands = mask_stripe(
+            x.reshape(len(x), -1, self.n_bands), 2, self.widest
+        )  # the same stripe in means, spreads and changes
         return mask_stripe(bands.view_as(x), 1, self.share_of_steps * x.shape[1])
 
 
@@ -1152,8 +1401,12 @@ def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     if n == 1:
         return x, lengths
     n_steps = math.ceil(x.shape[1] / n)
-    x = nn.functional.pad(x, (0, 0, 0, n_steps * n - x.shape[1])).unflatten(1, (n_steps, n))  # zeros, as all padding here
-    counts = (lengths[:, None] - n * torch.arange(n_steps)).clamp(1, n).unsqueeze(2).to(x)  # (B, S, 1) real frames in a step
+    x = nn.functional.pad(x, (0, 0, 0, n_steps * n - x.shape[1])).unflatten(
+        1, (n_steps, n)
+    )  # zeros, as all padding here
+    counts = (
+        (lengths[:, None] - n * torch.arange(n_steps)).clamp(1, n).unsqueeze(2).to(x)
+    )  # (B, S, 1) real frames in a step
     return x.sum(2) / counts, torch.div(lengths + n - 1, n, rounding_mode="floor")
 
 
@@ -1165,7 +1418,9 @@ def describe_steps(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)
-    change = nn.functional.pad(x.diff(dim=1).abs(), (0, 0, 1, 0)) * time_mask(lengths, x.shape[1], x.device)  # none into the padding
+    change = nn.functional.pad(x.diff(dim=1).abs(), (0, 0, 1, 0)) * time_mask(
+        lengths, x.shape[1], x.device
+    )  # none into the padding
     change, _ = average_frames(change, lengths, n)
     return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt(), change], dim=2), n_steps
 
@@ -1192,8 +1447,8 @@ class CNNBackbone(Backbone):
     """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
 
     The spectrogram is an image of one channel. What the blocks leave is pooled over time
-    only: where in frequency something happens is what tells genres apart, so the
-    frequency axis is kept and goes with the channels into the vector. No size depends on
+    only; the 8 rows left of the frequency axis go with the channels into the vector:
+    pooled over both axes the network scored lower (docs/experiments.md). No size depends on
     the clip's length, and padding is cut off after every block, so that a clip gives the
     same vector however far it is padded.
 
@@ -1212,7 +1467,14 @@ class CNNBackbone(Backbone):
         only how strong they were: a sixth more time than columns of 4 frames pooled by 2.
     """
 
-    def __init__(self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3, frames_per_step=2, first_pool=4):
+    def __init__(
+        self,
+        n_bands=N_MELS,
+        channels=(16, 32, 64, 128),
+        kernel_size=3,
+        frames_per_step=2,
+        first_pool=4,
+    ):
         super().__init__()
         self.config = {
             "n_bands": n_bands, "channels": list(channels), "kernel_size": kernel_size,
@@ -1221,15 +1483,21 @@ class CNNBackbone(Backbone):
         self.frames_per_step, self.stem = frames_per_step, nn.Identity()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False),  # the norm has a bias
+                nn.Conv2d(
+                    c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False
+                ),  # the norm has a bias
                 nn.BatchNorm2d(c_out),
                 nn.ReLU(),
                 nn.MaxPool2d((pool, 2)),  # time, bands
             )
-            for c_in, c_out, pool in zip([1, *channels[:-1]], channels, [first_pool, 2, 2, 2], strict=True)
+            for c_in, c_out, pool in zip(
+                [1, *channels[:-1]], channels, [first_pool, 2, 2, 2], strict=True
+            )
         )
         self.feature_size = 2 * channels[-1] * (n_bands // 2 ** len(channels))
-        self.to(memory_format=torch.channels_last)  # the layout that convolutions compute fastest in
+        self.to(
+            memory_format=torch.channels_last
+        )  # the layout that convolutions compute fastest in
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
@@ -1271,45 +1539,34 @@ def small_linear(n_inputs) -> nn.Linear:
 
 
 class Regressor(nn.Module):
-    """Backbone -> one emotion value per clip, in the labels' own units.
+    """Backbone -> one or several emotion values per clip, in the labels' own units.
 
-    mean, std : float
+    Parameters
+    ----------
+    names : sequence of K str
+        The emotions, one output layer each.
+    mean, std : sequences of K floats
         Of the training labels: the network works on standardised values, its output does not.
     """
 
-    def __init__(self, backbone, mean=0.5, std=0.25, dropout=0.4):
+    def __init__(self, backbone, names, mean, std, dropout=0.4):
         super().__init__()
-        self.backbone, self.config = backbone, {"mean": mean, "std": std, "dropout": dropout}
-        self.head = nn.Sequential(nn.Dropout(dropout), small_linear(backbone.feature_size))
-
-    def forward(self, x, lengths):
-        """(B, T, F), (B,) -> (B,). Not (B, 1): against (B,) that broadcasts to (B, B)."""
-        z = self.head(self.backbone(x, lengths)).squeeze(1)  # only dim 1: a batch of one stays a batch
-        return self.config["mean"] + self.config["std"] * z
-
-
-class MultitaskRegressor(nn.Module):
-    """One backbone, one head per emotion: -> (B, 3), columns in the order of EMOTIONS.
-
-    mean, std : sequences of 3 floats, of the training labels
-    """
-
-    def __init__(self, backbone, mean=(0.5,) * 3, std=(0.25,) * 3, dropout=0.4):
-        super().__init__()
-        self.backbone, self.config = backbone, {"mean": list(mean), "std": list(std), "dropout": dropout}
+        mean, std = (np.asarray(value, dtype=float).tolist() for value in (mean, std))
+        self.backbone = backbone
+        self.config = {"names": list(names), "mean": mean, "std": std, "dropout": dropout}
         self.dropout = nn.Dropout(dropout)
-        self.heads = nn.ModuleDict({name: small_linear(backbone.feature_size) for name in EMOTIONS})
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)  # goes along to the device
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.heads = nn.ModuleDict({name: small_linear(backbone.feature_size) for name in names})
+        for name, value in (("mean", mean), ("std", std)):  # buffers go along to the device
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
 
     def forward(self, x, lengths):
-        """(B, T, F), (B,) -> (B, 3)."""
+        """(B, T, F), (B,) -> (B, K)."""
         vector = self.dropout(self.backbone(x, lengths))
-        z = torch.cat([self.heads[name](vector) for name in EMOTIONS], dim=1)  # (B, 3)
+        z = torch.cat([head(vector) for head in self.heads.values()], dim=1)  # (B, K)
         return self.mean + self.std * z
 
 
-MODELS = {model.__name__: model for model in (LSTMBackbone, CNNBackbone, Classifier, Regressor, MultitaskRegressor)}
+MODELS = {model.__name__: model for model in (LSTMBackbone, CNNBackbone, Classifier, Regressor)}
 
 
 def model_spec(model) -> dict:
@@ -1322,7 +1579,9 @@ def model_spec(model) -> dict:
 
 def build_model(spec) -> nn.Module:
     """Build an untrained model from `model_spec`."""
-    return MODELS[spec["head"]](MODELS[spec["backbone"]](**spec["backbone_args"]), **spec["head_args"])
+    return MODELS[spec["head"]](
+        MODELS[spec["backbone"]](**spec["backbone_args"]), **spec["head_args"]
+    )
 
 
 def count_weights(model) -> int:
@@ -1337,14 +1596,17 @@ def count_weights(model) -> int:
 def regression_loss(outputs, targets, std) -> torch.Tensor:
     """Squared error in units of the labels' spread, plus half of 1 - Pearson's r.
 
-    The first term fits the values, the second the order, which Spearman's score judges
-    (Atmaja & Akagi, 2020, found such losses above plain squared error for emotion).
+    The first term fits the values; the second rewards answers that rise linearly with the
+    labels, a differentiable stand-in for the ranks that Spearman's score judges. (Atmaja &
+    Akagi, 2020, found a correlation-based loss, CCC, above squared error for speech emotion,
+    scored by CCC; this sum is not theirs.)
 
     outputs, targets : torch.Tensor [shape=(B,)]
-    std : float, of the training labels of this axis
+    std : float, of the training labels of this emotion
     """
     if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)} would broadcast")
+        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} would broadcast")
     error = ((outputs - targets) / std).square().mean()
     if len(outputs) < 3:  # a correlation of two points says nothing
         return error
@@ -1354,33 +1616,34 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
 
 
 class RegressionLoss(nn.Module):
-    """`regression_loss` of one axis, its spread measured on the training labels."""
+    """Sum of the regression losses of K emotions (lab, step 8a for one, step 10b for three).
 
-    def __init__(self, std):
-        super().__init__()
-        self.std = float(std)
-
-    def forward(self, outputs, targets):
-        return regression_loss(outputs, targets, self.std)
-
-
-class MultitaskLoss(nn.Module):
-    """Sum of the losses of valence, energy and danceability (lab, step 10b).
-
-    Each squared error is divided by its axis's variance, measured on the training
-    labels, which brings the three into one order of magnitude. With `learned`, each task
-    has a weight exp(-s) besides and pays s / 2 for it (Kendall et al., 2018).
+    Each squared error is divided by the variance of that emotion's training labels, which
+    brings the losses into one order of magnitude. With `learned`, each loss L has a weight
+    besides, and L exp(-s) / 2 + s / 2 is minimised over s too: at the minimum exp(s) = L,
+    so an emotion that is predicted worse counts for less (after Kendall et al., 2018, eq. 7,
+    who derive it for squared errors).
     """
 
     def __init__(self, std, learned=False):
         super().__init__()
         self.std = [float(value) for value in std]
-        self.log_var = nn.Parameter(torch.zeros(3), requires_grad=learned)
+        self.log_var = nn.Parameter(torch.zeros(len(self.std)), requires_grad=learned)
+
+    def terms(self, outputs, targets):
+        """outputs, targets (B, K) -> (K,) losses, one per emotion, before they are summed."""
+        if outputs.shape != targets.shape:
+            shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
+            raise ValueError(f"{shapes} would broadcast")
+        columns = zip(outputs.T, targets.T, self.std, strict=True)
+        return torch.stack([regression_loss(*column) for column in columns])
 
     def forward(self, outputs, targets):
-        """outputs, targets (B, 3) -> scalar."""
-        losses = torch.stack([regression_loss(outputs[:, i], targets[:, i], self.std[i]) for i in range(3)])
-        return (torch.exp(-self.log_var) * losses + self.log_var / 2).sum()
+        """outputs, targets (B, K) -> scalar."""
+        losses = self.terms(outputs, targets)
+        if self.log_var.requires_grad:
+            losses = (torch.exp(-self.log_var) * losses + self.log_var) / 2
+        return losses.sum()
 
 
 # ======================================================================================
@@ -1388,27 +1651,61 @@ class MultitaskLoss(nn.Module):
 # ======================================================================================
 
 
-def show_bars() -> bool:
-    """Progress bars belong on terminals and in notebooks; logs get a line per epoch."""
-    return in_notebook() or sys.stderr.isatty()
+class Network(NamedTuple):
+    """One kind of network of the lab and what it hears."""
+
+    kind: str  # 'lstm' or 'cnn'
+    features: str  # 'mel', 'chroma' or 'fused' (both)
+    beat: bool = False
+    plain: bool = False  # the textbook LSTM: every frame, one direction, last step
+
+    @property
+    def n_bands(self) -> int:
+        return BANDS[self.features].stop - BANDS[self.features].start
 
 
-def plan_epochs(n_clips, presentations, high, low=20, longest=60, given=None) -> tuple[int, int]:
-    """Plan a training that shows about `presentations` examples in all: small sets get more passes.
+GENRE_RUNS = {  # the runs of steps 5 and 7, which steps 6, 8, 9, 10 and 11 go on from
+    "mel": Network("lstm", "mel"),
+    "beat_mel": Network("lstm", "mel", beat=True),
+    "chroma": Network("lstm", "chroma"),
+    "beat_chroma": Network("lstm", "chroma", beat=True),
+    "fused": Network("lstm", "fused"),
+    "beat_fused": Network("lstm", "fused", beat=True),
+    "cnn_mel": Network("cnn", "mel"),
+    "plain_mel": Network("lstm", "mel", plain=True),
+}
+LSTM_RUNS = [name for name, net in GENRE_RUNS.items() if net.kind == "lstm" and not net.plain]
 
-    Where that takes more than `longest` passes, an epoch shows several random crops of
-    each clip, or validation would take as long as training. A number of epochs that is
-    `given` is taken as it is.
 
-    Returns
-    -------
-    epochs, crops of a clip per epoch
+def make_backbone(network) -> nn.Module:
+    """The untrained backbone of a network of the lab."""
+    if network.kind == "cnn":
+        return CNNBackbone(network.n_bands)
+    if network.plain:
+        return LSTMBackbone(network.n_bands, bidirectional=False, n_layers=2, readout="last")
+    frames_per_step = 1 if network.beat else 8
+    return LSTMBackbone(
+        network.n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16
+    )
+
+
+class Budget(NamedTuple):
+    """How much a kind of network is shown.
+
+    The CNN's numbers and the LSTM's for genre were set after cross-validation
+    (docs/experiments.md), the others by judgement.
     """
-    if given:
-        return given, 1
-    passes = min(max(presentations / n_clips, low), high)
-    crops = math.ceil(passes / longest)
-    return round(passes / crops), crops
+
+    crop: int  # frames of a training example, and of a window when scoring
+    genre: int  # training examples in all: the epochs follow from the number of clips
+    emotion: int
+    most_passes: int  # over a very small set
+
+
+BUDGETS = {
+    "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
+    "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
+}
 
 
 @dataclasses.dataclass
@@ -1416,137 +1713,222 @@ class Recipe:
     """How to train: the numbers of one training run."""
 
     epochs: int
-    lr: float  # highest rate of the one-cycle schedule
-    weight_decay: float = 0.01
-    ema: float = 0.99  # decay per step of the averaged weights; 0: none
-    augment: Augment | None = None
+    lr: float = 2e-3  # highest rate of the one-cycle schedule
+    batch_size: int = 32
+    crops: int = 1  # of a clip per epoch
     window: int | None = None  # frames of a window when scoring; None: the whole clip
+    augment: Augment | None = None
+    ema: float = 0.99  # decay per step of the averaged weights; 0: none
     warm_up: float = 0.1  # share of the steps in which the rate rises
-    settled: float = 0.2  # the last share of the epochs, of which the best by validation score is kept
+    settled: float = 0.2  # the last share of the epochs, of which the best one is kept
 
 
-UNFINISHED = "unfinished"  # marks the folder of a run while it trains, so that no step takes its model for the finished one
+def plan(network, data, args, share=1.0) -> Recipe:
+    """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
+
+    A small data set gets more passes, so that about as many examples are shown in all: at
+    least 20 passes, at most the budget's limit. Where that takes more than 60, an epoch shows
+    each clip several times (another random crop each, where the network hears crops), or
+    validation would take as long as training.
+
+    share : of the budget, e.g. of a fine-tuning
+    """
+    budget, n_clips = BUDGETS[network.kind], len(data.train)
+    genre = data.settings["part"] == "genre"
+    epochs, crops = args.epochs or (2 if args.smoke else None), 1
+    if epochs:
+        epochs = max(round(epochs * share), 1)
+    else:
+        examples = (budget.genre if genre else budget.emotion) * share
+        passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
+        crops = math.ceil(passes / 60)
+        epochs = max(round(passes / crops), 1)
+    return Recipe(
+        epochs,
+        args.lr,
+        args.batch_size,
+        crops,
+        window=window_of(network),
+        augment=make_augment(network, len(data.names) if genre else 0),
+        ema=0.0 if network.plain else 0.99,
+    )
 
 
-def train(model, train_loader, val_loader, loss_fn, score_fn, recipe, folder, settings, *,
-          device="cpu", overfit_batch=False, resume=False, max_seconds=math.inf) -> dict:  # fmt: skip
-    """Train a model, keep the best of its last epochs.
+def window_of(network) -> int | None:
+    """Frames that a network hears at once; None: whole clips, of beats or for the textbook."""
+    return None if network.beat or network.plain else BUDGETS[network.kind].crop
 
-    Adam with decoupled weight decay (AdamW), one-cycle learning rate, gradients clipped
-    to norm 1, running average of the weights. After each epoch the averaged weights are
-    scored on the validation set; the best of the last fifth of the epochs are kept in
+
+def make_augment(network, n_classes=0) -> Augment | None:
+    """Random changes of batches. An LSTM masks by itself.
+
+    Mixup was a tie for both in cross-validation; the CNN keeps it, the LSTM does without.
+    """
+    if network.plain:
+        return None
+    if network.kind == "cnn":
+        return Augment(n_classes=n_classes)
+    return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
+
+
+@dataclasses.dataclass
+class Fit:
+    """A trained network and how it came about.
+
+    model : nn.Module, holding the epoch that was kept
+    settings : dict, what its checkpoint holds to judge new clips
+    facts : dict for metrics.json: epochs, best_epoch, train_seconds, weights, n_train, val
+    history : pd.DataFrame, a row per epoch
+    path : Path of the checkpoint
+    """
+
+    model: nn.Module
+    settings: dict
+    facts: dict
+    history: pd.DataFrame
+    path: Path
+
+
+UNFINISHED = "unfinished"  # a file in the folder of a run that is being trained
+
+
+def fit(model, data, loss_fn, optimizer, recipe, folder, *,
+        device="cpu", resume=False, max_seconds=math.inf) -> Fit:  # fmt: skip
+    """Train a network, genre or emotion, and keep the best of its last epochs.
+
+    One-cycle learning rate (with Adam's beta1 against it, .95 to .85, torch's default), gradients
+    clipped to norm 1, running average of the weights. After each epoch the averaged weights are
+    scored on the validation part; the best of the last fifth of the epochs are kept in
     ``folder/best.pt`` (of a run cut short: the best so far), the state to go on from in
     ``folder/last.pt``, the curve in ``folder/history.csv``.
 
     Parameters
     ----------
     model : nn.Module
-        Called as ``model(x, lengths)``. Holds the best weights on return.
-    val_loader : DataLoader or None
-        None: nothing is validated, and the last epoch's weights are kept.
-    loss_fn : callable
-        (outputs, targets) -> scalar tensor.
-    score_fn : callable
-        (outputs, targets) -> float, higher is better, over the whole validation set.
-    settings : dict
-        What to prepare new clips with; goes into the checkpoint.
-    overfit_batch : bool
-        Learn 4 fixed batches by heart instead (lab, step 5b).
+        Called as ``model(x, lengths)``; frozen weights need no gradient.
+    loss_fn : nn.Module
+        (outputs, targets) -> scalar tensor; may have weights of its own to learn.
+    optimizer : torch.optim.Optimizer, of the model's and the loss's weights
     resume : bool
         Go on from ``last.pt`` if it is there.
     max_seconds : float
         No epoch is begun that would end later than this; one epoch always runs.
 
-    Returns
-    -------
-    dict
-        epochs, best_epoch, val_score, train_seconds, out_of_time, history.
-
     Raises
     ------
     StepFailed
-        The loss became NaN or infinite (epoch, batch and rate are named), or the four
-        batches were not learned.
+        The loss became NaN or infinite (epoch, batch and rate are named), or memory ran out.
     """
-    model.to(device)
-    loss_fn.to(device)
-    if overfit_batch:
-        return overfit(model, train_loader, loss_fn, recipe, folder, device)
     make_folder(folder)
-    trained = [p for p in [*model.parameters(), *loss_fn.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device_type(device) != "mps")
+    shown = Subset(data.train.dataset, data.train.indices * recipe.crops)
+    train_loader = DataLoader(shown, recipe.batch_size, shuffle=True)
+    val_loader = DataLoader(data.val, recipe.batch_size)
+    settings = data.settings | {"window": recipe.window, "run": folder.name}
     n_steps = recipe.epochs * len(train_loader)
-    warm_up = recipe.warm_up if abs(recipe.warm_up * n_steps - 1) > 1e-6 else 1.5 * recipe.warm_up  # at exactly one step OneCycleLR divides by 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, pct_start=warm_up)
-    decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # in a short run the average must forget its start too
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
-    scaler = torch.amp.GradScaler(device_type(device), enabled=fast_dtype(device_type(device)) == torch.float16)
-    parts = {"model": model, "average": average, "loss": loss_fn, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # Where the warm-up is exactly one step, OneCycleLR divides by zero.
+    warm_up = recipe.warm_up * (1.5 if abs(recipe.warm_up * n_steps - 1) < 1e-6 else 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=n_steps, pct_start=warm_up
+    )
+    decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
+    )
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16)
+    parts = {"model": model, "average": average, "loss": loss_fn, "optimizer": optimizer,
+             "schedule": schedule, "scaler": scaler}  # fmt: skip
 
     first_settled = recipe.epochs - max(1, round(recipe.settled * recipe.epochs)) + 1
     history, best, spent = [], (-math.inf, -math.inf), 0.0
     if resume and (folder / "last.pt").exists():
-        history, best, spent = _restore(folder / "last.pt", parts, recipe, settings)
+        history, best, spent = restore(folder / "last.pt", parts, recipe, settings)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
-    elif not resume:
-        (folder / "last.pt").unlink(missing_ok=True)  # stopped in its first epoch, a new run must not go on as the old one
+    elif not resume:  # stopped in its first epoch, a new run must not go on as the old one
+        (folder / "last.pt").unlink(missing_ok=True)
+    # While this mark is there, no step takes the network for a finished one.
     write_text(folder / UNFINISHED, "")
     began = time.monotonic()
-    out_of_time = False
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         epoch_began = time.monotonic()
-        try:
-            train_loss = _train_epoch(model, average, train_loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch)
-            score, val_loss, rank = None, None, (epoch, 0.0)  # without validation a later epoch is the better one
-            if val_loader:
-                outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)  # half the time of a test
-                score, val_loss = score_fn(outputs, targets), loss_fn(outputs.to(device), targets.to(device)).item()
-                rank = (score, -val_loss)
-        except torch.OutOfMemoryError:
-            size = train_loader.batch_size
-            raise StepFailed(f"{device} ran out of memory with batches of {size} clips; try --batch-size {max(size // 2, 2)}") from None
-        seconds = time.monotonic() - epoch_began
+        lr = schedule.get_last_lr()[0]
+        with advice_on_memory(device, recipe.batch_size):
+            train_loss = train_epoch(train_loader, parts, recipe, device, epoch)
+            # As few windows as cover the clip: half the time that the test's take.
+            outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)
+            val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
+        score, seconds = (
+            validation_score(outputs, targets, settings),
+            time.monotonic() - epoch_began,
+        )
         # Compared from minus infinity, the loss only breaking ties, so something is always kept.
         # Once the rate is low and the weights hardly move, the choice begins anew: an earlier
-        # epoch that did better on some hundred clips did so by chance (docs/experiments.md).
+        # epoch that did better was the best of many, partly by chance (docs/experiments.md).
+        rank = (score, -val_loss)
         kept = epoch == first_settled or rank > best
-        history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss,
-                        "val_loss": val_loss, "val_score": score, "kept": int(kept), "seconds": seconds})  # fmt: skip
+        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+        history.append(row | {"val_score": score, "kept": int(kept), "seconds": seconds})
         if kept:
             best = rank
-            save_checkpoint(folder / "best.pt", average.module, settings, epoch=epoch, val_score=score)
+            facts = {"planned_epochs": recipe.epochs, "lr": recipe.lr}
+            facts |= {"batch_size": recipe.batch_size, "examples_per_epoch": len(shown)}
+            facts |= {"n_train": len(data.train), "n_val": len(data.val)}
+            save_checkpoint(
+                folder / "best.pt",
+                average.module,
+                settings,
+                epoch=epoch,
+                val_score=score,
+                facts=facts,
+            )
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
         elapsed = spent + time.monotonic() - began
-        # Last of the three: what it says is done is never missing from the others, whenever the process is killed.
-        _save_torch(folder / "last.pt", _state(parts, recipe, settings, history, best, elapsed))
-        validated = f"val loss {val_loss:.4f}  val score {score:.4f}  " if val_loader else ""
-        print(f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  {validated}{seconds:.1f} s", flush=True)
+        # Last of the three: what it says is done is never missing from the others, whenever
+        # the process is killed.
+        save_torch(folder / "last.pt", state_of(parts, recipe, settings, history, best, elapsed))
+        print(
+            f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  "
+            f"val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s",
+            flush=True,
+        )
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
-            print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; scoring the best of them")
-            out_of_time = True
+            print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; "
+                  "scoring the best of them")  # fmt: skip
             break
     (folder / UNFINISHED).unlink()
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
-    return {"epochs": len(history), "best_epoch": checkpoint["epoch"], "val_score": checkpoint["val_score"],
-            "train_seconds": spent + time.monotonic() - began, "out_of_time": out_of_time, "history": history}  # fmt: skip
+    facts = {
+        "epochs": len(history), "planned_epochs": recipe.epochs, "best_epoch": checkpoint["epoch"],
+        "lr": recipe.lr, "batch_size": recipe.batch_size, "n_train": len(data.train),
+        "n_val": len(data.val), "weights": count_weights(model),
+        "train_seconds": spent + time.monotonic() - began, "examples_per_epoch": len(shown),
+        "val": {score_name(settings): checkpoint["val_score"]},
+    }  # fmt: skip
+    return Fit(model, settings, facts, pd.DataFrame(history), folder / "best.pt")
 
 
-def device_type(device) -> str:
-    return torch.device(device).type
+@contextlib.contextmanager
+def advice_on_memory(device, batch_size):
+    """Turn running out of memory into one line that says what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = max(batch_size // 2, 2)
+        fault = f"{device} ran out of memory with batches of {batch_size} clips"
+        raise StepFailed(f"{fault}; try --batch-size {smaller}") from None
 
 
-def half_precision(device):
-    """Context in which matrix work runs in the device's fast format."""
-    dtype = fast_dtype(device_type(device))
-    return torch.autocast(device_type(device), dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, scaler, device, epoch) -> float:
+def train_epoch(loader, parts, recipe, device, epoch) -> float:
     """One pass over the training clips; returns the mean loss."""
-    model.train()  # every epoch: validation has switched batch norm and dropout over
+    model, loss_fn, optimizer, schedule, scaler = (
+        parts[name] for name in ("model", "loss", "optimizer", "schedule", "scaler")
+    )
+    model.train()  # the caller may have left the network in evaluation mode
     losses, rates = [], []
-    for x, targets, lengths in tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False):
+    bar = tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False)
+    for x, targets, lengths in bar:  # x (B, T, F)
         x, targets = x.to(device), targets.to(device)
         if recipe.augment:
             x, targets = recipe.augment(x, targets)
@@ -1555,23 +1937,38 @@ def _train_epoch(model, average, loader, loss_fn, recipe, optimizer, schedule, s
         loss = loss_fn(outputs.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         rates.append(schedule.get_last_lr()[0])
         schedule.step()
-        average.update_parameters(model)
+        parts["average"].update_parameters(model)
         losses.append(loss.detach())
     losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
     if not losses.isfinite().all():
         batch = int((~losses.isfinite()).nonzero()[0])
-        raise StepFailed(f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate {rates[batch]:.2g}; the best epoch so far is kept, try a smaller --lr")
+        raise StepFailed(
+            f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate "
+            f"{rates[batch]:.2g}; the best epoch so far is kept, try a smaller --lr"
+        )
     return float(losses.mean())
 
 
+def show_bars() -> bool:
+    """Progress bars belong on terminals and in notebooks; logs get a line per epoch."""
+    return in_notebook() or sys.stderr.isatty()
+
+
+def half_precision(device):
+    """Context in which matrix work runs in the device's fast format."""
+    kind = torch.device(device).type
+    dtype = fast_dtype(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
+
+
 @torch.inference_mode()
-def predict(model, loader, device="cpu", window=None, overlap=True) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model, loader, device="cpu", window=None, overlap=True):
     """Run a model over a loader's clips in evaluation mode.
 
     Parameters
@@ -1580,12 +1977,13 @@ def predict(model, loader, device="cpu", window=None, overlap=True) -> tuple[tor
         Cut each clip into windows of this many frames and average their outputs; None:
         the whole clip at once.
     overlap : bool
-        Windows overlap by half, which is a little better and takes twice as long.
+        Windows overlap by half or more, which takes twice as long; cross-validation showed
+        no gain that can be measured.
 
     Returns
     -------
     outputs : torch.Tensor [shape=(N, ...)], float32, on the CPU
-    targets : torch.Tensor [shape=(N,) or (N, 3)], on the CPU
+    targets : torch.Tensor [shape=(N,) or (N, K)], on the CPU
     """
     model.eval()
     outputs, targets = [], []
@@ -1594,8 +1992,10 @@ def predict(model, loader, device="cpu", window=None, overlap=True) -> tuple[tor
         n_clips = len(x)
         if window and x.shape[1] > window:
             x, lengths = cut_windows(x, lengths, window, overlap)
-        with half_precision(device):  # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower
-            out = torch.cat([model(part, n).float() for part, n in zip(x.split(128), lengths.split(128), strict=True)])
+        # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower.
+        batches = zip(x.split(128), lengths.split(128), strict=True)
+        with half_precision(device):
+            out = torch.cat([model(part, n).float() for part, n in batches])
         outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
         targets.append(y.cpu())
     return torch.cat(outputs), torch.cat(targets)
@@ -1613,223 +2013,260 @@ def cut_windows(x, lengths, window, overlap=True) -> tuple[torch.Tensor, torch.T
     return cut, lengths.clamp(max=window).repeat_interleave(n_windows)
 
 
-def overfit(model, loader, loss_fn, recipe, folder, device, n_batches=4, limit=300, goal=0.01) -> dict:
+def adjust_logits(logits, priors, strength=0.5):
+    """Logit adjustment: subtract half the log of each class's share of the training clips.
+
+    That raises rare classes most: a network answers a common class more readily because it
+    was common in training, which macro-F1 does not reward (Menon et al., 2021, Long-tail
+    learning via logit adjustment). In cross-validation it gained the CNNs .018 macro-F1 and
+    the LSTMs nothing (docs/experiments.md).
+
+    logits (N, K); priors : sequence of K floats, of the training part
+    """
+    return logits - strength * torch.tensor(priors).log()
+
+
+def score_name(settings) -> str:
+    """Name of the score that chooses among epochs, as metrics.json has it."""
+    if settings["part"] == "genre":
+        return "macro_f1"
+    return settings["names"][0] if len(settings["names"]) == 1 else "mean_spearman"
+
+
+def validation_score(outputs, targets, settings) -> float:
+    """Macro-F1, in which small classes count fully, or Spearman's correlation (their mean)."""
+    if settings["part"] == "genre":
+        answers = adjust_logits(outputs, settings["priors"]).argmax(1)
+        return macro_f1(targets.numpy(), answers.numpy(), outputs.shape[1])
+    return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
+
+
+def answer(model, dataset, settings, device="cpu") -> pd.DataFrame:
+    """What a network answers for every clip: a row per clip id, a column per class or emotion.
+
+    For genre log-probabilities after logit adjustment, for emotion values.
+    """
+    outputs, _ = predict(model, DataLoader(dataset, 64), device, settings["window"])
+    if settings["part"] == "genre":
+        outputs = adjust_logits(outputs, settings["priors"]).log_softmax(1)
+    return pd.DataFrame(outputs.numpy(), clip_ids(dataset), settings["names"])
+
+
+def truth(dataset, settings) -> pd.Series | pd.DataFrame:
+    """True class names, or true emotion values (a column each), by clip id."""
+    rows = dataset.indices if isinstance(dataset, Subset) else slice(None)
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    targets = whole.targets[rows].numpy()
+    if settings["part"] == "genre":
+        return pd.Series(np.array(settings["names"])[targets], clip_ids(dataset))
+    return pd.DataFrame(targets, clip_ids(dataset), settings["names"])
+
+
+@dataclasses.dataclass
+class Check:
+    """What `overfit` found. facts: passes, loss, accuracy (None for regression)."""
+
+    learned: bool
+    facts: dict
+    history: pd.DataFrame
+
+
+def overfit(model, data, loss_fn, *, lr=2e-3, batch_size=32, device="cpu", n_batches=4,
+            limit=300, goal=0.01) -> Check:  # fmt: skip
     """Learn a few fixed batches by heart, without regularisation (lab, step 5b).
 
-    A network that cannot bring the loss to 0 on four batches cannot be trained at all:
-    gradients, loss or labels are broken (Karpathy, 2019, A Recipe for Training Neural
-    Networks).
-
-    Returns
-    -------
-    dict
-        steps, loss, accuracy (None for regression).
-
-    Raises
-    ------
-    StepFailed
-        The loss is not under `goal`, with every clip right, after `limit` passes.
+    Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
+    or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
+    Wrong labels it does not find: they can be learned by heart too. The batches are crops, as
+    in training, drawn once.
     """
-    batches = [batch for batch, _ in zip(loader, range(n_batches), strict=False)]
+    loader = DataLoader(data.train, batch_size, shuffle=True)
+    batches = list(itertools.islice(loader, n_batches))
+    model.to(device).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, StripeMask):
             module.widest = 0
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-    model.train()
-    history = []
-    for sweep in range(1, limit + 1):
+    loss_fn = loss_fn.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    history, learned = [], False
+    while not learned and len(history) < limit:
         losses, hits = [], []
         for x, targets, lengths in batches:
             targets = targets.to(device)
-            outputs = model(x.to(device), lengths)
-            loss = loss_fn(outputs, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            with advice_on_memory(device, batch_size):
+                outputs = model(x.to(device), lengths)
+                loss = loss_fn(outputs, targets)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
             losses.append(loss.item())
-            if outputs.dim() == 2 and not targets.is_floating_point():
+            if not targets.is_floating_point():
                 hits.append((outputs.argmax(1) == targets).float().mean().item())
-        history.append({"epoch": sweep, "train_loss": np.mean(losses), "accuracy": np.mean(hits) if hits else None})
-        done = history[-1]["train_loss"] < goal and (not hits or history[-1]["accuracy"] == 1)
-        if sweep % 10 == 1 or done:
-            print(f"overfit {len(batches)} batches, pass {sweep:3d}: loss {history[-1]['train_loss']:.4f}" + (f"  accuracy {np.mean(hits):.3f}" if hits else ""), flush=True)
-        if done:
-            break
-    make_folder(folder)
-    write_text(folder / "overfit.csv", pd.DataFrame(history).to_csv(index=False))
-    if not done:
-        raise StepFailed(f"four batches were not learned by heart in {limit} passes: loss {history[-1]['train_loss']:.4f} (goal {goal}), accuracy {history[-1]['accuracy']}")
-    return {"passes": sweep, "loss": history[-1]["train_loss"], "accuracy": history[-1]["accuracy"], "history": history}
+        facts = {"loss": float(np.mean(losses)), "accuracy": float(np.mean(hits)) if hits else None}
+        history.append({"pass": len(history) + 1} | facts)
+        learned = facts["loss"] < goal and facts["accuracy"] in (None, 1.0)
+        if len(history) % 10 == 1 or learned:
+            print(f"overfit {len(batches)} batches, pass {len(history)}: {facts}", flush=True)
+    return Check(learned, {"passes": len(history)} | facts, pd.DataFrame(history))
 
 
-def _state(parts, recipe, settings, history, best, elapsed) -> dict:
+def state_of(parts, recipe, settings, history, best, elapsed) -> dict:
     """All that an uninterrupted run would hold after this epoch."""
     states = {name: part.state_dict() for name, part in parts.items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    plan = _plan(recipe, parts["schedule"])
-    return states | {"rng": rng, "plan": plan, "settings": settings, "history": history, "best": list(best), "elapsed": elapsed}
+    facts = {"plan": plan_text(recipe, parts["schedule"]), "settings": settings}
+    return states | facts | {"rng": rng, "history": history, "best": list(best), "elapsed": elapsed}
 
 
-def _plan(recipe, schedule) -> str:
+def plan_text(recipe, schedule) -> str:
     return f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {schedule.total_steps} batches"
 
 
-def _restore(path, parts, recipe, settings):
-    state = _load_torch(path)
-    if not isinstance(state, dict) or not {*parts, "rng", "plan", "settings", "history", "best", "elapsed"} <= set(state):
-        raise InputError(f"{path}: not the state of a training; leave out --resume, which begins anew")
-    plan = _plan(recipe, parts["schedule"])
-    if state["plan"] != plan:
-        raise InputError(f"{path}: begun with {state['plan']}, now {plan}; use the same, or leave out --resume")
-    # Other clips, or the same ones split by another seed: what was validated would now be trained on.
-    odd = [name for name, value in settings.items() if not _same(value, state["settings"].get(name))]
+def restore(path, parts, recipe, settings):
+    """Put a training back into the state that `state_of` kept; returns history, best, seconds."""
+    state = load_torch(path)
+    keys = {*parts, "rng", "plan", "settings", "history", "best", "elapsed"}
+    if not isinstance(state, dict) or not keys <= set(state):
+        raise InputError(f"{path}: not the state of a training; leave out --resume")
+    planned = plan_text(recipe, parts["schedule"])
+    if state["plan"] != planned:
+        raise InputError(
+            f"{path}: begun with {state['plan']}, now {planned}; "
+            "use the same, or leave out --resume"
+        )
+    # Other clips, or the same ones split by another seed: what was validated would now be
+    # trained on.
+    known = state["settings"]
+    odd = [name for name, value in settings.items() if not same(value, known.get(name))]
     if odd:
-        raise InputError(f"{path}: begun with other clips or another --seed ({' and '.join(odd)} differ); use the same, or leave out --resume")
+        raise InputError(
+            f"{path}: begun with other clips or another --seed ({' and '.join(odd)} differ); "
+            "use the same, or leave out --resume"
+        )
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: belongs to another model; leave out --resume, or name another --out-dir") from error
+        fault = "belongs to another model; leave out --resume, or name another --out-dir"
+        raise InputError(f"{path}: {fault}") from error
     torch.set_rng_state(state["rng"]["cpu"])
     if "cuda" in state["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])
     return state["history"], tuple(state["best"]), state["elapsed"]
 
 
-def _same(value, other) -> bool:
-    """Equality of two settings, which are plain values or, the band statistics, tuples of tensors."""
+def same(value, other) -> bool:
+    """Equality of two settings: plain values or, the band statistics, tuples of tensors."""
     if isinstance(value, tuple) and isinstance(other, tuple):
         return len(value) == len(other) and all(map(torch.equal, value, other))
     return value == other
 
-# --------------------------------------------------------------------------------------
-# The genre runs of steps 5 and 7, which steps 6, 8, 9 and 11 go on from
-# --------------------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class Trained:
+    """One run: a network trained once, or once per fold.
 
-class GenreRun(NamedTuple):
-    """One genre model of the lab: its network and what it hears."""
-
-    network: str  # 'lstm' or 'cnn'
-    features: str
-    beat: bool
-    plain: bool = False  # the textbook form: every frame, one direction, last step
-
-
-GENRE_RUNS = {
-    "mel": GenreRun("lstm", "mel", False), "beat_mel": GenreRun("lstm", "mel", True),
-    "chroma": GenreRun("lstm", "chroma", False), "beat_chroma": GenreRun("lstm", "chroma", True),
-    "fused": GenreRun("lstm", "fused", False), "beat_fused": GenreRun("lstm", "fused", True),
-    "cnn_mel": GenreRun("cnn", "mel", False), "plain_mel": GenreRun("lstm", "mel", False, plain=True),
-}  # fmt: skip
-TRAINING_DEFAULTS = {"lr": 2e-3, "batch_size": 32}  # of genre and emotion, LSTM and CNN
-
-
-class Budget(NamedTuple):
-    """How much a kind of network is shown; chosen in cross-validation (docs/experiments.md)."""
-
-    crop: int  # frames of a training example, and of a window when scoring
-    genre: int  # training examples in all, which fixes the number of epochs for any size of data set
-    emotion: int
-    most_passes: int  # over a very small set
-
-
-BUDGETS = {
-    "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
-    "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
-}
-
-
-def make_backbone(run) -> nn.Module:
-    """The untrained backbone of a GenreRun."""
-    n_bands = BANDS[run.features].stop - BANDS[run.features].start
-    if run.network == "cnn":
-        return CNNBackbone(n_bands)
-    if run.plain:
-        return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
-    return LSTMBackbone(n_bands, frames_per_step=1 if run.beat else 8, projection=128, mask_bands=16)
-
-
-def make_augment(run, n_classes=0) -> Augment:
-    """Random changes of a run's batches. An LSTM masks by itself; mixup, which helps the CNN, harms it."""
-    if run.network == "cnn":
-        return Augment(n_classes=n_classes)
-    return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
-
-
-def even_out(logits, shares, strength=0.5):
-    """Give rare classes a fairer chance: lower each logit by the log of its class's share.
-
-    A network answers a common class more readily because it was common in training, which
-    macro-F1 does not reward (Menon et al., 2021, Long-tail learning via logit adjustment).
-    Half strength costs no accuracy in cross-validation (docs/experiments.md).
-
-    logits (N, K); shares : sequence of K floats, of the training part
+    members : list of Fit, one per fold
+    facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
+        averaged, all else is the first fold's
+    answers, truth : pd.DataFrame or None
+        What was answered for held-out emotion clips, each by the fold that did not hear it.
+    folds : pd.Series or None, which fold that was, from 1 on
     """
-    return logits - strength * torch.tensor(shares).log()
+
+    members: list[Fit]
+    facts: dict
+    answers: pd.DataFrame | None = None
+    truth: pd.DataFrame | None = None
+    folds: pd.Series | None = None
+
+    model = property(lambda self: self.members[0].model)
+    settings = property(lambda self: self.members[0].settings)
+    history = property(lambda self: self.members[0].history)
+    path = property(lambda self: self.members[0].path)
 
 
-def genre_score(shares):
-    """Validation score of a classifier: macro-F1, in which small classes count fully."""
-    return lambda logits, targets: macro_f1(targets.numpy(), even_out(logits, shares).argmax(1).numpy(), len(shares))
+def epochs_kept(run) -> str:
+    """How many epochs each fold's training had, and in brackets which one was kept."""
+    facts = [member.facts for member in run.members]
+    return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
 
 
-def train_genre(step, name, *, epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf,
-                seed=None, all_clips=False):  # fmt: skip
-    """Train one of GENRE_RUNS into the step's folder.
+def fit_run(step, name, network, make_model, make_loss, optimizer, *, target="genre", seed=None,
+            n_folds=1, stats=None, share=1.0, lr_factor=1.0, runs_left=1) -> Trained:  # fmt: skip
+    """Train one network, genre or emotion, on every fold, into the step's folder.
 
     Parameters
     ----------
+    name : str, of the run and its folder
+    network : Network, what it hears and how much it is shown
+    make_model, make_loss : callables
+        Data -> nn.Module, called after seeding, so that a run gives alone what it gives
+        among others.
+    optimizer : class, e.g. torch.optim.AdamW
+    target : 'genre', 'emotion' (all three) or the name of one emotion
     seed : int, optional
-        Another seed than the step's: other weights and batches, another validation part,
-        a folder of its own.
-    all_clips : bool
-        Train the network that this run has kept further, on the validation clips too: what
-        they were kept for is known by now. A quarter as many epochs at half the rate, the
-        last one kept, a folder of its own.
-
-    Returns
-    -------
-    model : Classifier, holding the epoch that was kept
-    settings : dict, what `load_genre_test` needs
-    result : dict, see `train`, and n_train, n_val, weights
+        Another one than the step's: other weights, batches and validation clips.
+    n_folds : int
+        Emotion: 1 holds out a fifth of the clips; more: cross-validation.
+    stats : (mean, std), optional, of the network that is continued
+    share, lr_factor : float
+        Of the budget and of the learning rate, for a fine-tuning.
+    runs_left : int
+        Trainings that share what is left of --max-minutes, these folds included.
     """
-    run = GENRE_RUNS[name]
-    smoke = step.args.smoke
-    folder = step.folder / (name if seed is None else f"{name}_seed{seed}")
-    seed = step.args.seed if seed is None else seed
-    seed_everything(seed)  # each run alone gives what it gives among others
-    budget = BUDGETS[run.network]
-    window = None if run.beat or run.plain else budget.crop
-    data = load_genre(step.data, run.features, run.beat, seed=seed, merge=not step.args.no_merge,
-                      crop=None if overfit_batch else window, subset=subset or (64 if smoke else None), device=step.device, skip_bad=step.args.skip_bad)  # fmt: skip
-    settings = data.settings | {"run": name, "seed": seed, "smoke": smoke, "window": window}
-    n_classes = len(data.classes)
-    planned, crops = plan_epochs(len(data.train), budget.genre, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
-    planned_lr = lr or TRAINING_DEFAULTS["lr"]
-    model, train_idx = Classifier(make_backbone(run), n_classes), data.train.indices
-    if all_clips:
-        model.load_state_dict(load_checkpoint(folder / "best.pt")["state"])
-        folder = folder.with_name(f"{folder.name}_all_clips")
-        train_idx, planned, planned_lr = train_idx + data.val.indices, max(round(planned / 4), 1), planned_lr / 2
-    shown = Subset(data.train.dataset, train_idx * crops)
-    recipe = Recipe(
-        epochs=planned,
-        lr=planned_lr,
-        augment=None if run.plain else make_augment(run, n_classes),
-        window=window,
+    source = step.source if seed is None else dataclasses.replace(step.source, seed=seed)
+    members, answers, truths = [], [], []
+    for fold in range(n_folds):
+        data = load_data(source, network.features, network.beat, target, crop=window_of(network),
+                         fold=fold, n_folds=n_folds, stats=stats)  # fmt: skip
+        if network.plain:  # the textbook does not adjust its logits: as if all were as common
+            data.settings["priors"] = [1 / len(data.names)] * len(data.names)
+        recipe = plan(network, data, step.args, share)
+        recipe.lr *= lr_factor
+        seed_everything(source.seed)
+        model, loss_fn = make_model(data).to(step.device), make_loss(data).to(step.device)
+        learned = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
+        decay = 0.0 if network.plain else 0.01
+        tuner = optimizer(learned, lr=recipe.lr, weight_decay=decay, fused=True)
+        folder = step.folder / (name if n_folds == 1 else f"{name}_fold{fold + 1}of{n_folds}")
+        member = fit(model, data, loss_fn, tuner, recipe, folder, device=step.device,
+                     resume=step.args.resume,
+                     max_seconds=step.seconds_left(runs_left - fold))  # fmt: skip
+        members.append(member)
+        if target != "genre":
+            answers.append(answer(model, data.held_out, member.settings, step.device))
+            truths.append(truth(data.held_out, member.settings))
+    facts = dict(members[0].facts)
+    for key in ("epochs", "train_seconds"):
+        facts[key] = sum(member.facts[key] for member in members)
+    vals = [member.facts["val"] for member in members]
+    facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
+    if not answers:
+        return Trained(members, facts)
+    numbers = np.repeat(np.arange(1, n_folds + 1), [len(table) for table in answers])
+    answers, truths = pd.concat(answers), pd.concat(truths)
+    return Trained(members, facts, answers, truths, pd.Series(numbers, answers.index))
+
+
+def fit_genre(step, name, *, seed=None, runs_left=1) -> Trained:
+    """Train one of GENRE_RUNS as steps 5 and 7 do, for a step that finds none to go on from."""
+    network = GENRE_RUNS[name]
+    return fit_run(
+        step,
+        name if seed is None else f"{name}_seed{seed}",
+        network,
+        make_model=lambda data: Classifier(make_backbone(network), n_classes=len(data.names)),
+        make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
+        optimizer=torch.optim.AdamW,
+        seed=seed,
+        runs_left=runs_left,
     )
-    batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.0 if overfit_batch else 0.1)
-    val_loader = None if all_clips else make_loader(data.val, batch_size)
-    result = train(model, make_loader(shown, batch_size, shuffle=True), val_loader, loss_fn, genre_score(settings["shares"]), recipe, folder, settings,
-                   device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
-    return model, settings, result | {"n_train": len(train_idx), "n_val": 0 if all_clips else len(data.val), "weights": count_weights(model)}
 
 
 def earlier_folders(step, owner) -> list[Path]:
@@ -1842,13 +2279,22 @@ def earlier_folders(step, owner) -> list[Path]:
 
 
 def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
-    """Find what the step that trains a genre run has left for this data.
+    """Find what the step that trains a genre run has left for these clips.
 
-    A checkpoint of a smoke run, or of other classes, is passed over, saying so.
+    A checkpoint of other clips or labels, another seed, a part of the clips (--subset),
+    another network or a smoke run is passed over, saying so; only a smoke run takes those of
+    smoke runs, only a --subset run those of its own N.
     """
-    run = GENRE_RUNS[name]
-    owner = "step07_cnn" if run.network == "cnn" else "step05_lstm"
-    classes = sorted({entry.label for entry in read_entries(step.data, "genre", "train", run.beat, merge=not step.args.no_merge)})
+    network, source = GENRE_RUNS[name], step.source
+    owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
+    wanted = {
+        "fingerprint": fingerprint(source.root, "genre", network.beat),
+        "merge": source.merge,
+        "seed": source.seed,
+        "window": window_of(network),
+    }
+    if not source.smoke:
+        wanted |= {"smoke": False, "subset": source.subset}
     for folder in [*earlier_folders(step, owner), step.folder, step.out / "step09_transfer"]:
         path = folder / name / "best.pt"
         if not path.exists() or (path.parent / UNFINISHED).exists():
@@ -1856,462 +2302,81 @@ def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
         if settings.get("run") != name:
-            raise InputError(f"{path}: holds the model of run {settings.get('run')}, not of {name}; delete it and train again")
-        if settings["classes"] == classes and settings["smoke"] <= step.args.smoke:
+            run = settings.get("run")
+            fault = f"holds the model of run {run}, not of {name}; delete it and train again"
+            raise InputError(f"{path}: {fault}")
+        odd = [key for key, value in wanted.items() if settings.get(key) != value]
+        if checkpoint["spec"]["backbone_args"] != make_backbone(network).config:
+            odd.append("network")
+        if not odd:
             return path, checkpoint
-        print(f"{name}: passing over {path}: " + ("made by --smoke" if settings["smoke"] else "trained on other classes"))
+        print(f"{name}: passing over {path}: made with another {' and '.join(odd)}")
     return None
 
 
-def genre_model(step, name) -> tuple[nn.Module, dict, Path]:
-    """Find the trained model of a genre run, or train it, saying so.
-
-    Returns
-    -------
-    model, settings, path of the checkpoint
-    """
+def genre_model(step, name) -> Fit:
+    """Find the trained network of a genre run, or train it, saying so."""
     if found := find_genre_checkpoint(step, name):
         path, _ = found
-        print(f"{name}: using {path}")
         model, checkpoint = load_model(path, step.device)
-        return model, checkpoint["settings"], path
-    print(f"{name}: no checkpoint yet, training it here")
-    model, settings, _ = train_genre(step, name, resume=getattr(step.args, "resume", False), max_seconds=seconds_left(step.args))
-    return model.eval(), settings, step.folder / name / "best.pt"
+        facts = checkpoint["facts"] | trained_epochs(path, checkpoint)
+        facts |= {"weights": count_weights(model), "val": {"macro_f1": checkpoint["val_score"]}}
+        facts = {"planned_epochs": "?", "n_val": "?", "examples_per_epoch": 0} | facts
+        print(f"{name}: using {path}, {facts['epochs']} of {facts['planned_epochs']} epochs")
+        return Fit(model, checkpoint["settings"], facts, pd.DataFrame(), path)
+    print(f"{name}: no checkpoint of these clips in {step.out}; training it here")
+    return fit_genre(step, name).members[0]
 
 
-def score_genre(step, model, settings, beat=None) -> tuple[dict, np.ndarray, np.ndarray, list[str]]:
-    """Score a trained genre model on the test split; only after all training.
+def genre_val_scores(step) -> pd.DataFrame:
+    """The genre networks that earlier runs have left, by validation macro-F1, best first.
 
-    Returns
-    -------
-    scores : dict, see `classification_scores`
-    targets : np.ndarray [shape=(N,)]
-    logits : np.ndarray [shape=(N, K)], see `even_out`
-    ids : list of N str, sorted; what the rows of two models are matched by
+    Columns: val macro-F1, val clips, epochs (of planned).
     """
-    beat = settings["beat"] if beat is None else beat
-    test = load_genre_test(step.data, settings, beat=beat, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
-    usual, window = model.backbone.frames_per_step, settings["window"]
-    if beat != settings["beat"]:
-        # The other kind of input: one column of it stands for as much time as one step of
-        # the training input did, as nearly as can be (a beat is about 21 frames).
-        model.backbone.frames_per_step, window = (1 if beat else 21), None
-    logits, targets = predict(model, make_loader(test, 64), step.device, window)
-    logits = even_out(logits, settings["shares"])
-    model.backbone.frames_per_step = usual
-    ids = [entry.clip_id for entry in test.store.entries]
-    return classification_scores(targets, logits.argmax(1), settings["classes"]), targets.numpy(), logits.numpy(), ids
+    names = [name for name, network in GENRE_RUNS.items() if not network.plain]
+    found = {name: find_genre_checkpoint(step, name) for name in names}
+    rows = {}
+    for name, (path, checkpoint) in ((name, pair) for name, pair in found.items() if pair):
+        facts = checkpoint["facts"] | trained_epochs(path, checkpoint)
+        epochs = f"{facts['epochs']} of {facts.get('planned_epochs', '?')}"
+        rows[name] = [checkpoint["val_score"], facts.get("n_val", "?"), epochs]
+    table = pd.DataFrame(rows, ["val macro-F1", "val clips", "epochs"]).T.infer_objects()
+    return table.sort_values("val macro-F1", ascending=False).rename_axis("genre network")
 
 
-def genre_predictions(model, beat, classes, ids, targets, answers) -> pd.DataFrame:
-    """One row per test clip: which clip, which model, which test set, the true and the predicted class.
+def trained_epochs(path, checkpoint) -> dict:
+    """How many epochs the run of a checkpoint has had, and which of them was kept."""
+    curve = path.with_name("history.csv")
+    epochs = len(pd.read_csv(curve)) if curve.exists() else checkpoint["epoch"]
+    return {"epochs": epochs, "best_epoch": checkpoint["epoch"]}
 
-    beat : whether the test set is the beat-synchronised one
-    targets, answers : class numbers [shape=(N,)]
+
+def find_emotion_leak(step, held_out) -> str | None:
+    """What must not be: held-out emotion clips in the genre training split. None: there are none.
+
+    held_out : Subset of emotion clips
+    Raises InputError, unless --allow-leak.
     """
-    names = np.array(classes)
-    test_set = part_folder(".", "genre", beat).name
-    return pd.DataFrame({"clip": ids, "model": model, "test_set": test_set, "truth": names[targets], "prediction": names[answers]})
-
-
-# --------------------------------------------------------------------------------------
-# The emotion runs of steps 8, 9 and 10: same clips, same folds, same recipe
-# --------------------------------------------------------------------------------------
-
-N_FOLDS = 5  # a fifth is held out: the lab gives no labels for its test clips
-
-
-class EmotionSplit(NamedTuple):
-    """Indices of the labelled emotion clips; `test` is held out from all choices."""
-
-    train: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-
-
-def emotion_splits(n_clips, seed, n_folds=N_FOLDS) -> list[EmotionSplit]:
-    """Cut the labelled clips into folds; the first one's `test` is the held-out part.
-
-    Steps 8, 9 and 10 use the same seed and so are scored on the same clips. All folds
-    together predict every clip once, by a model that has not seen it.
-    """
-    if n_clips < 4 * n_folds:
-        raise InputError(f"{FOLDERS['emotion']}: {n_clips} labelled clips are too few for {n_folds} folds; at least {4 * n_folds} are needed")
-    splits = []
-    for rest, test in KFold(n_folds, shuffle=True, random_state=seed).split(np.arange(n_clips)):
-        train, val = split_indices(len(rest), VAL_FRACTION, seed)
-        splits.append(EmotionSplit(rest[train], rest[val], test))
-    return splits
-
-
-def load_emotion(step, split="train", beat=False) -> tuple[ClipStore, np.ndarray]:
-    """Load emotion clips; returns them and their labels (N, 3), NaN where there are none."""
-    store = load_clips(read_entries(step.data, "emotion", split, beat), step.args.skip_bad)
-    targets = np.array([entry.label or (math.nan,) * 3 for entry in store.entries], dtype=np.float32)
-    store.frames = to_resident(store.frames, step.device)
-    return store, targets
-
-
-def train_emotion(step, name, run, split, axis=None, *, init=None, frozen_blocks=0, learned_weights=False,
-                  epochs=None, batch_size=None, lr=None, subset=None, overfit_batch=False, resume=False, max_seconds=math.inf):  # fmt: skip
-    """Train a regressor of one axis, or of all three, into the step's folder.
-
-    Parameters
-    ----------
-    name : str
-        Of the run's folder.
-    run : GenreRun
-        The network and what it hears.
-    split : EmotionSplit
-    axis : 'valence', 'energy', 'danceability', or None for all three by one model
-    init : path of a genre checkpoint, optional
-        Start from its backbone (step 9). Input is then standardised as it was there.
-    frozen_blocks : int
-        Leave the first blocks (or LSTM layers) of that backbone as they are.
-    learned_weights : bool
-        Multitask only: learn the three losses' weights.
-
-    Returns
-    -------
-    model, settings, result (see `train`, and `predictions` for split.test)
-    """
-    smoke = step.args.smoke
-    seed_everything(step.args.seed)
-    store, targets = load_emotion(step, beat=run.beat)
-    columns = EMOTIONS.index(axis) if axis else slice(None)
-    train_idx = split.train[: subset or (64 if smoke else None)]
-    if init:
-        backbone, checkpoint = load_backbone_from_checkpoint(init)
-        stats = checkpoint["settings"]["stats"]
-    else:
-        backbone, stats = make_backbone(run), band_statistics(store, train_idx, run.features)
-    backbone.freeze(frozen_blocks)
-    mean, std = targets[train_idx].mean(0), targets[train_idx].std(0).clip(min=1e-3)
-    if axis:
-        model = Regressor(backbone, float(mean[columns]), float(std[columns]))
-        loss_fn = RegressionLoss(std[columns])
-    else:
-        model, loss_fn = MultitaskRegressor(backbone, mean.tolist(), std.tolist()), MultitaskLoss(std, learned_weights)
-
-    budget = BUDGETS[run.network]
-    window = None if run.beat else budget.crop
-    whole = SpectrogramDataset(store, targets[:, columns], run.features, stats)
-    batch_size = batch_size or TRAINING_DEFAULTS["batch_size"]
-    planned, crops = plan_epochs(len(train_idx), budget.emotion, budget.most_passes, given=epochs or (2 if smoke or overfit_batch else None))
-    train_loader = make_loader(Subset(whole.variant(crop=None if overfit_batch else window), train_idx.tolist() * crops), batch_size, shuffle=True)
-    val_loader, test_loader = (make_loader(Subset(whole, part.tolist()), batch_size) for part in (split.val, split.test))
-    recipe = Recipe(
-        epochs=planned,
-        lr=lr or TRAINING_DEFAULTS["lr"],
-        augment=make_augment(run),
-        window=window,
+    store, source = held_out.dataset.store, step.source
+    genre = read_entries(source.root, "genre", "train", merge=source.merge)
+    rows = held_out.indices
+    test = dataclasses.replace(
+        store,
+        entries=[store.entries[i] for i in rows],
+        digests=[store.digests[i] for i in rows],
     )
-    settings = {"part": "emotion", "run": name, "features": run.features, "beat": run.beat, "axis": axis, "stats": stats,
-                "seed": step.args.seed, "smoke": smoke, "window": window}  # fmt: skip
-    result = train(model, train_loader, val_loader, loss_fn, emotion_score, recipe, step.folder / name, settings,
-                   device=step.device, overfit_batch=overfit_batch, resume=resume, max_seconds=max_seconds)  # fmt: skip
-    if not overfit_batch:
-        result["predictions"] = predict(model, test_loader, step.device, window)[0].numpy()
-    return model, settings, result | {"n_train": len(train_idx), "weights": count_weights(model)}
-
-
-def emotion_score(outputs, targets) -> float:
-    """Validation score: Spearman's correlation, the mean over the axes where there are three."""
-    pairs = zip(targets.reshape(len(targets), -1).T, outputs.reshape(len(outputs), -1).T, strict=True)
-    return float(np.mean([spearman(target, output) for target, output in pairs]))
-
-
-def write_submission(path, clip_ids, predictions) -> None:
-    """Write predictions (N, 3) for unlabelled clips in the competition's format."""
-    frame = pd.DataFrame(np.clip(predictions, 0, 1), columns=EMOTIONS)
-    frame.insert(0, "Id.fused.full.npy.gz", list(clip_ids))
-    write_text(path, frame.to_csv(index=False, float_format="%.6f"))
-
-
-def predict_unlabelled(step, model, settings) -> tuple[list[str], np.ndarray]:
-    """Predict the emotion test clips, which have no labels: ids and (N,) or (N, 3)."""
-    store, targets = load_emotion(step, "test", settings["beat"])
-    data = SpectrogramDataset(store, targets, settings["features"], settings["stats"])
-    outputs, _ = predict(model, make_loader(data, 64), step.device, settings["window"])
-    return [entry.clip_id for entry in store.entries], outputs.numpy()
-
-
-def genre_val_scores(step) -> dict[str, float]:
-    """Validation macro-F1 of the genre models that steps 5 and 7 have left, best first."""
-    names = [name for name, run in GENRE_RUNS.items() if not run.plain]
-    scores = {name: found[1]["val_score"] for name in names if (found := find_genre_checkpoint(step, name))}
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))
-
-
-def emotion_folds(step, runs, folds=1):
-    """Load the labelled emotion clips and cut them as every emotion step cuts them.
-
-    Parameters
-    ----------
-    runs : iterable of GenreRun
-        What the networks hear: whole clips, beat-synchronised ones, or both.
-    folds : int
-        1: one part is held out; more: cross-validation, each clip held out once.
-
-    Returns
-    -------
-    store : ClipStore, of the whole clips
-    targets : np.ndarray [shape=(N, 3)]
-    splits : {False: list of EmotionSplit} for whole clips, and {True: ...} for beats if used.
-        The parts hold the same clips in the same order, by id, even if the two label
-        files list them in different orders.
-    """
-    store, targets = load_emotion(step)
-    splits = {False: emotion_splits(len(targets), step.args.seed, folds) if folds > 1 else emotion_splits(len(targets), step.args.seed)[:1]}
-    if any(run.beat for run in runs):
-        ids = [entry.clip_id for entry in store.entries]
-        position = {entry.clip_id: index for index, entry in enumerate(load_emotion(step, beat=True)[0].entries)}
-        odd = sorted(position.keys() ^ set(ids))
-        if odd:
-            raise InputError(f"{part_folder(step.data, 'emotion', True)}: clip {odd[0]} can be used in only one of the full and the beat-synchronised emotion data; take it out of both label files")
-        splits[True] = [EmotionSplit(*(np.array([position[ids[index]] for index in part]) for part in split)) for split in splits[False]]
-    return store, targets, splits
-
-
-def emotion_flags(args) -> dict:
-    """The flags of the command line that `train_emotion` takes."""
-    return {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "subset", "resume")}
-
-
-def held_out_clips(store, targets, splits) -> tuple[np.ndarray, list[str]]:
-    """Targets and ids of the held-out clips of all folds, in the order of pooled predictions."""
-    held_out = np.concatenate([split.test for split in splits[False]])
-    return targets[held_out], [store.entries[index].clip_id for index in held_out]
-
-
-def stop_at_emotion_leak(step, store, splits) -> None:
-    """Raise InputError where a genre model would have heard clips that are held out here."""
-    held_out = np.concatenate([split.test for split in splits[False]])
-    genre = load_clips(read_entries(step.data, "genre", "train", merge=not step.args.no_merge), step.args.skip_bad)
-    test = dataclasses.replace(store, entries=[store.entries[i] for i in held_out], digests=[store.digests[i] for i in held_out])
-    leaked = find_leak(genre, test)
+    leaked = find_leak(load_clips(genre, source.skip_bad), test)
     if not leaked:
-        return
-    fault = f"{len(leaked)} of {len(held_out)} held-out emotion clips are in the genre training split too, e.g. {leaked[0]}"
-    if not step.args.allow_leak:
-        raise InputError(f"{part_folder(step.data, 'emotion')}: {fault}; remove them from one, or pass --allow-leak")
+        return None
+    fault = (
+        f"{len(leaked)} of {len(rows)} held-out emotion clips are in the genre training split "
+        f"too, e.g. {leaked[0]}"
+    )
+    if not source.allow_leak:
+        folder = part_folder(source.root, "emotion")
+        raise InputError(f"{folder}: {fault}; remove them from one, or pass --allow-leak")
     print(f"warning: {fault}", file=sys.stderr)
-    step.text(f"> **Leak allowed by --allow-leak.** {fault}: scores of models that start from the genre model may be too high.")
-
-
-def train_emotion_folds(step, name, job, splits, flags, runs_left=1):
-    """Train one emotion run on every fold.
-
-    Parameters
-    ----------
-    job : dict
-        Arguments of `train_emotion`: run, and what else is not its default.
-    flags : dict
-        Of the command line: epochs, batch_size, lr, subset, resume.
-    runs_left : int
-        Trainings that share what is left of --max-minutes, this one's folds included.
-
-    Returns
-    -------
-    record : dict for metrics.json, still without test scores
-    predictions : np.ndarray [shape=(N,) or (N, 3)], for `held_out_clips`
-    members : list of (model, settings), one per fold
-    history : list of dict, of the first fold
-    """
-    results, members = [], []
-    folds = splits[job["run"].beat]
-    for index, split in enumerate(folds):
-        folder = name if len(folds) == 1 else f"{name}_fold{index + 1}of{len(folds)}"
-        model, settings, result = train_emotion(step, folder, split=split, **job, **flags, max_seconds=seconds_left(step.args, runs_left - index))
-        results.append(result)
-        members.append((model, settings))
-    record = {
-        "epochs": max(result["epochs"] for result in results),
-        "best_epoch": int(np.median([result["best_epoch"] for result in results])),
-        "train_seconds": sum(result["train_seconds"] for result in results),
-        "weights": results[0]["weights"],
-        "n_train": results[0]["n_train"],
-        "val": {job.get("axis", "mean_spearman"): float(np.mean([result["val_score"] for result in results]))},
-    }
-    return record, np.concatenate([result["predictions"] for result in results]), members, results[0]["history"]
-
-
-def train_emotion_jobs(step, jobs, splits, targets, flags):
-    """Train {name: job} one after another, then score them all on the held-out clips.
-
-    Parameters
-    ----------
-    targets : np.ndarray [shape=(N, 3)], of `held_out_clips`
-
-    Returns
-    -------
-    runs : {name: record for metrics.json}
-    predictions : {name: {axis: (N,)}}
-    members, histories : {name: see `train_emotion_folds`}
-    """
-    runs, predictions, members, histories = {}, {}, {}, {}
-    for position, (name, job) in enumerate(jobs.items()):
-        left = (len(jobs) - position) * len(splits[False])
-        runs[name], outputs, members[name], histories[name] = train_emotion_folds(step, name, job, splits, flags, left)
-        predictions[name] = {job["axis"]: outputs} if "axis" in job else by_axis(outputs)
-    for name in jobs:
-        runs[name]["test"] = score_by_axis(targets, predictions[name])
-    return runs, predictions, members, histories
-
-
-def overfit_emotion(step, jobs, splits, flags) -> dict:
-    """Learn four batches by heart with each job's network and loss (--overfit-batch)."""
-    checks = {}
-    for name, job in jobs.items():
-        _, _, result = train_emotion(step, name, split=splits[job["run"].beat][0], **job, **flags, overfit_batch=True)
-        checks[name] = {"passes": result["passes"], "loss": result["loss"]}
-    step.heading("Overfitting four batches")
-    step.text("With regularisation off, each network brings its regression loss on four fixed batches close to 0: gradients, loss and labels are wired correctly.")
-    step.table(pd.DataFrame(checks).T.astype({"passes": int}).rename_axis("run"))
-    return step.finish(overfit=checks)
-
-
-def emotion_floors(store, targets, splits, seed) -> dict[str, np.ndarray]:
-    """Predictions (N, 3) for the held-out clips by methods that hear band statistics only.
-
-    `constant` is the mean training label, `ridge` linear and `svr` support vector
-    regression. They are fitted on training and validation part together, which is what
-    the networks have seen too, and their parameters chosen by cross-validation in there.
-    """
-    features = band_features(store)  # (N, 640)
-    folds = KFold(5, shuffle=True, random_state=seed)
-    grids = {
-        "ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}),
-        "svr": (SVR(), {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}),
-    }
-    known = [np.concatenate([split.train, split.val]) for split in splits[False]]
-    n_test = sum(len(split.test) for split in splits[False])
-    # One constant for all folds: a fold's own mean is low where its held-out labels are high, which would rank backwards.
-    predictions = {"constant": np.tile(targets[known[0]].mean(0), (n_test, 1))}
-    for name, (model, grid) in grids.items():
-        search = GridSearchCV(Pipeline([("scale", StandardScaler()), ("model", model)]), grid, cv=folds, scoring=make_scorer(spearman))
-        columns = [
-            [search.fit(features[rows], targets[rows, i]).predict(features[split.test]) for rows, split in zip(known, splits[False], strict=True)]
-            for i in range(len(EMOTIONS))
-        ]
-        predictions[name] = np.stack([np.concatenate(parts) for parts in columns], axis=1)
-    return predictions
-
-
-def by_axis(predictions) -> dict[str, np.ndarray]:
-    """(N, 3) -> {axis: (N,)}, the form in which the emotion steps keep predictions."""
-    return dict(zip(EMOTIONS, np.asarray(predictions).T, strict=True))
-
-
-def score_by_axis(targets, predictions) -> dict:
-    """`emotion_scores` of {axis: (N,)}, which may lack axes, against targets (N, 3)."""
-    axes = [axis for axis in EMOTIONS if axis in predictions]
-    return emotion_scores(targets[:, [EMOTIONS.index(axis) for axis in axes]], np.stack([predictions[axis] for axis in axes], axis=1), axes)
-
-
-def join_axes(parts, scores) -> dict:
-    """One record for {axis: record}: single-axis models that answer together."""
-    val = {axis: part["val"][axis] for axis, part in parts.items()}
-    totals = {key: sum(part[key] for part in parts.values()) for key in ("epochs", "train_seconds", "weights")}
-    return totals | {"val": val | {"mean_spearman": float(np.mean(list(val.values())))}, "test": scores}
-
-
-def emotion_difference(targets, first, second) -> tuple[float, list[float]]:
-    """Spearman of `first` minus that of `second`, mean over their common axes, and its 95% interval.
-
-    Both are scored on the same resamples of the clips: what makes a clip hard is common
-    to both and cancels, so this tells more than two intervals side by side.
-
-    targets (N, 3); first, second : {axis: (N,)}
-    """
-    axes = [axis for axis in EMOTIONS if axis in first and axis in second]
-    columns = [(targets[:, EMOTIONS.index(axis)], first[axis], second[axis]) for axis in axes]
-    value = np.mean([spearman(target, a) - spearman(target, b) for target, a, b in columns])
-    resampled = np.mean([resampled_spearman(target, a) - resampled_spearman(target, b) for target, a, b in columns], axis=0)
-    return float(value), np.percentile(resampled, [2.5, 97.5]).tolist()
-
-
-def difference_text(first, second, difference) -> str:
-    """Say what `emotion_difference` found between two named models."""
-    value, (low, high) = difference
-    verdict = f"`{first}` is better" if low > 0 else f"`{second}` is better" if high < 0 else "the interval holds 0: these clips do not tell the two apart"
-    return f"`{first}` minus `{second}`: {value:+.3f} [{low:+.3f}, {high:+.3f}]; {verdict}."
-
-
-def report_emotion_rows(step, scores, caption, facts=None) -> None:
-    """Table and figure of {row: scores}; rows may lack axes. `facts`: {row: further columns}."""
-    keys = [key for key in (*EMOTIONS, "mean_spearman") if any(key in row for row in scores.values())]
-    n_clips = next(iter(scores.values()))["n_clips"]
-    titles = {key: "mean of the three" if key == "mean_spearman" else key for key in keys}
-    table = {
-        row: (facts or {}).get(row, {}) | {titles[key]: "{:.3f} [{:.3f}, {:.3f}]".format(values[key], *values[f"{key}_ci95"]) for key in keys if key in values}
-        for row, values in scores.items()
-    }
-    columns = dict.fromkeys(column for row in table.values() for column in row)  # a row may lack some
-    table = {row: dict.fromkeys(columns, "") | values for row, values in table.items()}
-    step.table(pd.DataFrame(table).T.rename_axis("model"), f"{caption}: Spearman's correlation on {n_clips} held-out clips, 95% bootstrap intervals")
-    fig, axes = plt.subplots(1, len(keys), figsize=(4.2 * len(keys) + 1, 0.42 * len(scores) + 1.3), squeeze=False, layout="constrained")
-    for ax, key in zip(axes.flat, keys, strict=True):
-        rows = [row for row in scores if key in scores[row]]
-        plot_scores(ax, rows, [scores[row][key] for row in rows], [scores[row][f"{key}_ci95"] for row in rows], "Spearman (bar: 95% interval)")
-        ax.locator_params(axis="x", nbins=5)
-        ax.set_title(titles[key])
-    step.figure(fig, "scores", f"{caption}: Spearman's correlation on the held-out clips")
-
-
-def submit_emotion(step, groups) -> None:
-    """Predict the unlabelled clips into submission.csv.
-
-    groups : list of lists of (model, settings)
-        A group's members, one per fold, are averaged; the groups' columns stand side by
-        side: one group of three-axis models, or one group per axis.
-    """
-    if not read_entries(step.data, "emotion", "test"):
-        step.text("The emotion data has no unlabelled clips, so there is no submission.csv.")
-        return
-    columns = []
-    for members in groups:
-        outputs = [predict_unlabelled(step, *member) for member in members]
-        ids = outputs[0][0]
-        columns.append(np.mean([values for _, values in outputs], axis=0).reshape(len(ids), -1))
-    write_submission(step.folder / "submission.csv", ids, np.hstack(columns))
-    step.text(f"`submission.csv` holds predictions for the {len(ids)} unlabelled clips in the competition's format.")
-
-
-def write_predictions(step, ids, targets, predictions) -> None:
-    """Write truth and {row: {axis: (N,)}} of the held-out clips to predictions.csv."""
-    columns = {"Id": ids} | by_axis(targets)
-    columns |= {f"{row}_{axis}": values for row, axes in predictions.items() for axis, values in axes.items()}
-    write_text(step.folder / "predictions.csv", pd.DataFrame(columns).to_csv(index=False))
-
-
-def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
-    """Read what an earlier emotion step predicted for these very clips.
-
-    Returns
-    -------
-    predictions : {row: {axis: (N,)}}; empty where the step was not run, or not on these clips
-    runs : dict, of its metrics.json
-    """
-    folder = next((folder for folder in earlier_folders(step, owner) if (folder / "metrics.json").exists() and (folder / "predictions.csv").exists()), None)
-    if not folder:
-        step.text(f"`{owner}` has not been run in this output folder, so its scores are missing here.")
-        return {}, {}
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        table = pd.read_csv(folder / "predictions.csv", dtype={"Id": str})
-    except ValueError:
-        raise InputError(f"{folder}: its metrics.json or predictions.csv cannot be read; run {owner} again, or delete them") from None
-    same = metrics["data"]["root"] == str(step.data) and [metrics.get(key) for key in ("seed", "smoke")] == [step.args.seed, step.args.smoke]
-    if not same or table["Id"].tolist() != ids:
-        step.text(f"`{owner}` was run on other data, another seed or other held-out clips, so its scores are not compared here.")
-        return {}, {}
-    predictions = {}
-    for column in table.columns[1 + len(EMOTIONS) :]:
-        row, axis = column.rsplit("_", 1)
-        predictions.setdefault(row, {})[axis] = table[column].to_numpy()
-    return predictions, metrics["runs"]
+    return fault
 
 
 # ======================================================================================
@@ -2321,6 +2386,9 @@ def earlier_emotion(step, owner, ids) -> tuple[dict, dict]:
 
 def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
     """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
+
+    It tells how far the score depends on which clips happen to be in the test set, not how
+    far on the seed of the training.
 
     Parameters
     ----------
@@ -2339,7 +2407,8 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
 
 def macro_f1(targets, predictions, n_classes) -> float:
     """Mean F1 over the classes that occur in targets or predictions (arrays of ints)."""
-    counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
+    counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
+    counts = counts.reshape(n_classes, n_classes)
     seen = counts.sum(0) + counts.sum(1)  # of class k: true + predicted = 2 TP + FP + FN
     return float((2 * counts.diagonal()[seen > 0] / seen[seen > 0]).mean())
 
@@ -2361,17 +2430,38 @@ def classification_scores(targets, predictions, classes) -> dict:
     """
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     labels = np.arange(len(classes))
-    report = functools.partial(precision_recall_fscore_support, targets, predictions, labels=labels, zero_division=0)
+    report = functools.partial(
+        precision_recall_fscore_support, targets, predictions, labels=labels, zero_division=0
+    )
     scores = {"accuracy": float((targets == predictions).mean()), "n_clips": len(targets)}
     for average in ("macro", "micro"):
-        for name, value in zip(("precision", "recall", "f1"), report(average=average), strict=False):
+        for name, value in zip(
+            ("precision", "recall", "f1"), report(average=average), strict=False
+        ):
             scores[f"{average}_{name}"] = float(value)
     columns = zip(classes, *(column.tolist() for column in report(average=None)), strict=True)
-    scores["per_class"] = {name: {"precision": p, "recall": r, "f1": f, "support": n} for name, p, r, f, n in columns}
+    scores["per_class"] = {
+        name: {"precision": p, "recall": r, "f1": f, "support": n} for name, p, r, f, n in columns
+    }
     scores["confusion"] = confusion_matrix(targets, predictions, labels=labels).tolist()
-    scores["accuracy_ci95"] = bootstrap(lambda i: (targets[i] == predictions[i]).mean(), len(targets))
-    scores["macro_f1_ci95"] = bootstrap(lambda i: macro_f1(targets[i], predictions[i], len(classes)), len(targets))
+    n_clips, right = len(targets), targets == predictions
+    scores["accuracy_ci95"] = bootstrap(lambda i: right[i].mean(), n_clips)
+    scores["macro_f1_ci95"] = bootstrap(
+        lambda i: macro_f1(targets[i], predictions[i], len(classes)), n_clips
+    )
     return scores
+
+
+def class_numbers(names, classes) -> np.ndarray:
+    """Class names -> their places in `classes`."""
+    return pd.Categorical(names, categories=classes).codes.astype(int)
+
+
+def genre_scores(true, answers) -> dict:
+    """`classification_scores` of a table of answers (clip x class) against true class names."""
+    classes = list(answers.columns)
+    targets = class_numbers(true.reindex(answers.index), classes)
+    return classification_scores(targets, answers.to_numpy().argmax(1), classes)
 
 
 def spearman(targets, predictions) -> float:
@@ -2391,26 +2481,120 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
     """
     n_clips = len(targets)
     rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))
-    a, b = (rankdata(np.asarray(values, dtype=float)[rows], axis=1) - (n_clips + 1) / 2 for values in (targets, predictions))
+    a, b = (
+        rankdata(np.asarray(values, dtype=float)[rows], axis=1) - (n_clips + 1) / 2
+        for values in (targets, predictions)
+    )
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # a constant ranks nothing: 0
 
 
-def emotion_scores(targets, predictions, axes=EMOTIONS) -> dict:
-    """Spearman per axis and, with all three axes, their mean (lab, step 8e).
+def emotion_scores(true, answers) -> dict:
+    """Spearman per emotion and, with all three, their mean (lab, step 8e), with intervals.
 
-    targets, predictions : array-like [shape=(N, len(axes))]
+    true, answers : pd.DataFrame, a row per clip, a column per emotion; answers may lack some
     """
-    targets, predictions = np.asarray(targets), np.asarray(predictions)
-    scores, resampled = {"n_clips": len(targets)}, []
-    for i, axis in enumerate(axes):
-        scores[axis] = spearman(targets[:, i], predictions[:, i])
-        resampled.append(resampled_spearman(targets[:, i], predictions[:, i]))
-        scores[f"{axis}_ci95"] = np.percentile(resampled[-1], [2.5, 97.5]).tolist()
-    if len(axes) == len(EMOTIONS):
-        scores["mean_spearman"] = float(np.mean([scores[axis] for axis in axes]))
-        scores["mean_spearman_ci95"] = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5]).tolist()
+    true = true.loc[answers.index]
+    scores, resampled = {"n_clips": len(answers)}, []
+    for name in answers.columns:
+        pair = true[name].to_numpy(), answers[name].to_numpy()
+        scores[name] = spearman(*pair)
+        resampled.append(resampled_spearman(*pair))
+        scores[f"{name}_ci95"] = np.percentile(resampled[-1], [2.5, 97.5]).tolist()
+    if set(answers.columns) == set(EMOTIONS):
+        scores["mean_spearman"] = float(np.mean([scores[name] for name in EMOTIONS]))
+        mean = np.mean(resampled, axis=0)
+        scores["mean_spearman_ci95"] = np.percentile(mean, [2.5, 97.5]).tolist()
     return scores
+
+
+def emotion_table(scores) -> pd.DataFrame:
+    """{model: emotion_scores} as a table of Spearman's correlations with their intervals."""
+    keys = (*EMOTIONS, "mean_spearman")
+    keys = [key for key in keys if any(key in row for row in scores.values())]
+    rows = {
+        name: {key: with_interval(row, key) if key in row else "" for key in keys}
+        for name, row in scores.items()
+    }
+    frame = pd.DataFrame(rows).T.rename_axis("model")
+    return frame.rename(columns={"mean_spearman": "mean of the three"})
+
+
+def together(parts, scores) -> dict:
+    """One record for {emotion: facts} of single-emotion models that answer together."""
+    val = {name: part["val"][name] for name, part in parts.items()}
+    totals = {
+        key: sum(part[key] for part in parts.values())
+        for key in ("epochs", "train_seconds", "weights")
+    }
+    mean = {"mean_spearman": float(np.mean(list(val.values())))}
+    return totals | {"val": val | mean, "test": scores}
+
+
+def paired_difference(true, first, second) -> dict:
+    """Scores of one model minus those of another on the same clips, with 95% intervals.
+
+    Both are scored on the same resamples of the clips: what makes a clip hard is common
+    to both and cancels, so this tells more than two intervals side by side.
+
+    Parameters
+    ----------
+    true : pd.Series of class names, or pd.DataFrame of emotion values
+    first, second : pd.DataFrame
+        Answers, see `answer`; clips and emotions that both have are compared.
+
+    Returns
+    -------
+    dict
+        n_clips; for genre accuracy and macro_f1, for emotion spearman (the mean over the
+        common emotions), each with `_ci95`; positive where `first` is better. For genre
+        also only_first, only_second: clips that one of the two alone has right.
+    """
+    ids = first.index.intersection(second.index)
+    result = {"n_clips": len(ids)}
+    if isinstance(true, pd.DataFrame):
+        names = [name for name in first.columns if name in second.columns]
+        triples = [
+            [table.loc[ids, name].to_numpy() for table in (true, first, second)] for name in names
+        ]
+        result["spearman"] = float(
+            np.mean([spearman(t, a) - spearman(t, b) for t, a, b in triples])
+        )
+        resampled = [resampled_spearman(t, a) - resampled_spearman(t, b) for t, a, b in triples]
+        interval = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
+        return result | {"spearman_ci95": interval.tolist()}
+    classes = list(first.columns)
+    t = class_numbers(true.loc[ids], classes)
+    a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
+    differences = {
+        "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),
+        "macro_f1": lambda i: (
+            macro_f1(t[i], a[i], len(classes)) - macro_f1(t[i], b[i], len(classes))
+        ),
+    }
+    for name, difference in differences.items():
+        result[name] = float(difference(np.arange(len(ids))))
+        result[f"{name}_ci95"] = bootstrap(difference, len(ids))
+    result["only_first"] = int(((a == t) & (b != t)).sum())
+    result["only_second"] = int(((b == t) & (a != t)).sum())
+    return result
+
+
+def difference_line(first, second, difference) -> str:
+    """One line: what `paired_difference` measured between two named models."""
+    titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
+    values = [
+        f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for key in titles
+        if key in difference
+        for low, high in [difference[f"{key}_ci95"]]
+    ]
+    return f"`{first}` minus `{second}`: {', '.join(values)}; {difference['n_clips']} clips"
+
+
+def with_interval(scores, key) -> str:
+    """A score and its 95% interval as a table's cell."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(scores[key], *scores[f"{key}_ci95"])
 
 
 def band_features(store, indices=None) -> np.ndarray:
@@ -2427,9 +2611,51 @@ def band_features(store, indices=None) -> np.ndarray:
     for index in range(len(store.entries)) if indices is None else indices:
         start, length = int(store.starts[index]), int(store.lengths[index])
         mel = store.frames[start : start + length, BANDS["mel"]].float().cpu().numpy()  # (T, 128)
-        step = np.abs(np.diff(mel, axis=0)).mean(0) if length > 1 else np.zeros(N_MELS)
-        rows.append(np.concatenate([mel.mean(0), mel.std(0), *np.percentile(mel, [10, 90], axis=0), step]))
+        change = np.abs(np.diff(mel, axis=0)).mean(0) if length > 1 else np.zeros(N_MELS)
+        low, high = np.percentile(mel, [10, 90], axis=0)
+        rows.append(np.concatenate([mel.mean(0), mel.std(0), low, high, change]))
     return np.array(rows)
+
+
+def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
+    """Answers for the held-out emotion clips by methods that hear band statistics only.
+
+    `constant` is the mean training label, `ridge` linear and `svr` support vector
+    regression. They are fitted on training and validation part together, their parameters
+    chosen by cross-validation in there; the networks use the validation part only to choose
+    the epoch, so the floors have the larger training set.
+    """
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import make_scorer
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVR
+
+    inner = KFold(5, shuffle=True, random_state=source.seed)
+    svr_grid = {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}
+    grids = {"ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}), "svr": (SVR(), svr_grid)}
+    answers = {"constant": [], "ridge": [], "svr": []}
+    features = constant = None
+    for fold in range(n_folds):
+        data = load_data(source, target="emotion", fold=fold, n_folds=n_folds)
+        whole = data.train.dataset
+        features = band_features(whole.store) if features is None else features  # (N, 640)
+        known = np.array(data.train.indices + data.val.indices)
+        asked, targets = data.held_out.indices, whole.targets.numpy()
+        frame = functools.partial(pd.DataFrame, index=clip_ids(data.held_out), columns=EMOTIONS)
+        # One constant for all folds: a fold's own mean is low where its held-out labels are
+        # high, which would rank backwards.
+        constant = targets[known].mean(0) if constant is None else constant
+        answers["constant"].append(frame(np.tile(constant, (len(asked), 1))))
+        for name, (model, grid) in grids.items():
+            pipeline = Pipeline([("scale", StandardScaler()), ("model", model)])
+            search = GridSearchCV(pipeline, grid, cv=inner, scoring=make_scorer(spearman))
+            columns = [
+                search.fit(features[known], y).predict(features[asked]) for y in targets[known].T
+            ]
+            answers[name].append(frame(np.stack(columns, axis=1)))
+    return {name: pd.concat(frames) for name, frames in answers.items()}
 
 
 # ======================================================================================
@@ -2437,7 +2663,18 @@ def band_features(store, indices=None) -> np.ndarray:
 # ======================================================================================
 
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")
+COLORS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+    "#F0E442",
+    "#7F3C8D",
+    "#999999",
+)
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
@@ -2448,9 +2685,19 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     """
     import librosa.display
 
-    limits = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"} if kind == "mel" else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    limits = (
+        {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
+        if kind == "mel"
+        else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    )
     image = librosa.display.specshow(
-        np.asarray(array, dtype=float), sr=SR, hop_length=HOP, ax=ax, y_axis=kind, x_axis=None if beat else "time", **limits
+        np.asarray(array, dtype=float),
+        sr=SR,
+        hop_length=HOP,
+        ax=ax,
+        y_axis=kind,
+        x_axis=None if beat else "time",
+        **limits,
     )
     ax.set_xlabel("Time (beats)" if beat else "Time (s)")
     ax.set_ylabel("Frequency (Hz)" if kind == "mel" else "Pitch class")
@@ -2469,13 +2716,51 @@ def plot_history(ax, history, title="", score_name="score"):
     ax.plot(history["epoch"], history["val_loss"], color=COLORS[3], label="validation loss")
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right = ax.twinx()
-    right.plot(history["epoch"], history["val_score"], color=COLORS[2], linestyle="--", label=f"validation {score_name}")
+    right.plot(
+        history["epoch"],
+        history["val_score"],
+        color=COLORS[2],
+        linestyle="--",
+        label=f"validation {score_name}",
+    )
     right.set_ylabel(f"Validation {score_name}")
     best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
     lines = ax.get_lines() + right.get_lines()[:1]
-    ax.legend(lines, [line.get_label() for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=3, fontsize="small", frameon=False)
+    ax.legend(
+        lines,
+        [line.get_label() for line in lines],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncol=3,
+        fontsize="small",
+        frameon=False,
+    )
     ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_histories(histories, score):
+    """One panel of `plot_history` per run: {name: history}, at most three in a row."""
+    n_columns = min(3, len(histories))
+    n_rows = math.ceil(len(histories) / n_columns)
+    size = (5 * n_columns, 3.6 * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (name, history) in zip(axes.flat, histories.items(), strict=False):
+        plot_history(ax, history, name, score)
+    for ax in axes.flat[len(histories) :]:
+        ax.remove()
+    return fig
+
+
+def plot_overfit(checks):
+    """Training loss on fixed batches, {name: Check}, on a logarithmic scale."""
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for (name, check), color in zip(checks.items(), COLORS, strict=False):
+        ax.semilogy(check.history["pass"], check.history["loss"], color=color, label=name)
+    ax.axhline(0.01, color="grey", linestyle=":", label="goal")
+    ax.set(xlabel="Pass over the batches", ylabel="Training loss (log scale)")
+    ax.legend(fontsize="small")
+    return fig
 
 
 def plot_confusion(ax, confusion, classes, title=""):
@@ -2485,7 +2770,15 @@ def plot_confusion(ax, confusion, classes, title=""):
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            ax.text(column, row, count, ha="center", va="center", fontsize="small", color="white" if share[row, column] > 0.5 else "black")
+            ax.text(
+                column,
+                row,
+                count,
+                ha="center",
+                va="center",
+                fontsize="small",
+                color="white" if share[row, column] > 0.5 else "black",
+            )
     ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     ax.set_yticks(range(len(classes)), classes)
     ax.set(xlabel="Predicted class", ylabel="True class", title=title)
@@ -2533,25 +2826,38 @@ def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[C
     def arrays(entries):
         store = load_clips(entries, skip_bad)
         spans = zip(store.entries, store.starts.tolist(), store.lengths.tolist(), strict=True)
-        return {entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans}
+        return {
+            entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans
+        }
 
     full = arrays(chosen)
     folder = part_folder(data_dir, "genre", beat=True) / "train"
-    synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen]) if beat else dict.fromkeys(full)
-    clips = [Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id]) for e in chosen if e.clip_id in full and e.clip_id in synced]
+    synced = (
+        arrays([entry._replace(path=folder / entry.path.name) for entry in chosen])
+        if beat
+        else dict.fromkeys(full)
+    )
+    clips = [
+        Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id])
+        for e in chosen
+        if e.clip_id in full and e.clip_id in synced
+    ]
     second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
     if second is None:
-        raise InputError(f"{chosen[0].path.parent}: no two readable clips of different genres; the lab compares two")
+        raise InputError(
+            f"{chosen[0].path.parent}: no two readable clips of different genres; "
+            "the lab compares two"
+        )
     clips.insert(1, clips.pop(second))
     return clips
 
 
-# Each measure of a mel spectrogram: name, unit, and what is said of the clip that has more of it.
+# Each measure of a mel spectrogram: its name and how it is written.
 MEASURES = {
-    "centroid_hz": ("spectral centroid", "{:.0f} Hz", "is brighter"),
-    "share_below_200_hz": ("share of energy below 200 Hz", "{:.1%}", "has the heavier bass"),
-    "dynamic_range_db": ("dynamic range", "{:.1f} dB", "varies more in loudness"),
-    "onsets_per_s": ("onset rate", "{:.2f} per s", "has more note and drum onsets"),
+    "centroid_hz": ("spectral centroid", "{:.0f} Hz"),
+    "share_below_200_hz": ("share of energy below 200 Hz", "{:.1%}"),
+    "dynamic_range_db": ("dynamic range", "{:.1f} dB"),
+    "onsets_per_s": ("onset rate", "{:.2f} per s"),
 }
 
 
@@ -2577,28 +2883,27 @@ def mel_measures(mel_db, beat=False) -> dict:
         "dynamic_range_db": float(loud - quiet),
     }
     if not beat:
-        flux = librosa.onset.onset_strength(S=mel_db, sr=SR, hop_length=HOP)  # how much the bands rise from frame to frame
+        flux = librosa.onset.onset_strength(
+            S=mel_db, sr=SR, hop_length=HOP
+        )  # how much the bands rise from frame to frame
         onsets = librosa.onset.onset_detect(onset_envelope=flux, sr=SR, hop_length=HOP)
         values["onsets_per_s"] = len(onsets) / (mel_db.shape[1] * HOP / SR)
     return values
 
 
-def with_units(measures, index_name) -> pd.DataFrame:
-    """A table of mel measures as summary.md shows it."""
-    columns = {label: measures[key].map(unit.format) for key, (label, unit, _) in MEASURES.items() if key in measures}
-    return pd.DataFrame(columns).rename_axis(index_name)
-
-
 def genre_share(values, genres) -> float:
-    """Share of the variance over clips that the genre explains; chance gives 0 (epsilon squared)."""
+    """Share of the variance over clips that the genre explains (epsilon squared).
+
+    By chance it is 0 on average, so below 0 about half of the time.
+    """
     values = pd.Series(np.asarray(values, dtype=float))
     within = values - values.groupby(np.asarray(genres)).transform("mean")
     degrees = max(len(values) - len(set(genres)), 1)
-    return max(0.0, 1 - (within**2).sum() / degrees / max(values.var(), 1e-12))
+    return 1 - (within**2).sum() / degrees / max(values.var(), 1e-12)
 
 
 def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
-    """(140, T) arrays -> rows of one kind as a batch (B, T, F), standardised, then padded; lengths (B,)."""
+    """(140, T) arrays -> a batch (B, T, F), standardised and then padded, and lengths (B,)."""
     clips = [torch.from_numpy(array[BANDS[kind]]).float().T for array in arrays]
     frames = torch.cat(clips)
     mean, std = frames.mean(0), frames.std(0).clamp(min=1e-3)
@@ -2615,11 +2920,18 @@ def lstm_seconds(x) -> float:
         lstm(x)[0][:, -1].sum().backward()
         lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
         times.append(time.perf_counter() - began)
-    return min(times[1:])  # the first pass allocates memory, and other programs only ever slow one down
+    return min(
+        times[1:]
+    )  # the first pass allocates memory, and other programs only ever slow one down
 
 
-def lstm_gradient(x, lengths) -> np.ndarray:
-    """How strongly each step moves the last output of an untrained textbook LSTM.
+def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
+    """How strongly each step moves the last output of a textbook LSTM.
+
+    Parameters
+    ----------
+    x, lengths : a batch (B, T, F) and its clips' lengths (B,)
+    lstm : nn.LSTM, optional; else an untrained one
 
     Returns
     -------
@@ -2628,15 +2940,38 @@ def lstm_gradient(x, lengths) -> np.ndarray:
         the last one, averaged over the clips that are so long.
     """
     # In double precision: in single, what is below 1e-45 would read as 0.
-    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
+    lstm = copy.deepcopy(lstm or nn.LSTM(x.shape[2], 128, batch_first=True)).cpu().double()
     x = x.double().requires_grad_()
     last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
-    # The squared norm of a product with random signs is on average that of the Jacobian (Hutchinson, 1990).
+    # The squared norm of a product with random signs is on average that of the Jacobian
+    # (Hutchinson, 1990).
     (last * torch.randn_like(last).sign()).sum().backward()
     norms = x.grad.norm(dim=2)  # (B, T)
-    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # (B, median length): the step so far back
+    back = (
+        lengths[:, None] - 1 - torch.arange(int(lengths.median()))
+    )  # (B, median length): the step so far back
     relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
+
+
+def share_within_beats(rows, mel_db) -> float:
+    """Share of the variance over time of (F, T) rows that lies within a beat.
+
+    The variance of frames is that of the beats' means plus that of the frames about the
+    mean of their beat (law of total variance): the second part is what one value per beat
+    cannot hold. Beats are tracked on the onsets of the clip's own mel spectrogram, since
+    the data set does not store its beat times; without any, the clip is one beat.
+
+    Source: Ellis, 2007, Beat tracking by dynamic programming.
+    """
+    import librosa
+
+    onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
+    _, beats = librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)
+    rows = np.asarray(rows, dtype=float)
+    spans = np.split(rows, np.unique(beats[beats > 0]), axis=1)  # each (F, frames of a beat)
+    within = sum(span.var(1) * span.shape[1] for span in spans).sum() / rows.shape[1]
+    return float(within / max(rows.var(1).sum(), 1e-12))
 
 
 def mean_spectrogram(arrays) -> np.ndarray:
@@ -2657,8 +2992,17 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
     size : width and height of a panel, in inches
     """
     n_rows = math.ceil(len(panels) / n_columns)
-    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}  # given, not found by a layout engine: 40 panels would take it seconds
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=(size[0] * n_columns, size[1] * n_rows), squeeze=False, gridspec_kw=spacing)
+    spacing = {
+        "hspace": 0.9 / size[1],
+        "wspace": 0.06,
+    }  # given, not found by a layout engine: 40 panels would take it seconds
+    fig, axes = plt.subplots(
+        n_rows,
+        n_columns,
+        figsize=(size[0] * n_columns, size[1] * n_rows),
+        squeeze=False,
+        gridspec_kw=spacing,
+    )
     for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
         image = plot_spectrogram(ax, array, kind, beat)
         ax.set_title(title, fontsize="medium")
@@ -2668,8 +3012,19 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
             ax.set_xlabel("")
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    label = "Power (dB, 0: the clip's loudest cell)" if kind == "mel" else "Chroma (1: a frame's strongest pitch class)"
-    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / (size[1] * n_rows)), fraction=0.02, pad=0.02)
+    label = (
+        "Power (dB, 0: the clip's loudest cell)"
+        if kind == "mel"
+        else "Chroma (of frames, 1 is the strongest pitch class)"
+    )
+    fig.colorbar(
+        image,
+        ax=fig.axes,
+        label=label,
+        shrink=min(1, 5 / (size[1] * n_rows)),
+        fraction=0.02,
+        pad=0.02,
+    )
     return fig
 
 
@@ -2683,7 +3038,10 @@ def make_folder(folder) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file in its place, no permission, a read-only or full disk
-        raise InputError(f"{folder}: no output folder can be made there ({error.strerror}); choose another --out-dir") from None
+        raise InputError(
+            f"{folder}: no output folder can be made there ({error.strerror}); "
+            "choose another --out-dir"
+        ) from None
 
 
 def write_bytes(path, write) -> None:
@@ -2697,7 +3055,10 @@ def write_bytes(path, write) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free some space or choose another --out-dir") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); "
+            "free some space or choose another --out-dir"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -2706,13 +3067,13 @@ def write_text(path, text) -> None:
     write_bytes(path, lambda file: file.write(text.encode()))
 
 
-def _save_torch(path, value) -> None:
+def save_torch(path, value) -> None:
     buffer = io.BytesIO()  # torch hides a full disk behind an error of its own
     torch.save(value, buffer)
     write_bytes(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def _load_torch(path) -> dict:
+def load_torch(path) -> dict:
     """Load tensors and plain values only: a pickle may run code, so none is read."""
     try:
         with warnings.catch_warnings():
@@ -2721,21 +3082,23 @@ def _load_torch(path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; run the step that trains it first") from None
     except Exception as error:  # zip, pickle and torch errors: all mean the same to a user
-        raise InputError(f"{path}: no readable checkpoint of this project; delete it and train again") from error
+        raise InputError(
+            f"{path}: no readable checkpoint of this project; delete it and train again"
+        ) from error
 
 
 def save_checkpoint(path, model, settings, **facts) -> None:
     """Save weights with all that is needed to rebuild the model and prepare its input."""
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    _save_torch(path, {"spec": model_spec(model), "state": state, "settings": settings, **facts})
+    save_torch(path, {"spec": model_spec(model), "state": state, "settings": settings, **facts})
 
 
 def load_checkpoint(path) -> dict:
-    """Read a checkpoint: keys spec, state, settings, epoch, val_score."""
-    checkpoint = _load_torch(path)
+    """Read a checkpoint: keys spec, state, settings (checked), epoch, val_score, facts."""
+    checkpoint = load_torch(path)
     if not isinstance(checkpoint, dict) or not {"spec", "state", "settings"} <= set(checkpoint):
         raise InputError(f"{path}: no checkpoint of this project; delete it and train again")
-    return checkpoint
+    return {"facts": {}} | checkpoint
 
 
 def load_model(path, device="cpu") -> tuple[nn.Module, dict]:
@@ -2745,114 +3108,351 @@ def load_model(path, device="cpu") -> tuple[nn.Module, dict]:
         model = build_model(checkpoint["spec"])
         model.load_state_dict(checkpoint["state"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: its weights do not fit the model it describes; delete it and train again") from error
+        raise InputError(
+            f"{path}: its weights do not fit the model it describes; delete it and train again"
+        ) from error
     return model.to(device).eval(), checkpoint
 
 
-def load_backbone_from_checkpoint(path) -> tuple[nn.Module, dict]:
-    """Return the trained backbone alone, without its head, and the checkpoint (step 9)."""
-    model, checkpoint = load_model(path)
-    return model.backbone.train(), checkpoint
+def load_backbone(path, frozen=0) -> nn.Module:
+    """The trained backbone alone, without its head, its first blocks frozen (step 9)."""
+    model, _ = load_model(path)
+    backbone = model.backbone.train()
+    backbone.freeze(frozen)
+    return backbone
 
 
-@functools.cache
-def lock_folder(folder):
+def lock_folder(folder) -> filelock.FileLock:
     """Keep other processes out of an output folder until this one ends, however it ends.
 
-    Cached: a notebook's second run of a cell holds the lock already. On systems without
-    fcntl (Windows) there is no lock. Nobody else being there, what a killed process has
-    left half-written is removed.
+    A notebook's second run of a cell has the lock already. Nobody else being there, what a
+    killed process has left half-written is removed.
     """
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)
     try:
-        import fcntl
-    except ImportError:
-        return None
-    file = None
-    try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115, open as long as the process lives
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is writing there; wait for it, or choose another --out-dir") from None
-    except OSError as error:
-        if file is None:  # no permission, a read-only or full disk
-            raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out-dir") from None
-        return file  # a file system without locks
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fault = "another process is writing there; wait for it, or choose another --out-dir"
+        raise InputError(f"{folder}: {fault}") from None
+    except (OSError, NotImplementedError) as error:  # no permission, read-only or full; no locks
+        if not os.access(folder, os.W_OK):
+            fault = f"cannot be written ({error}); choose another --out-dir"
+            raise InputError(f"{folder}: {fault}") from None
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    return file
+    return lock
 
 
 class Step:
-    """One run of a step: its device, data and output folder.
+    """One run of a step: its flags, device, clips and output folder.
 
-    Creating it seeds everything and finds the data. The figures and texts of the report
-    are collected, and `finish` writes metrics.json and summary.md.
+    Creating it reads the command line, seeds everything and finds the data. What the
+    report needs (headings, text, tables, figures) is shown as it comes, in a notebook too,
+    and `finish` writes it into summary.md, the numbers into metrics.json.
+
+    Parameters
+    ----------
+    name : str, of the output folder, e.g. 'step05_lstm'
+    description : str, the step's docstring, shown by --help
+    training : bool, add the flags of steps that train
+    add_flags : callable, optional
+        Gets the parser; adds flags of the step's own.
+    flags : str
+        In a notebook, where there is no command line: e.g. "--epochs 20 --resume".
+
+    Attributes
+    ----------
+    args, device, out, folder
+    source : Source, what the data flags say
     """
 
-    def __init__(self, name, args, needs_data=True):
-        self.name, self.args = name, args
+    def __init__(self, name, description, *, training=False, add_flags=None, flags=""):
+        sys.excepthook = end_in_one_line
+        parser = make_parser(description, training)
+        if add_flags:
+            add_flags(parser)
+        self.args = args = parser.parse_args(shlex.split(flags) if in_notebook() else None)
+        self.name, self.began = name, time.monotonic()
+        defaults = {"epochs": None, "subset": None, "overfit_batch": False, "resume": False}
+        for key, value in (defaults | {"batch_size": 32, "lr": 2e-3, "max_minutes": None}).items():
+            setattr(args, key, getattr(args, key, value))  # steps without these train as by default
         seed_everything(args.seed)
         keep_freed_memory()
         self.device = pick_device(args.device)
-        self.data = find_data(args.data_dir) if needs_data else None
-        self.demo = bool(self.data and (self.data / "DEMO.txt").exists())
-        self.out = Path(args.out_dir or (kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"))
+        root = find_data(args.data_dir)
+        subset = args.subset or (64 if args.smoke else None)
+        self.source = Source(
+            root,
+            args.seed,
+            self.device,
+            not args.no_merge,
+            args.skip_bad,
+            args.allow_leak,
+            subset,
+            args.smoke,
+        )
+        self.demo = (root / "DEMO.txt").exists()
+        outputs = kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"
+        self.out = Path(args.out_dir or outputs)
         self.folder = self.out / name
+        if args.overfit_batch:  # a check must not replace the results of a full run
+            self.folder = self.folder / "overfit_batch"
         make_folder(self.folder)
         self.lock = lock_folder(self.folder)
         self.lines = []
         if self.demo:
-            self.text("> **Synthesised demo data.** These numbers show that the pipeline runs; they say nothing about music.")
-        print(f"{name}: data {self.data}, device {self.device}, output {self.folder}")
+            self.text(
+                "> **Synthesised demo data.** These numbers show that the pipeline runs; "
+                "they say nothing about music."
+            )
+        print(f"{name}: data {root}, device {self.device}, output {self.folder}")
+
+    def seconds_left(self, runs_left=1) -> float:
+        """Share of --max-minutes that the next of `runs_left` trainings may take, in s."""
+        if self.args.max_minutes is None:
+            return math.inf
+        left = self.began + 60 * self.args.max_minutes - time.monotonic()
+        return max(0.0, left) / runs_left
+
+    def show(self, markdown):
+        """Add Markdown to summary.md; in a notebook, display it."""
+        self.lines.append(markdown + "\n")
+        if in_notebook():
+            from IPython.display import Markdown, display
+
+            display(Markdown(markdown))
 
     def heading(self, text):
-        self.lines.append(f"## {text}\n")
+        print(f"\n--- {text}")
+        self.show(f"## {text}")
 
     def text(self, markdown):
-        self.lines.append(markdown.strip() + "\n")
+        """Add a paragraph; indentation that all of its lines share is removed."""
+        self.show(textwrap.dedent(markdown).strip())
 
     def table(self, frame, caption=""):
-        """Add a pandas table (index included) to summary.md and print it."""
-        if caption:
-            self.text(f"**{caption}**")
-        self.lines.append(markdown_table(frame) + "\n")
-        print(frame.to_string(float_format=lambda value: f"{value:.3f}"))
+        """Add a pandas table (index included) and print it."""
+        self.show((f"**{caption}**\n\n" if caption else "") + markdown_table(frame))
+        if not in_notebook():
+            print(frame.to_string(float_format=lambda value: f"{value:.3f}"))
 
     def figure(self, fig, name, caption):
         """Save a figure as <name>.png, show it in a notebook, add it to summary.md."""
-        write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, format="png", dpi=120, bbox_inches="tight"))
-        if in_notebook():
-            from IPython.display import display
 
-            display(fig)
-        plt.close(fig)
+        def save(file):
+            fig.savefig(file, format="png", dpi=120, bbox_inches="tight")
+
+        write_bytes(self.folder / f"{name}.png", save)
         self.lines.append(f"![{caption}]({name}.png)\n\n*{caption}*\n")
+        if in_notebook():
+            from IPython.display import Markdown, display
 
-    def finish(self, runs=None, **facts) -> dict:
-        """Write metrics.json and summary.md; returns what metrics.json holds."""
+            display(fig, Markdown(f"*{caption}*"))
+        plt.close(fig)
+
+    def show_source(self, *objects):
+        """Add the source of functions or classes: what the page speaks of, word by word."""
+        for thing in objects:
+            # A notebook knows the source of functions only, not that of a class as a whole.
+            methods = [part for part in vars(thing).values() if inspect.isfunction(part)]
+            whole = not (inspect.isclass(thing) and in_notebook())
+            with contextlib.suppress(OSError, TypeError):
+                parts = [inspect.getsource(part) for part in ([thing] if whole else methods)]
+                code = "\n".join(textwrap.dedent(part) for part in parts)
+                self.show(f"```python\n{code.strip()}\n```")
+
+    def show_layers(self, model, data, n_clips=2):
+        """Add a table of a network's layers: output shape for a batch, and weights."""
+        parts = data.train.dataset.__getitems__(data.train.indices[:n_clips])
+        x, lengths = torch.stack([x for x, _, _ in parts]), torch.stack([n for _, _, n in parts])
+        rows, hooks = [], []
+
+        def note(module, _, output, name):
+            output = output[0] if isinstance(output, tuple) else output
+            shape = " x ".join(map(str, output.shape))
+            rows.append({"layer": name, "operation": type(module).__name__,
+                         "output": shape, "weights": count_weights(module)})  # fmt: skip
+
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hooks.append(module.register_forward_hook(functools.partial(note, name=name)))
+        training = model.training
+        with torch.no_grad():
+            model.eval()(x.to(self.device), lengths)
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+        caption = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
+        self.table(
+            pd.DataFrame(rows).set_index("layer"), f"{caption}; {count_weights(model):,} weights"
+        )
+
+    def require(self, reached, message):
+        """End the step with exit code 1 where a goal was not reached; what is shown is kept."""
+        if not reached:
+            self.write()
+            raise StepFailed(message)
+
+    def write(self):
+        write_text(self.folder / "summary.md", f"# {self.name}\n\n" + "\n".join(self.lines))
+
+    def finish(self, runs=None, **facts):
+        """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
+        root = self.source.root
+        labels = {part: part_folder(root, part) / "train_labels.txt" for part in FOLDERS}
+        prints = {part: fingerprint(root, part) for part in labels if labels[part].is_file()}
         metrics = {
             "step": self.name,
-            "seconds": round(time.monotonic() - self.args.started, 2),
+            "seconds": round(time.monotonic() - self.began, 2),
             "environment": environment(self.device),
-            "data": {"root": str(self.data), "demo": self.demo},
+            "data": {"root": str(root), "demo": self.demo, "fingerprint": prints},
+            "seed": self.args.seed,
+            "smoke": self.args.smoke,
             "runs": runs or {},
             **facts,
         }
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items() if key != "started"}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         write_text(self.folder / "args.json", json.dumps(plain, indent=2))
-        write_text(self.folder / "summary.md", f"# {self.name}\n\n" + "\n".join(self.lines))
-        write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2, default=float))
+        self.write()
+        write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2, default=plain_value))
         print(f"{self.name}: done in {metrics['seconds']:.0f} s; see {self.folder / 'summary.md'}")
-        return metrics
+        if self.args.overfit_batch:
+            raise Finished("--overfit-batch: done")
+
+
+def plain_value(value):
+    """What JSON has no word for: NumPy's numbers and arrays."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.DataFrame:
+    """A table of answers as rows of predictions.csv: one per clip and target.
+
+    For genre the target is 'genre', truth and prediction are class names; for emotion the
+    targets are the emotions. fold : '' or, by clip id, `Trained.folds`
+    """
+    true = true.loc[answers.index]
+    fold = fold.loc[answers.index] if isinstance(fold, pd.Series) else fold
+    if isinstance(true, pd.Series):
+        columns = {"genre": (true, answers.columns[answers.to_numpy().argmax(1)])}
+    else:
+        columns = {name: (true[name], answers[name].to_numpy()) for name in answers.columns}
+    head = {"clip": answers.index, "model": model, "test_set": test_set}
+    return pd.concat(
+        pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed}).assign(
+            truth=t.to_numpy(), prediction=p
+        )
+        for name, (t, p) in columns.items()
+    )
+
+
+def write_predictions(folder, rows) -> None:
+    """Write predictions.csv from a list of `prediction_rows`."""
+    write_text(folder / "predictions.csv", pd.concat(rows).to_csv(index=False))
+
+
+def earlier_answers(step, owner, clips, folds=None) -> tuple[dict[str, pd.DataFrame], dict]:
+    """What an earlier emotion step answered for these very clips.
+
+    folds : pd.Series, optional, the fold of every clip, which must be the same
+
+    Returns
+    -------
+    answers : {model: DataFrame (clip x emotion)}; empty where the step was not run, or was
+        run with other labels, another seed, other held-out clips or --smoke
+    runs : dict, of its metrics.json
+    """
+    for folder in earlier_folders(step, owner):
+        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
+            continue
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
+            found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
+        except (ValueError, KeyError):
+            fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
+            raise InputError(f"{folder}: {fault}, or delete them") from None
+        wanted = (fingerprint(step.source.root, "emotion"), step.args.seed, step.args.smoke)
+        fold_of = table.dropna(subset="fold").drop_duplicates("clip").set_index("clip")["fold"]
+        others = set(table["clip"]) != set(clips)
+        if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
+            text = "was run with other labels, held-out clips, folds, seed or --smoke"
+            step.text(f"`{owner}` in {folder.parent.name} {text}: not compared here.")
+            continue
+        answers = {
+            model: rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
+            for model, rows in table.groupby("model")
+        }
+        names = {
+            model: [name for name in EMOTIONS if name in frame] for model, frame in answers.items()
+        }
+        return {model: frame[names[model]] for model, frame in answers.items()}, metrics["runs"]
+    step.text(f"No scores of `{owner}` for these clips: they are missing here.")
+    return {}, {}
+
+
+def overfit_emotions(step, runs) -> None:
+    """The regressors' --overfit-batch: learn four batches by heart, show it, end the step.
+
+    runs : {name: (Network, target)}, see `load_data` for the target
+    """
+    checks = {}
+    for name, (network, target) in runs.items():
+        crop = window_of(network)
+        data = load_data(step.source, network.features, network.beat, target, crop=crop)
+        seed_everything(step.args.seed)
+        model = Regressor(make_backbone(network), data.names, data.mean, data.std)
+        checks[name] = overfit(
+            model,
+            data,
+            RegressionLoss(data.std),
+            lr=step.args.lr,
+            batch_size=step.args.batch_size,
+            device=step.device,
+        )
+    facts = {
+        name: {key: check.facts[key] for key in ("passes", "loss")}
+        for name, check in checks.items()
+    }
+    step.heading("Overfitting a few batches")
+    step.table(pd.DataFrame(facts).T.astype({"passes": int}).rename_axis("run"))
+    caption = "Regression loss on up to four fixed batches of training crops, regularisation off"
+    step.figure(plot_overfit(checks), "overfit", caption)
+    learned = all(check.learned for check in checks.values())
+    step.require(learned, f"four batches were not learned by heart: {facts}")
+    step.finish(overfit=facts)
+
+
+def answer_unlabelled(step, run) -> pd.DataFrame:
+    """What a run answers for the emotion clips without labels, averaged over its folds."""
+    return average(
+        answer(fit.model, load_test(step.source, fit.settings), fit.settings, step.device)
+        for fit in run.members
+    )
+
+
+def write_submission(path, answers) -> None:
+    """Write answers for the unlabelled clips (clip x three emotions) as the competition asks."""
+    frame = answers[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
+    write_text(path, frame.to_csv(float_format="%.6f"))
+
+
+def average(frames) -> pd.DataFrame:
+    """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
+    frames = list(frames)
+    return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
 
 
 def markdown_table(frame) -> str:
     """A pandas table as Markdown; floats with three decimals."""
 
     def cell(value):
-        return f"{value:.3f}" if isinstance(value, float | np.floating) else str(value)
+        if isinstance(value, float | np.floating):
+            return "" if math.isnan(value) else f"{value:.3f}"
+        return str(value).replace("|", "\\|")
 
     header = [frame.index.name or "", *map(str, frame.columns)]
-    rows = [[str(index), *map(cell, row)] for index, row in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    pairs = zip(frame.index, frame.itertuples(index=False), strict=True)
+    rows = [[str(index), *map(cell, row)] for index, row in pairs]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

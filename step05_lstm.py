@@ -1,162 +1,191 @@
 """Step 5: music genre recognition with LSTMs.
 
 The lab asks: a) an LSTM that takes the spectrograms of step 4's Dataset; b) a boolean
-`overfit_batch` of train(), which learns a few batches by heart to prove that the network
+`overfit_batch`, with which a few batches are learned by heart to prove that the network
 can be trained; c) an LSTM on mel spectrograms, d) on beat-synchronised ones, e) on
 chromagrams, f) on both together.
 
     python step05_lstm.py                          # all six LSTMs, default settings
     python step05_lstm.py --features mel beat_mel  # two of them
-    python step05_lstm.py --overfit-batch          # b): four batches by heart
+    python step05_lstm.py --overfit-batch          # only 5b: four batches by heart
     python step05_lstm.py --plain                  # the textbook LSTM, for comparison
 
-Input: the genre data set. Output, in outputs/step05_lstm/: a checkpoint and a history
-per run, learning curves, test scores (summary.md, metrics.json), each test clip's true
-and predicted class (predictions.csv).
+Input: the genre data set. Output, in outputs/step05_lstm/: a checkpoint and a history per
+run, learning curves, test scores (summary.md, metrics.json), each test clip's true and
+predicted class (predictions.csv).
 
-Measured on a small set of real music (see README), seed 42, one CPU thread, torch
-2.13.0: best on validation mel, test accuracy .637, macro-F1 .599 (157 clips); six LSTMs
-in about 12 minutes.
+Measured on a small set of real music (see README), seed 42, one CPU thread, torch 2.13.0:
+best on validation mel, test accuracy .637, macro-F1 .599 (157 clips); six LSTMs in about
+12 minutes.
 """
 
+# %% Setup. In a notebook, flags go here: Step(..., flags="--features mel --epochs 20").
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
+from torch import nn
 
 from common import (
-    COLORS,
     GENRE_RUNS,
-    TRAINING_DEFAULTS,
+    LSTM_RUNS,
+    Classifier,
+    LSTMBackbone,
     Step,
-    genre_predictions,
-    make_parser,
-    parse_args,
-    plot_history,
+    answer,
+    fit_run,
+    genre_scores,
+    load_data,
+    load_test,
+    make_backbone,
+    overfit,
+    plot_histories,
+    plot_overfit,
     plot_scores,
-    run_main,
-    score_genre,
-    seconds_left,
-    train_genre,
-    write_text,
+    prediction_rows,
+    seed_everything,
+    truth,
+    window_of,
+    with_interval,
+    write_predictions,
 )
 
-RUNS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]
-PLAIN_RUNS = [name for name, run in GENRE_RUNS.items() if run.plain]
 
-
-def main(argv=None):
-    parser = make_parser(__doc__, training=True, **TRAINING_DEFAULTS)
-    parser.add_argument("--features", nargs="+", choices=RUNS, default=RUNS, help="which LSTMs to train (default: all six)")
-    parser.add_argument("--plain", action="store_true", help="train the textbook LSTM instead: every frame, one direction, last step")
-    args = parse_args(parser, argv)
-    step = Step("step05_lstm", args)
-    names = PLAIN_RUNS if args.plain else args.features
-    flags = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "subset": args.subset}
-
-    # b) Before any long training: can this network learn four batches by heart? If not,
-    # something is broken, and train() says so with exit code 1.
-    if args.overfit_batch:
-        return overfit_check(step, names, flags)
-
-    # c) to f) One LSTM per kind of input, same recipe; of the last fifth of the epochs
-    # the best by validation macro-F1 is kept.
-    # a) is LSTMBackbone in common.py: it reads the Dataset's (B, T, F) batches and lengths.
-    trained = {}
-    for position, name in enumerate(names):
-        trained[name] = train_genre(step, name, **flags, resume=args.resume,
-                                    max_seconds=seconds_left(args, len(names) - position))  # fmt: skip
-
-    # The test split is opened only now, when no choice is left to make.
-    runs, predictions = {}, []
-    for name, (model, settings, result) in trained.items():
-        test, targets, logits, ids = score_genre(step, model, settings)
-        predictions.append(genre_predictions(name, settings["beat"], settings["classes"], ids, targets, logits.argmax(1)))
-        runs[name] = {key: value for key, value in result.items() if key != "history"} | {"val": {"macro_f1": result["val_score"]}, "test": test}
-
-    write_text(step.folder / "predictions.csv", pd.concat(predictions).to_csv(index=False))
-    report_overfit(step, names)
-    report_curves(step, trained)
-    report_scores(step, runs)
-    return step.finish(runs)
-
-
-def overfit_check(step, names, flags):
-    """b) Learn four fixed batches by heart; StepFailed (exit code 1) where it does not work."""
-    checks = {}
-    for name in names:
-        _, _, result = train_genre(step, name, **flags, overfit_batch=True)
-        checks[name] = {key: value for key, value in result.items() if key != "history"}
-    report_overfit(step, names)
-    return step.finish(overfit=checks)
-
-
-def report_overfit(step, names):
-    """b) The curves that --overfit-batch has left for these runs, if it was run."""
-    curves = {name: pd.read_csv(path) for name in names if (path := step.folder / name / "overfit.csv").exists()}
-    if not curves:
-        return
-    fig, ax = plt.subplots(figsize=(7, 4))
-    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
-        ax.semilogy(curve["epoch"], curve["train_loss"], color=color, label=name)
-    ax.axhline(0.01, color="grey", linestyle=":", label="goal")
-    ax.set(xlabel="Pass over the four batches", ylabel="Cross-entropy (log scale)", title="Four batches learned by heart")
-    ax.legend(fontsize="small")
-    step.heading("5b. Overfitting four batches")
-    step.text(
-        "With regularisation off, each network brings the loss on four fixed batches of training clips close to 0 "
-        "with every clip right. Gradients, loss and labels are therefore wired correctly; what limits the models "
-        "is generalisation, not a defect."
+def add_flags(parser):
+    inputs = "which LSTMs to train (default: all six)"
+    parser.add_argument("--features", nargs="+", choices=LSTM_RUNS, default=LSTM_RUNS, help=inputs)
+    textbook = (
+        "train the textbook LSTM instead: every frame, two layers, one direction, last step; "
+        "Adam, plain cross-entropy, nothing averaged or adjusted"
     )
-    last = {name: {"passes": len(curve), "loss": curve["train_loss"].iloc[-1], "accuracy": curve["accuracy"].iloc[-1]} for name, curve in curves.items()}
-    step.table(pd.DataFrame(last).T.astype({"passes": int}).rename_axis("LSTM"))
-    step.figure(fig, "overfit_batch", "Training loss on four fixed batches, regularisation off")
+    parser.add_argument("--plain", action="store_true", help=textbook)
 
 
-def report_curves(step, trained):
-    """Learning curves of all runs in one figure."""
-    columns = min(3, len(trained))
-    rows = -(-len(trained) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained")
-    for ax, (name, (_, _, result)) in zip(axes.flat, trained.items(), strict=False):
-        plot_history(ax, result["history"], name, "macro-F1")
-    for ax in axes.flat[len(trained) :]:
-        ax.remove()
-    step.heading("5c-f. Training")
-    step.text(
-        "Train loss is measured on crops of masked clips and with dropout, validation loss on whole clips without, so the first may stay above "
-        "the validation loss. The dot marks the epoch whose weights were kept: the best macro-F1 on the validation set "
-        "among the last fifth of the epochs, when the learning rate has come down. An earlier peak on so few clips is mostly luck."
-    )
-    step.figure(fig, "learning_curves", "Loss and validation macro-F1 against the epoch, per input")
+step = Step("step05_lstm", __doc__, training=True, add_flags=add_flags)
+names = ["plain_mel"] if step.args.plain else step.args.features
 
+# %% 5a. An LSTM that reads the spectrograms of step 4's Dataset
+# The lab: adapt the LSTM of the second lab. A clip is a sequence of frames, a frame the
+# values of its bands. 1,293 frames are more than a gradient survives (step 2 measures
+# that), so eight frames make one step: their mean, spread and change per band. A dense
+# layer, a bidirectional LSTM, then mean and maximum over the clip's own steps (not the
+# last step, which is padding in a shorter clip), and one logit per class.
+step.heading("5a. An LSTM that reads the spectrograms of step 4's Dataset")
+network = GENRE_RUNS[names[0]]
+data = load_data(step.source, network.features, network.beat, crop=window_of(network))
+seed_everything(step.args.seed)
+model = Classifier(make_backbone(network), n_classes=len(data.names)).to(step.device)
+step.show_source(LSTMBackbone.forward, Classifier.forward)
+step.show_layers(model, data)
 
-def report_scores(step, runs):
-    """Test scores as a table and a figure, and which input did best."""
-    columns = ("accuracy", "macro_f1")
-    step.heading("Scores on the test set")
-    table = pd.DataFrame(
-        {
-            name: {
-                "network hears": f"{'beats' if GENRE_RUNS[name].beat else 'frames'}, {GENRE_RUNS[name].features}",
-                "weights": run["weights"],
-                "epochs (best)": f"{run['epochs']} ({run['best_epoch']})",
-                "seconds": round(run["train_seconds"]),
-                "val macro-F1": run["val"]["macro_f1"],
-            }
-            | {f"test {c}": "{:.3f} [{:.3f}, {:.3f}]".format(run["test"][c], *run["test"][f"{c}_ci95"]) for c in columns}
-            for name, run in runs.items()
-        }
-    ).T.rename_axis("run")
-    step.table(table, f"{len(runs)} LSTMs, {next(iter(runs.values()))['test']['n_clips']} test clips, 95% bootstrap intervals")
-    fig, ax = plt.subplots(figsize=(7, 0.6 * len(runs) + 1.2))
-    plot_scores(ax, list(runs), [run["test"]["macro_f1"] for run in runs.values()],
-                [run["test"]["macro_f1_ci95"] for run in runs.values()], "Test macro-F1 (bar: 95% interval)")  # fmt: skip
-    step.figure(fig, "test_scores", "Macro-F1 on the test set")
-    best = max(runs, key=lambda name: runs[name]["val"]["macro_f1"])
-    step.text(
-        f"Best on validation: **{best}**, with test accuracy {runs[best]['test']['accuracy']:.3f} and macro-F1 "
-        f"{runs[best]['test']['macro_f1']:.3f}. Intervals that overlap widely are no proof of a difference."
+# %% 5b. Overfitting a few batches
+# The lab: a boolean overfit_batch, with which training learns a few batches by heart until
+# the loss is close to 0; a network that cannot do that most likely has a fault between data,
+# loss and gradient. The boolean is --overfit-batch, the loop `overfit`: plain Adam on four
+# fixed batches, dropout, masking and label smoothing off, since they are there to prevent it.
+step.heading("5b. Overfitting a few batches")
+loss_fn = nn.CrossEntropyLoss()
+check = overfit(
+    model, data, loss_fn, lr=step.args.lr, batch_size=step.args.batch_size, device=step.device
+)
+step.table(pd.DataFrame([check.facts], index=[names[0]]).rename_axis("LSTM"))
+caption = "Training loss on up to four fixed batches of training crops, regularisation off"
+step.figure(plot_overfit({names[0]: check}), "overfit", caption)
+step.require(check.learned, f"four batches were not learned by heart: {check.facts}")
+if step.args.overfit_batch:
+    step.finish(overfit={names[0]: check.facts})
+
+# %% 5c-f. One LSTM per kind of input, the same recipe
+# The lab: c) mel spectrograms, d) beat-synchronised ones, e) chromagrams, f) both; Adam;
+# the validation set to train by. AdamW is Adam whose weight decay does not pass through
+# the moving averages (Loshchilov & Hutter, 2019). Label smoothing .1 keeps the network
+# from growing certain about clips it has right already. Of the last fifth of the epochs
+# the best by validation macro-F1 is kept: an earlier peak, the best of many while the rate
+# is still high, is partly chance.
+step.heading("5c-f. One LSTM per kind of input")
+runs, smoothing = {}, 0.0 if step.args.plain else 0.1
+for place, name in enumerate(names):
+    network = GENRE_RUNS[name]
+    runs[name] = fit_run(
+        step,
+        name,
+        network,
+        make_model=lambda data, network=network: Classifier(
+            make_backbone(network), n_classes=len(data.names)
+        ),
+        make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
+        optimizer=torch.optim.Adam if step.args.plain else torch.optim.AdamW,
+        runs_left=len(names) - place,
     )
 
+step.text("""
+Training: AdamW (weight decay .01), one-cycle rate, gradients clipped to norm 1, cross-entropy with
+label smoothing .1, mel bands shifted at random, masks, dropout; kept is the running average of the
+weights. With `--plain` none of these but the rate schedule, clipping and dropout: Adam, plain
+cross-entropy, the weights as they are.
 
-if __name__ == "__main__":
-    metrics = run_main(main)
+The rows are not the same network on six inputs: what one step holds and what a training example is
+differ as the columns say.
+""")
+ITEMS = {"mel": "5c", "beat_mel": "5d", "chroma": "5e", "beat_chroma": "5e", "plain_mel": "5c"}
+hears = {}
+for name, run in runs.items():
+    network, crop = GENRE_RUNS[name], window_of(GENRE_RUNS[name])
+    step_of = "1 beat: median" if network.beat else "8 frames: mean, sd, mean change"
+    hears[name] = {
+        "item": ITEMS.get(name, "5f"),
+        "rows": network.features,
+        "one step is": "1 frame" if network.plain else step_of,
+        "trains on": f"crops of {crop} frames" if crop else "whole clips",
+        "validates on": "windows of the clip" if crop else "whole clips",
+        "weights": run.facts["weights"],
+        "epochs (kept)": f"{run.facts['epochs']} ({run.facts['best_epoch']})",
+        "seconds": round(run.facts["train_seconds"]),
+        "val macro-F1": run.facts["val"]["macro_f1"],
+    }
+step.table(pd.DataFrame(hears).T.rename_axis("run"), "What each LSTM hears and how it trained")
+step.figure(
+    plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
+    "learning_curves",
+    "Loss and validation macro-F1 against the epoch; the dot marks the epoch that was kept. "
+    "Training loss is measured while the weights change, with the network's own regularisation; "
+    "validation loss on their running average, without",
+)
+
+# %% Test scores. The test split is opened only now, when no choice is left to make.
+# Answers are averaged over windows of the clip where crops were trained on.
+step.heading("Scores on the test set")
+step.text("""
+Scored after logit adjustment: half the log of each class's share of the training clips is
+subtracted from its logit, which raises rare classes most (Menon et al., 2021); not with `--plain`.
+Models of beats are scored on the beat-synchronised test set.
+""")
+rows, scores = [], {}
+for name, run in runs.items():
+    test = load_test(step.source, run.settings)
+    answers = answer(run.model, test, run.settings, step.device)
+    true = truth(test, run.settings)
+    scores[name] = genre_scores(true, answers)
+    test_set = test.store.entries[0].path.parts[-3]
+    rows.append(prediction_rows(name, true, answers, test_set=test_set, seed=step.args.seed))
+write_predictions(step.folder, rows)
+table = {
+    name: {
+        "test set": "beats" if GENRE_RUNS[name].beat else "frames",
+        "clips": test["n_clips"],
+        "val macro-F1": runs[name].facts["val"]["macro_f1"],
+        "test accuracy": with_interval(test, "accuracy"),
+        "test macro-F1": with_interval(test, "macro_f1"),
+    }
+    for name, test in scores.items()
+}
+caption = "Test scores; 95% intervals over test clips, for one training seed"
+step.table(pd.DataFrame(table).T.rename_axis("run"), caption)
+fig, ax = plt.subplots(figsize=(7, 0.6 * len(runs) + 1.2))
+values = [test["macro_f1"] for test in scores.values()]
+intervals = [test["macro_f1_ci95"] for test in scores.values()]
+plot_scores(ax, names, values, intervals, "Test macro-F1 (line: 95% interval)")
+step.figure(fig, "test_scores", "Macro-F1 on the test set")
+step.finish(
+    {name: run.facts | {"test": scores[name]} for name, run in runs.items()},
+    overfit={names[0]: check.facts},
+)

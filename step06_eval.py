@@ -8,7 +8,7 @@ macro averages; d) their micro averages; and what these metrics mean.
     python step06_eval.py --ensemble   # besides, the average of all their answers
 
 Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06_eval/:
-tables, confusion matrices and the answers to the lab's questions (summary.md), all
+tables, reports per class, confusion matrices and the lab's questions (summary.md), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
@@ -16,10 +16,10 @@ Measured on a small set of real music (see README), seed 42, one CPU thread, tor
 .637/.599, six LSTMs averaged .637/.595.
 """
 
+# %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy.special import log_softmax
 from sklearn.metrics import classification_report
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -27,181 +27,285 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from common import (
-    GENRE_RUNS,
+    LSTM_RUNS,
     Step,
+    answer,
+    average,
     band_features,
-    classification_scores,
     encode_labels,
     genre_model,
-    genre_predictions,
+    genre_scores,
     load_clips,
-    make_parser,
-    parse_args,
+    load_test,
+    part_folder,
     plot_confusion,
     plot_scores,
+    prediction_rows,
     read_entries,
-    run_main,
-    score_genre,
-    write_text,
+    truth,
+    with_interval,
+    write_predictions,
 )
 
-RUNS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]
-AVERAGES = [f"{average}_{metric}" for average in ("macro", "micro") for metric in ("precision", "recall", "f1")]
+SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronised
+METRICS = ("precision", "recall", "f1")
 
 
-def main(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--ensemble", action="store_true", help="score the averaged answers of all LSTMs too")
-    args = parse_args(parser, argv)
-    step = Step("step06_eval", args)
-
-    # All models first, then the test sets: nothing is trained after the first test score.
-    models = {name: genre_model(step, name)[:2] for name in RUNS}
-    classes = models["mel"][1]["classes"]
-
-    # Each model on the test set of its own kind (frames or beats), and, because the lab
-    # names both sets, on the other kind as well, which it has never heard.
-    runs, other, logits, predictions = {}, {}, {}, []
-    for name, (model, settings) in models.items():
-        beat = settings["beat"]
-        scores, targets, logits[name], ids = score_genre(step, model, settings)
-        runs[name] = {"val": {}, "test": scores}
-        predictions.append(genre_predictions(name, beat, classes, ids, targets, logits[name].argmax(1)))
-        other[name], other_targets, other_logits, other_ids = score_genre(step, model, settings, beat=not beat)
-        predictions.append(genre_predictions(name, not beat, classes, other_ids, other_targets, other_logits.argmax(1)))
-
-    # Floors: what a guess of the commonest class scores, and a classical method on
-    # statistics of the bands. A network that does not beat both has learned too little.
-    runs["majority"], runs["svm"] = floors(step, classes)
-    if args.ensemble:
-        mean = np.mean([log_softmax(values, axis=1) for values in logits.values()], axis=0)
-        runs["lstm_ensemble"] = {"test": classification_scores(targets, mean.argmax(1), classes)}
-        predictions.append(genre_predictions("lstm_ensemble", False, classes, ids, targets, mean.argmax(1)))
-    write_text(step.folder / "predictions.csv", pd.concat(predictions).to_csv(index=False))
-
-    report_overview(step, runs, other)
-    report_classes(step, {name: runs[name] for name in runs if name != "majority"}, classes, targets, logits)
-    answer_questions(step, runs, [name for name in runs if name in RUNS])
-    return step.finish(runs, other_test_set=other)
+def add_flags(parser):
+    also = "score the average of all LSTMs' answers too"
+    parser.add_argument("--ensemble", action="store_true", help=also)
 
 
-def floors(step, classes):
-    """Test scores of the majority class and of an RBF-SVM on per-band statistics."""
-    parts = [load_clips(read_entries(step.data, "genre", split, merge=not step.args.no_merge), step.args.skip_bad) for split in ("train", "test")]
-    (x_train, x_test), (y_train, y_test) = ([f(part) for part in parts] for f in (band_features, lambda part: encode_labels(part.entries, classes)))
-    majority = np.full_like(y_test, np.bincount(y_train).argmax())
-    # C is chosen by cross-validation on the training split alone.
-    folds = StratifiedKFold(min(5, np.bincount(y_train).min()), shuffle=True, random_state=step.args.seed)
-    grid = {"svc__C": [1, 3, 10], "svc__class_weight": [None, "balanced"]}
-    svm = GridSearchCV(make_pipeline(StandardScaler(), SVC()), grid, cv=folds, scoring="f1_macro").fit(x_train, y_train)
-    return (
-        {"test": classification_scores(y_test, majority, classes)},
-        {"val": {"macro_f1": svm.best_score_}, "test": classification_scores(y_test, svm.predict(x_test), classes)},
+step = Step("step06_eval", __doc__, add_flags=add_flags)
+
+# %% The models of step 5 and the floors under them
+# All that is trained or fitted is made before a test clip is read. Which LSTM is called the
+# best is settled here too, by its validation score: a name given after the test scores
+# would make the best of them look better than it is.
+step.heading("The models, and what they have to beat")
+models = {name: genre_model(step, name) for name in LSTM_RUNS}
+classes = models["mel"].settings["names"]
+val = {name: model.facts["val"]["macro_f1"] for name, model in models.items()}
+epochs = {
+    name: f"{model.facts['epochs']} of {model.facts['planned_epochs']}"
+    for name, model in models.items()
+}
+best = max(val, key=val.get)
+
+# Two floors. `majority` always answers the commonest training class. `svm` and `beat_svm`
+# are support vector machines on each mel band's mean, spread, percentiles and change over
+# the clip, fitted on frames and on beats; C and the class weights (equal or balanced) are
+# chosen by cross-validation on training clips.
+svms, grid = {}, {"svc__C": [1, 3, 10], "svc__class_weight": [None, "balanced"]}
+for name, beat in (("svm", False), ("beat_svm", True)):
+    entries = read_entries(step.source.root, "genre", "train", beat, step.source.merge)
+    known = load_clips(entries, step.source.skip_bad)
+    targets = encode_labels(known.entries, classes)
+    folds = StratifiedKFold(
+        min(5, np.bincount(targets).min()), shuffle=True, random_state=step.args.seed
     )
+    pipeline = make_pipeline(StandardScaler(), SVC())
+    search = GridSearchCV(pipeline, grid, cv=folds, scoring="f1_macro")
+    svms[name] = search.fit(band_features(known), targets)
+    val[name] = svms[name].best_score_
+    if not beat:
+        commonest = classes[np.bincount(targets).argmax()]
+step.table(
+    pd.DataFrame({"val macro-F1": val, "epochs": epochs}).fillna("").rename_axis("model"),
+    "Before the test. LSTMs: best of the last epochs on the validation clips; SVMs: best of six "
+    "settings, mean over the folds of all training clips; not comparable with each other",
+)
+step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class: {commonest}.")
+
+# %% Answers to both test sets
+# The lab names two test sets, so every LSTM answers both: the one of its own kind of input
+# and the one it has never heard the like of. There, one column stands for as much time as
+# one step of the training input did, as nearly as can be: a beat is about 21 frames, so a
+# network of beats hears means of 21 frames, and a network of frames hears beats one by one.
+tests, true, answers = {}, {}, {}
+for name, model in models.items():
+    for set_name, beat in SETS.items():
+        tests[set_name] = load_test(step.source, model.settings, beat=beat)
+        true[set_name] = truth(tests[set_name], model.settings)
+        settings, backbone = model.settings, model.model.backbone
+        usual = backbone.frames_per_step
+        if beat != settings["beat"]:
+            backbone.frames_per_step = 1 if beat else 21
+            settings = settings | {"window": None}
+        answers[name, set_name] = answer(model.model, tests[set_name], settings, step.device)
+        backbone.frames_per_step = usual
+
+for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 for the one named
+    store, ids = tests[set_name].store, true[set_name].index
+    floor = "beat_svm" if SETS[set_name] else "svm"
+    called = {
+        "majority": np.full(len(ids), classes.index(commonest)),
+        floor: svms[floor].predict(band_features(store)),
+    }
+    for name, numbers in called.items():
+        answers[name, set_name] = pd.DataFrame(np.eye(len(classes))[numbers], ids, classes)
+
+# The mean of the log-probabilities, matched by clip id, each LSTM on its own kind of input.
+own_set = {name: "beat" if model.settings["beat"] else "full" for name, model in models.items()}
+own_set |= {"majority": "full", "svm": "full", "beat_svm": "beat"}
+if step.args.ensemble:
+    answers["lstm_ensemble", "full"] = average(answers[name, own_set[name]] for name in models)
+    own_set["lstm_ensemble"] = "full"
+
+scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}
+write_predictions(
+    step.folder,
+    [
+        prediction_rows(
+            name,
+            true[set_name],
+            table,
+            seed=step.args.seed,
+            test_set=part_folder(".", "genre", SETS[set_name]).name,
+        )
+        for (name, set_name), table in answers.items()
+    ],
+)
 
 
-def interval(scores, key):
-    return "{:.3f} [{:.3f}, {:.3f}]".format(scores[key], *scores[f"{key}_ci95"])
+def both_sets(cell):
+    """Table of all models: cell(scores) -> {column: value}, once per test set."""
+    rows = {
+        name: {
+            f"{set_name}: {column}": value
+            for set_name in SETS
+            if (name, set_name) in scores
+            for column, value in cell(scores[name, set_name]).items()
+        }
+        for name in own_set
+    }
+    return pd.DataFrame(rows).T.astype(object).fillna("").rename_axis("model")
 
 
-def report_overview(step, runs, other):
-    """a), c), d): one row per model, one figure over all."""
-    step.heading("6a, c, d. All models on the test set of their own kind")
-    rows = {}
-    for name, run in runs.items():
-        rows[name] = {key: interval(run["test"], key) for key in ("accuracy", "macro_f1")}
-        rows[name] |= {key: run["test"][key] for key in AVERAGES if key != "macro_f1"}
-    step.table(pd.DataFrame(rows).T.rename_axis("model"), f"{runs['svm']['test']['n_clips']} test clips; 95% intervals from 1,000 bootstrap samples")
-    step.text(
-        "Models named `beat_...` are tested on fma_genre_spectrograms_beat, the others on fma_genre_spectrograms. "
-        "`majority` always answers the commonest training class; `svm` is an RBF support vector machine on mean, "
-        "standard deviation, percentiles and mean absolute difference of each mel band."
-    )
-    order = sorted(runs, key=lambda name: -runs[name]["test"]["macro_f1"])
-    fig, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(runs) + 1.2), layout="constrained")
-    for ax, key, label in zip(axes, ("accuracy", "macro_f1"), ("Accuracy", "Macro-F1"), strict=True):
-        plot_scores(ax, order, [runs[n]["test"][key] for n in order], [runs[n]["test"][f"{key}_ci95"] for n in order], f"{label} on the test set")
-    step.figure(fig, "comparison", "Test scores of all models with 95% intervals")
-
-    step.heading("Both test sets")
-    table = {
-        name: {"full: accuracy": pair[0]["accuracy"], "full: macro-F1": pair[0]["macro_f1"],
-               "beat: accuracy": pair[1]["accuracy"], "beat: macro-F1": pair[1]["macro_f1"]}
-        for name, scores in other.items()
-        for pair in [(scores, runs[name]["test"]) if GENRE_RUNS[name].beat else (runs[name]["test"], scores)]
-    }  # fmt: skip
-    step.table(pd.DataFrame(table).T.rename_axis("model"), "Every LSTM on the full and on the beat-synchronised test set")
-    drops = [runs[name]["test"]["macro_f1"] - other[name]["macro_f1"] for name in other]
-    step.text(
-        f"On the kind of input it was not trained on, a model's macro-F1 changes by {-np.mean(drops):+.3f} on average "
-        "(a beat is a median over about twenty frames: quieter peaks, other time scale)."
-    )
+def plot_both_sets(key, label):
+    """One panel per test set: a score of every model with its interval."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
+    for ax, set_name in zip(axes, SETS, strict=True):
+        found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
+        values, intervals = zip(*((s[key], s[f"{key}_ci95"]) for s in found.values()), strict=True)
+        plot_scores(ax, list(found), values, intervals, f"{label} (line: 95% interval)")
+        for name, bar in zip(found, ax.patches, strict=True):
+            bar.set_alpha(0.35 if name in models and own_set[name] != set_name else 1)
+        ax.set_title(f"{set_name} test set")
+    return fig
 
 
-def report_classes(step, runs, classes, targets, logits):
-    """b): precision, recall and F1 per class, as text report and as confusion matrices."""
-    step.heading("6b. Per class")
-    for name, run in runs.items():
-        per_class = pd.DataFrame(run["test"]["per_class"]).T.astype({"support": int})
-        for average in ("macro", "micro"):  # scikit-learn's report hides micro where every clip has one label
-            per_class.loc[f"{average} average"] = [run["test"][f"{average}_{m}"] for m in ("precision", "recall", "f1")] + [len(targets)]
-        step.table(per_class.astype({"support": int}).rename_axis(name))
-    best = max(logits, key=lambda name: runs[name]["test"]["macro_f1"])
-    print(classification_report(targets, logits[best].argmax(1), labels=range(len(classes)), target_names=classes, zero_division=0))
-    columns = min(3, len(runs))
-    rows = -(-len(runs) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 5 * rows), squeeze=False, layout="constrained")
-    for ax, (name, run) in zip(axes.flat, runs.items(), strict=False):
-        plot_confusion(ax, run["test"]["confusion"], classes, f"{name} (accuracy {run['test']['accuracy']:.3f})")
-    for ax in axes.flat[len(runs) :]:
-        ax.remove()
-    step.figure(fig, "confusion", "Confusion matrices: colour is the share of the true class, numbers are clips")
-
-
-def answer_questions(step, runs, lstms):
-    """The lab's five questions, answered with these models' numbers."""
-    tests = {name: runs[name]["test"] for name in [*lstms, "majority", "svm"]}
-    best = max(lstms, key=lambda name: tests[name]["macro_f1"])
-    gaps = {name: tests[name]["accuracy"] - tests[name]["macro_f1"] for name in lstms}
-    widest = max(gaps, key=gaps.get)
-    per_class = pd.DataFrame(tests[best]["per_class"]).T
-    lopsided = (per_class["precision"] - per_class["recall"]).abs().idxmax()
-    weak, row, wide = per_class["f1"].idxmin(), per_class.loc[lopsided], pd.DataFrame(tests[widest]["per_class"]).T
-    missed = wide.index[wide["recall"] == 0].tolist()
-    one = tests[best]
-    step.heading("6. What the metrics mean")
-    step.text(f"""
-**What information do accuracy, precision, recall and F1 give?** Accuracy is the share of clips whose genre is right:
-{one['accuracy']:.3f} for `{best}`. For one class, precision is the share of right ones among the clips *called* by its name,
-recall the share found among the clips that *are* of it, and F1 their harmonic mean, which is low as soon as one of them is.
-`{best}` on {lopsided}: precision {row['precision']:.3f}, recall {row['recall']:.3f}, F1 {row['f1']:.3f}
-({'it finds most of what is there and calls too much by that name' if row['recall'] > row['precision'] else 'what it calls so mostly is so, and it misses many'}).
-Its hardest class is {weak} (F1 {per_class.loc[weak, 'f1']:.3f}).
-
-**What do micro and macro averages give?** Macro takes the mean over classes, so each class counts the same however small
-it is: {one['macro_f1']:.3f}. Micro pools all decisions before dividing, so each clip counts the same; with one label per
-clip every false positive of one class is a false negative of another, so micro precision, recall and F1 are all equal to
-accuracy: {one['micro_precision']:.3f}, {one['micro_recall']:.3f}, {one['micro_f1']:.3f}.
-
-**When do accuracy and F1 differ much?** When the model serves large classes and neglects small ones. Extreme case here: always
-answering the commonest class has accuracy {tests['majority']['accuracy']:.3f} and macro-F1 {tests['majority']['macro_f1']:.3f}. Among the LSTMs
-the widest gap is `{widest}`'s: {tests[widest]['accuracy']:.3f} against {tests[widest]['macro_f1']:.3f}
-({f"it never finds {', '.join(missed)}" if missed else "no class is missed altogether, some are much weaker than others"}).
-
-**When do micro and macro F1 differ much?** In the same case, since micro-F1 is accuracy here: class sizes are unequal (from
-{int(per_class['support'].min())} to {int(per_class['support'].max())} test clips) and the score depends on the class. For `{best}` the difference is
-{one['micro_f1'] - one['macro_f1']:+.3f}; if small classes are the easy ones it turns negative.
-
-**Are there tasks where precision matters more than recall, or the opposite? Is a good accuracy or F1 then enough?** Yes. A
-playlist by genre wants precision: one metal song in the lullabies is worse than a lullaby left out. A search for copyright
-claims or for an illness wants recall: what is missed is the harm. Then one number that mixes both does not choose the model:
-`{best}` on {lopsided} would serve one of the two uses far better than the other, at one and the same F1. One fixes the error that
-matters (say recall of at least .9) and compares the rest, or moves the decision threshold, and looks at the confusion matrix.
-
-**Our choice for this task: macro-F1.** Genres matter equally and their sizes do not, and it exposes the collapse onto common
-classes that accuracy hides. Differences smaller than the intervals above are not taken for real.
+# %% 6a. Accuracy
+# The share of clips whose class is answered right, on both test sets.
+step.heading("6a. Accuracy")
+sizes = " and ".join(f"{len(true[set_name])} clips ({set_name})" for set_name in SETS)
+intervals_say = f"{sizes}; 95% intervals over test clips, for one training seed"
+step.table(
+    both_sets(lambda s: {"accuracy": with_interval(s, "accuracy")}),
+    f"Accuracy on the test sets: {intervals_say}",
+)
+step.figure(
+    plot_both_sets("accuracy", "Accuracy"),
+    "accuracy",
+    "Accuracy of every model on both test sets; pale: input of the kind it was not trained on",
+)
+step.text("""
+    `full` is fma_genre_spectrograms, `beat` is fma_genre_spectrograms_beat. Models named `beat_...`
+    were trained on beats, the other LSTMs on frames; on the other set each hears input that it was
+    not trained on. An LSTM of frames is told of every step the mean, the spread and the change
+    within its 8 frames; on beats a step is a single column, whose spread is 0, a value that
+    training steps hardly have and that the normalisation turns into one constant per band; the
+    change is from beat to beat, and the clip is heard whole, not in windows. `majority` answers the
+    commonest training class; `svm` and `beat_svm` are support vector machines on statistics of the
+    bands, each tested on its own kind of input. The LSTMs' scores include label smoothing .1 in
+    training, a running average of the weights, answers averaged over overlapping windows (of
+    frames), and logit adjustment: half the log of each class's prior is subtracted from its logit
+    (Menon et al., 2021). The support vector machines have none of these.
 """)
+if step.args.ensemble:
+    step.text("""
+        `lstm_ensemble` is the mean of all LSTMs' log-probabilities. Each of them heard the
+        clip in its own kind of input; the row stands under `full`.
+    """)
 
+# %% 6b. Precision, recall and F1 of each class
+# The lab: sklearn's classification_report, for each model on each test set. It leaves out
+# the micro average where every clip has one label and prints accuracy, its equal (6d).
+step.heading("6b. Precision, recall and F1 of each class")
+for (name, set_name), table in answers.items():
+    report = classification_report(
+        true[set_name][table.index],
+        table.columns[table.to_numpy().argmax(1)],
+        labels=classes,
+        digits=3,
+        zero_division=0,
+    )
+    step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report.rstrip()}\n```")
+shown = [name for name in own_set if name != "majority"]
+n_rows = -(-len(shown) // 3)
+fig, axes = plt.subplots(n_rows, 3, figsize=(15.6, 5 * n_rows), layout="constrained")
+for ax, name in zip(axes.flat, shown, strict=False):
+    own = scores[name, own_set[name]]
+    plot_confusion(ax, own["confusion"], classes, f"{name}, {own_set[name]} test set")
+for ax in axes.flat[len(shown) :]:
+    ax.remove()
+step.figure(
+    fig,
+    "confusion",
+    "Confusion matrices, each model on its own kind of input: colour is the share of the true "
+    "class, numbers are clips",
+)
 
-if __name__ == "__main__":
-    metrics = run_main(main)
+# %% 6c. Macro averages
+# The mean over the classes: each class counts the same, however few clips it has.
+step.heading("6c. Macro-averaged precision, recall and F1")
+step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
+step.figure(
+    plot_both_sets("macro_f1", "Macro-F1"),
+    "macro_f1",
+    f"Macro-F1 on the test sets; pale: input of the kind it was not trained on; {intervals_say}",
+)
+
+# %% 6d. Micro averages
+# All decisions are pooled before dividing: each clip counts the same. A clip has one label
+# and gets one answer, so every false positive of one class is a false negative of another,
+# and the three micro averages are one number, the accuracy.
+step.heading("6d. Micro-averaged precision, recall and F1")
+step.table(both_sets(lambda s: {name: s[f"micro_{name}"] for name in METRICS}), "Micro averages")
+
+# %% 6. What the metrics mean
+# The lab's five questions. What a metric is and tells holds for every run; the numbers in
+# between are this run's, to be looked at while answering in own words.
+one = scores[best, own_set[best]]
+lowest = scores["majority", "full"]
+per_class = pd.DataFrame(one["per_class"]).T
+lopsided = (per_class["precision"] - per_class["recall"]).abs().idxmax()
+row, weakest = per_class.loc[lopsided], per_class["f1"].idxmin()
+gaps = {
+    name: scores[name, own_set[name]]["accuracy"] - scores[name, own_set[name]]["macro_f1"]
+    for name in models
+}
+widest = max(gaps, key=lambda name: abs(gaps[name]))
+step.heading("6. What the metrics mean")
+step.text(f"Numbers of `{best}`, the best LSTM on validation clips, on its own test set.")
+step.text(f"""
+**What information do accuracy, precision, recall and F1 give?** Accuracy is the share of clips
+whose genre is right: {one["accuracy"]:.3f}. For one class, precision is the share of right ones
+among the clips *called* by its name, recall the share found among the clips that *are* of it, and
+F1 their harmonic mean, which is low as soon as one of them is. They lie furthest apart for
+{lopsided}: precision {row["precision"]:.3f}, recall {row["recall"]:.3f}, F1 {row["f1"]:.3f}.
+The class with the lowest F1 is {weakest}: {per_class.loc[weakest, "f1"]:.3f}.
+
+**What information do micro and macro averages give?** Macro takes the mean over classes, so each
+class counts the same however small it is: F1 {one["macro_f1"]:.3f}. Micro pools all decisions
+before dividing, so each clip counts the same; with one label per clip micro precision, recall and
+F1 all equal the accuracy: {one["micro_precision"]:.3f}, {one["micro_recall"]:.3f},
+{one["micro_f1"]:.3f}.
+
+**When do accuracy and F1 differ much?** Above all when a model serves large classes and neglects
+small ones: accuracy hardly notices, macro-F1 does. The extreme case, always answering {commonest},
+has accuracy {lowest["accuracy"]:.3f} and macro-F1 {lowest["macro_f1"]:.3f}. Among the LSTMs the two
+numbers lie furthest apart for `{widest}`: accuracy minus macro-F1 is {gaps[widest]:+.3f}.
+
+**When do micro and macro F1 differ much?** Micro-F1 is accuracy here, so above all in the same
+case: class sizes are unequal (from {per_class["support"].min():.0f} to
+{per_class["support"].max():.0f} test clips) and F1 depends on the class. Large classes carry the
+micro average, all alike the macro average: micro minus macro is {
+    one["micro_f1"] - one["macro_f1"]:+.3f}.
+
+**Are there tasks where precision matters more than recall, or the opposite? Is a good accuracy or
+F1 then enough?** Yes, and no. A playlist by genre wants precision: one metal song among the
+lullabies is worse than a lullaby left out. A search for copyright infringements or for an illness
+wants recall: what is missed is the harm. One number that mixes both cannot choose the model then.
+One fixes the error that matters (say recall of at least .9) and compares the rest, or moves the
+decision threshold, and looks at the confusion matrix.
+
+**Which one for this task?** These scripts choose by macro-F1: the genres matter equally and their
+sizes differ, and it exposes the collapse onto common classes that accuracy hides.
+""")
+runs = {
+    name: {"val": {"macro_f1": val[name]} if name in val else {}, "test": scores[name, own]}
+    for name, own in own_set.items()
+}
+other = {name: scores[name, s] for name, s in scores if name in models and s != own_set[name]}
+step.finish(runs, other_test_set=other, best_by_validation=best)

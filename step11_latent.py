@@ -8,15 +8,18 @@ the LSTM that did worst; d) other methods (t-SNE, UMAP), and which works better.
     python step11_latent.py
 
 Input: the checkpoints of steps 5 and 7 (missing ones are trained here), the genre test
-set. Output, in outputs/step11_latent/: latent_<run>.npz per model, the maps, measures of
-separation and the answers (summary.md, metrics.json).
+set; the package umap-learn, where it is installed. Output, in outputs/step11_latent/:
+latent_<run>.npz per model (vectors, labels, ids, classes), the maps, measures of
+separation (summary.md, metrics.json).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch
 2.13.0: k-NN accuracy in the latent space CNN .535, best LSTM .503, worst LSTM .325
-(untrained .27 to .34); 16 s.
+(untrained .27 to .34).
 """
 
+# %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
 import importlib.util
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,122 +27,119 @@ import pandas as pd
 import torch
 from scipy.stats import mode
 from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE, trustworthiness
+from sklearn.manifold import TSNE, Isomap, trustworthiness
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
 
 from common import (
     COLORS,
-    GENRE_RUNS,
+    LSTM_RUNS,
     MARKERS,
     InputError,
     Step,
+    adjust_logits,
     bootstrap,
     build_model,
     classification_scores,
-    even_out,
+    clip_ids,
+    difference_line,
     genre_model,
-    load_checkpoint,
-    load_genre_test,
-    make_loader,
-    make_parser,
+    load_test,
     model_spec,
-    parse_args,
     plot_scores,
     predict,
-    run_main,
     seed_everything,
+    with_interval,
     write_bytes,
-)  # fmt: skip
+)
 
-LSTMS = [name for name, run in GENRE_RUNS.items() if run.network == "lstm" and not run.plain]
-N_NEIGHBOURS = 5  # whose majority decides in the k-NN measure
+N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness looks at
 
+step = Step("step11_latent", __doc__)
 
-def main(argv=None):
-    args = parse_args(make_parser(__doc__), argv)
-    step = Step("step11_latent", args)
-
-    # Best and worst LSTM by the validation score kept in the checkpoints: the test scores
-    # belong to the very clips that are shown here.
-    found = {name: genre_model(step, name) for name in [*LSTMS, "cnn_mel"]}
-    val = {name: load_checkpoint(path)["val_score"] for name, (_, _, path) in found.items()}
-    worst, *_, best = sorted(LSTMS, key=val.get)
-    roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}
-
-    # a) One vector per test clip, before the output layer, kept with its label and id.
-    latent = {name: latent_vectors(step, *found[name][:2]) for name in roles}
-    runs = {}
-    for name, clips in latent.items():
-        check_size(step, clips["labels"])
-        logits = clips.pop("logits")
-        runs[name] = {"val": {"macro_f1": val[name]}, "test": classification_scores(clips["labels"], logits.argmax(1), clips["classes"].tolist())}
-        write_bytes(step.folder / f"latent_{name}.npz", lambda file, clips=clips: np.savez_compressed(file, **clips))
-
-    # b), c), d) Every method on every model, and what separation is left in the plane. The
-    # same networks with random weights show how much of it is in the input already.
-    maps, explained, measures, trust = {}, {}, {}, {}
-    for name, clips in latent.items():
-        x = scaled(clips["vectors"])
-        maps[name], explained[name] = project(x, args.seed)
-        measures[name] = {space: separation(points, clips["labels"]) for space, points in ({"full space": x} | maps[name]).items()}
-        # How far neighbours in the map are neighbours in the full space (Venna & Kaski, 2001).
-        trust[name] = {method: trustworthiness(x, points, n_neighbors=min(N_NEIGHBOURS, (len(x) - 1) // 2)) for method, points in maps[name].items()}
-        seed_everything(args.seed)
-        untrained = latent_vectors(step, build_model(model_spec(found[name][0])).to(step.device), found[name][1])
-        measures[name]["full space, untrained"] = separation(scaled(untrained["vectors"]), untrained["labels"])
-
-    report_maps(step, roles, latent, maps, explained, val)
-    kept = report_separation(step, roles, runs, measures, explained, trust)
-    answer_questions(step, roles, latent, measures, explained, kept)
-    return step.finish(runs, roles=roles, separation=kept)
+# %% 11a. The vectors before the output layer, with their genres
+# The lab: the best LSTM of step 5 and the CNN of step 7; one vector per clip of the genre
+# test set and its label, as a new dataset. Best and worst LSTM go by the validation score in
+# their checkpoints: the test scores belong to the very clips that are shown here. A model
+# trained on beats hears the same clips beat-synchronised, the only input it knows.
+step.heading("11a. The vectors before the output layer, with their genres")
+models = {name: genre_model(step, name) for name in [*LSTM_RUNS, "cnn_mel"]}
+val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
+worst, *_, best = sorted(LSTM_RUNS, key=val.get)
+roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}
 
 
-def latent_vectors(step, model, settings) -> dict:
+def latent_vectors(model, settings):
     """What a model's output layer gets for every test clip, averaged over the clip's windows.
 
     Returns
     -------
     dict of np.ndarray
-        vectors (N, feature_size), labels (N,) class numbers, ids (N,), classes (K,);
-        logits (N, K), the output layer's answer to these very vectors.
+        vectors (N, feature_size), labels (N,) class numbers, ids (N,), classes (K,)
+    test_set : str, folder that the clips were read from
     """
-    test = load_genre_test(step.data, settings, device=step.device, skip_bad=step.args.skip_bad, allow_leak=step.args.allow_leak)
-    # predict averages the outputs of windows. The output layer is linear, so its answer to
-    # the average vector is the average answer that steps 6 and 7 score.
-    vectors, labels = predict(model.backbone, make_loader(test, 64), step.device, settings["window"])
-    with torch.no_grad():
-        logits = even_out(model.eval().head(vectors.to(step.device)).cpu(), settings["shares"])
-    ids = np.array([entry.clip_id for entry in test.store.entries])
-    return {"vectors": vectors.numpy(), "labels": labels.numpy(), "ids": ids, "classes": np.array(settings["classes"]), "logits": logits.numpy()}
+    test = load_test(step.source, settings)
+    loader = DataLoader(test, 64)
+    vectors, labels = predict(model.backbone, loader, step.device, settings["window"])
+    found = {"vectors": vectors.numpy(), "labels": labels.numpy()}
+    found |= {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
+    return found, test.store.entries[0].path.parts[-3]
 
 
-def check_size(step, labels):
-    """k-NN needs more clips than neighbours, a silhouette classes of several clips."""
+latent, runs, table = {}, {}, {}
+for name, role in roles.items():
+    model, settings = models[name].model, models[name].settings
+    latent[name], test_set = latent_vectors(model, settings)
+    labels, classes = latent[name]["labels"], list(latent[name]["classes"])
     n_classes = len(np.unique(labels))
-    if not (len(labels) > N_NEIGHBOURS and 2 <= n_classes < len(labels)):
-        raise InputError(f"{step.data}: {len(labels)} genre test clips of {n_classes} classes are too few to show how classes separate; add test clips")
+    if not (len(labels) > 2 * N_NEIGHBOURS and 2 <= n_classes < len(labels)):
+        fault = f"{len(labels)} genre test clips of {n_classes} classes are too few"
+        raise InputError(f"{step.source.root}: {fault} to show how classes separate; add some")
+    path, clips = step.folder / f"latent_{name}.npz", latent[name]
+    write_bytes(path, lambda file, clips=clips: np.savez_compressed(file, **clips))
+    # The output layer is linear: what it says of a clip's mean vector is its mean answer.
+    with torch.no_grad():
+        logits = model.eval().head(torch.tensor(latent[name]["vectors"], device=step.device))
+    answers = adjust_logits(logits.cpu(), settings["priors"]).argmax(1).numpy()
+    scores = classification_scores(labels, answers, classes)
+    runs[name] = {"val": {"macro_f1": val[name]}, "test": scores}
+    table[role] = {
+        "run": name,
+        "test set": test_set,
+        "clips": len(labels),
+        "numbers per clip": latent[name]["vectors"].shape[1],
+        "val macro-F1": val[name],
+        "accuracy of its output layer": with_interval(scores, "accuracy"),
+    }
+step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
+step.text(f"""
+The test set that the lab names is `fma_genre_spectrograms`. A model trained on beats
+(`beat_...`) is shown the same clips from `fma_genre_spectrograms_beat`: it has never heard frames.
+Validation macro-F1 of all that were to choose from, each the best of its last epochs on
+{models[best].facts["n_val"]} validation clips: LSTMs that lie close may change places with the
+seed.
+""")
+step.table(pd.Series(val, name="val macro-F1").sort_values().to_frame().rename_axis("run"))
+
+# %% 11b. PCA of the vectors: best LSTM and CNN
+# The lab: PCA, a picture of each model's space, how far the classes separate in it. Each
+# dimension is brought to mean 0 and standard deviation 1 first, so that none weighs more for its
+# unit (PCA of the correlation matrix). A plane cannot hold a space of hundreds of dimensions, so
+# separation is also measured in the full space: which class have a clip's five nearest others?
+# The same network with random weights tells how much of that the input brings by itself.
+step.heading("11b. PCA of the vectors: best LSTM and CNN")
 
 
+# The measures and the picture, which 11c and 11d use again.
 def scaled(vectors):
-    """Each dimension to mean 0 and standard deviation 1: the maxima would drown the means."""
+    """Each dimension to mean 0 and standard deviation 1."""
     return StandardScaler().fit_transform(vectors)
 
 
-def project(x, seed):
-    """Scaled vectors (N, D) -> {method: (N, 2)}, and the share of variance of every PCA axis."""
-    pca = PCA(svd_solver="full").fit(x)
-    maps = {"PCA": pca.transform(x)[:, :2], "t-SNE": TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=seed).fit_transform(x)}
-    if importlib.util.find_spec("umap"):
-        import umap
-
-        maps["UMAP"] = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
-    return maps, pca.explained_variance_ratio_
-
-
-def separation(points, labels) -> dict:
-    """How far apart the classes lie among points.
+def separation(points, labels):
+    """How far apart classes lie among points.
 
     Parameters
     ----------
@@ -148,113 +148,188 @@ def separation(points, labels) -> dict:
 
     Returns
     -------
-    dict
-        guesses (N,), what the majority of a clip's 5 nearest others says of its class;
-        hits (N,), whether that is right; silhouette, the mean over clips, in [-1, 1].
+    hits : np.ndarray of bool [shape=(N,)]
+        Whether the commonest class among a clip's nearest others, itself left out, is its own.
+    facts : dict of knn_accuracy, knn_accuracy_ci95, silhouette
     """
-    # kneighbors without an argument leaves each clip itself out: leave-one-out.
-    neighbours = NearestNeighbors(n_neighbors=N_NEIGHBOURS).fit(points).kneighbors(return_distance=False)
-    guesses = mode(labels[neighbours], axis=1).mode
-    return {"guesses": guesses, "hits": guesses == labels, "silhouette": float(silhouette_score(points, labels))}
+    near = NearestNeighbors(n_neighbors=N_NEIGHBOURS).fit(points).kneighbors(return_distance=False)
+    hits = mode(labels[near], axis=1).mode == labels
+    facts = {"knn_accuracy": hits.mean()}
+    facts["knn_accuracy_ci95"] = bootstrap(lambda i: hits[i].mean(), len(hits))
+    return hits, facts | {"silhouette": float(silhouette_score(points, labels))}
 
 
-def report_maps(step, roles, latent, maps, explained, val):
-    """a), b), d): one row of maps per model, one colour and mark per genre."""
-    step.heading("11a, b, d. Latent vectors of the genre test set")
-    step.text(f"One vector per test clip ({len(latent['cnn_mel']['labels'])} clips), taken just before the output layer: " + ", ".join(
-        f"{role} `{name}` (validation macro-F1 {val[name]:.3f}, {latent[name]['vectors'].shape[1]} numbers per clip)" for name, role in roles.items())
-        + ". Best and worst LSTM are chosen by validation macro-F1: " + ", ".join(f"`{name}` {val[name]:.3f}" for name in LSTMS) + ".")  # fmt: skip
-    methods = list(maps["cnn_mel"])
-    fig, axes = plt.subplots(len(roles), len(methods), figsize=(5.4 * len(methods), 4.6 * len(roles) + 0.5), squeeze=False, layout="constrained")
-    for row, (name, role) in zip(axes, roles.items(), strict=True):
-        for ax, method in zip(row, methods, strict=True):
-            for k, genre in enumerate(latent[name]["classes"]):
-                points = maps[name][method][latent[name]["labels"] == k]
-                # More classes than colours (--no-merge): the second round has other marks.
-                ax.scatter(*points.T, s=24, color=COLORS[k % 10], marker=MARKERS[(k + k // 10) % 10], edgecolor="black", linewidth=0.3, label=genre)
-            share = [f" ({value:.0%} of variance)" if method == "PCA" else "" for value in explained[name][:2]]
-            ax.set(xlabel=f"{method} axis 1{share[0]}", ylabel=f"{method} axis 2{share[1]}", title=f"{role}, {name}: {method}")
+def plot_maps(panels, n_columns):
+    """Clips as points, one colour and mark per genre.
+
+    panels : list of (title, names of the two axes, run, points (N, 2)), row by row
+    """
+    n_rows = -(-len(panels) // n_columns)
+    size = (5.4 * n_columns, 4.6 * n_rows + 0.5)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, (x, y), run, points) in zip(axes.flat, panels, strict=True):
+        for k, genre in enumerate(latent[run]["classes"]):
+            # More classes than colours (--no-merge): the second round has other marks.
+            mark = {"color": COLORS[k % 10], "marker": MARKERS[(k + k // 10) % 10]}
+            rows = latent[run]["labels"] == k
+            ax.scatter(*points[rows].T, s=24, edgecolor="black", linewidth=0.3, label=genre, **mark)
+        ax.set(title=title, xlabel=x, ylabel=y)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    step.figure(fig, "maps", "The test clips by genre. Rows: models; columns: methods. In t-SNE and UMAP only what is near is to be read, not large distances")
+    return fig
 
 
-def report_separation(step, roles, runs, measures, explained, trust) -> dict:
-    """b), c), d): separation in numbers as table and figure; returns what metrics.json keeps."""
-    kept, table = {}, {}
-    for name in roles:
-        kept[name] = {"pca_variance_2d": explained[name][:2].sum(), "pca_axes_for_90": int((explained[name].cumsum() < 0.9).sum() + 1)}
-        for space, values in measures[name].items():
-            hits = values["hits"]
-            kept[name][space] = {"knn_accuracy": hits.mean(), "knn_accuracy_ci95": bootstrap(lambda i, hits=hits: hits[i].mean(), len(hits)),
-                                 "silhouette": values["silhouette"]}  # fmt: skip
-        for method, value in trust[name].items():
-            kept[name][method]["trustworthiness"] = value
-        table[name] = {"output layer's accuracy": f"{runs[name]['test']['accuracy']:.3f}"}
-        table[name] |= {f"k-NN, {space}": f"{kept[name][space]['knn_accuracy']:.3f}" for space in measures[name]}
-        table[name] |= {f"silhouette, {space}": f"{kept[name][space]['silhouette']:+.3f}" for space in measures[name]}
-        table[name] |= {f"trustworthiness, {method}": f"{value:.3f}" for method, value in trust[name].items()}
-        table[name] |= {"variance on 2 PCA axes": f"{kept[name]['pca_variance_2d']:.1%}", "PCA axes for 90% of it": kept[name]["pca_axes_for_90"]}
-    step.heading("11b, c, d. Separation in numbers")
-    step.table(pd.DataFrame(table).rename_axis("measure"), "Separation of the genres in the full space and in the plane")
-    step.text(f"k-NN: share of clips whose {N_NEIGHBOURS} nearest others mostly are of their class (leave-one-out; the commonest class alone would give "
-              f"{max(test['support'] for test in runs['cnn_mel']['test']['per_class'].values()) / runs['cnn_mel']['test']['n_clips']:.3f}). Silhouette: the distance to the "
-              "nearest other class against that to the own class; 1 far apart, 0 touching, negative inside the other. Trustworthiness: how far neighbours in the map are neighbours in the full "
-              "space, at best 1. Untrained: the same network with random weights.")  # fmt: skip
-    bars = {f"{name}: {space}": kept[name][space] for name in roles for space in measures[name]}
-    fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
-    plot_scores(ax, list(bars), [bar["knn_accuracy"] for bar in bars.values()], [bar["knn_accuracy_ci95"] for bar in bars.values()], "k-NN accuracy, leave-one-out (line: 95% interval)")
-    step.figure(fig, "knn_accuracy", "How well a clip's neighbours tell its genre")
-    return kept
+def pca_panel(title, run, vectors):
+    """A panel of `plot_maps`, its axes named with their share of the variance."""
+    pca = PCA(n_components=2, svd_solver="full").fit(vectors)
+    shares = pca.explained_variance_ratio_
+    axes = [f"PCA axis {i} ({share:.0%} of variance)" for i, share in enumerate(shares, start=1)]
+    return title, axes, run, pca.transform(vectors)
 
 
-def answer_questions(step, roles, latent, measures, explained, kept):
-    """b), c), d) in sentences that follow from the numbers."""
-    best, cnn, worst = roles
-    classes, labels = latent[cnn]["classes"], latent[cnn]["labels"]
+# %% 11b. The pictures and the numbers
+# The worst LSTM is measured along with the two; it is shown under 11c.
+spaces = {name: scaled(clips["vectors"]) for name, clips in latent.items()}
+untrained, hits, kept = {}, {}, {}
+for name in roles:
+    seed_everything(step.args.seed)
+    twin = build_model(model_spec(models[name].model)).to(step.device)
+    untrained[name] = scaled(latent_vectors(twin, models[name].settings)[0]["vectors"])
+    shares = PCA(svd_solver="full").fit(spaces[name]).explained_variance_ratio_
+    kept[name] = {"pca_variance_2d": shares[:2].sum()}
+    kept[name]["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
+    hits[name], kept[name]["full space"] = separation(spaces[name], latent[name]["labels"])
+    _, kept[name]["full space, untrained"] = separation(untrained[name], latent[name]["labels"])
+    _, kept[name]["PCA"] = separation(pca_panel("", name, spaces[name])[3], latent[name]["labels"])
 
-    def compare(first, second, space="full space"):
-        """Difference of two models' k-NN accuracy on the same clips, in words."""
-        # By id: the label files of frames and of beats need not be in the same order.
-        _, i, j = np.intersect1d(latent[first]["ids"], latent[second]["ids"], return_indices=True)
-        gain = measures[first][space]["hits"][i].astype(float) - measures[second][space]["hits"][j]
-        low, high = bootstrap(lambda rows: gain[rows].mean(), len(gain))
-        verdict = "more" if low > 0 else "less" if high < 0 else "not shown to be more or less"
-        return f"`{first}` is {verdict} separated than `{second}` (k-NN {gain.mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}])"
-
-    per_class = pd.DataFrame({name: {genre: measures[name]["full space"]["hits"][latent[name]["labels"] == k].mean() for k, genre in enumerate(classes)
-                                     if (latent[name]["labels"] == k).any()} for name in roles})  # fmt: skip
-    step.table(per_class.rename_axis("class"), "Share of each class's clips whose nearest others in the full space are mostly of their class")
-    guesses = measures[cnn]["full space"]["guesses"]
-    mixed = pd.Series([f"{classes[a]} among {classes[b]}" for a, b in zip(labels, guesses, strict=True) if a != b]).value_counts()
-    easy, hard = per_class[cnn].idxmax(), per_class[cnn].idxmin()
-    maps = list(measures[cnn])[1:-1]  # between the full space and the untrained one
-    mean = {key: {space: np.mean([kept[name][space][key] for name in roles]) for space in maps} for key in ("knn_accuracy", "silhouette", "trustworthiness")}
-    winner = {key: max(choices, key=choices.get) for key, choices in mean.items()}
-
-    def knn(name):
-        return "; ".join(f"{space} {kept[name][space]['knn_accuracy']:.3f}" for space in measures[name])
-
-    step.heading("Answers")
-    step.text(f"""
-**b) How much are the classes separated, and how do the models' spaces compare?** k-NN accuracy of `{best}`: {knn(best)}.
-Of `{cnn}`: {knn(cnn)}. In the full space {compare(cnn, best)}. The mean silhouette in the full space is
-{kept[best]['full space']['silhouette']:+.3f} for `{best}` and {kept[cnn]['full space']['silhouette']:+.3f} for `{cnn}`: genres
-{'form groups with overlap' if min(kept[name]['full space']['silhouette'] for name in (best, cnn)) > 0 else 'overlap, at least in one of the two, rather than form islands'}.
-For the CNN, {easy} is the most separate class ({per_class.loc[easy, cnn]:.0%} of its clips lie among their own) and {hard} the least
-({per_class.loc[hard, cnn]:.0%}); most often{f' lies {mixed.index[0]} ({mixed.iloc[0]} clips)' if len(mixed) else ' nothing is mixed up'}. The first two PCA axes hold
-{kept[best]['pca_variance_2d']:.0%} of `{best}`'s variance and {kept[cnn]['pca_variance_2d']:.0%} of `{cnn}`'s, whose 90% need {kept[best]['pca_axes_for_90']} and {kept[cnn]['pca_axes_for_90']} axes.
-
-**c) The worst LSTM, `{worst}`.** In the full space {compare(best, worst)}; the silhouette is {kept[best]['full space']['silhouette']:+.3f} against
-{kept[worst]['full space']['silhouette']:+.3f}. Against its own untrained twin, training brought `{worst}` {kept[worst]['full space']['knn_accuracy'] - kept[worst]['full space, untrained']['knn_accuracy']:+.3f}
-of k-NN accuracy, `{best}` {kept[best]['full space']['knn_accuracy'] - kept[best]['full space, untrained']['knn_accuracy']:+.3f} and `{cnn}` {kept[cnn]['full space']['knn_accuracy'] - kept[cnn]['full space, untrained']['knn_accuracy']:+.3f}.
-
-**d) Which method works better here?** Mean over the three models: """ + "; ".join(
-        f"{space} k-NN {mean['knn_accuracy'][space]:.3f}, silhouette {mean['silhouette'][space]:+.3f}, trustworthiness {mean['trustworthiness'][space]:.3f}" for space in maps)
-        + f""". By k-NN {winner['knn_accuracy']}, by silhouette {winner['silhouette']}, by trustworthiness {winner['trustworthiness']} is best.
-PCA is linear, the same at every run and its axes have a size in variance; in {' and '.join(maps[1:])} neighbours come first and large
-distances are given up: groups can be looked for there, but not how far apart they are.
-""")  # fmt: skip
+panels = [pca_panel(f"{roles[name]}, {name}", name, spaces[name]) for name in (best, "cnn_mel")]
+caption = "The test clips by genre on the first two PCA axes (beat models: beat test set)"
+step.figure(plot_maps(panels, 2), "pca", caption)
 
 
-if __name__ == "__main__":
-    metrics = run_main(main)
+def separation_table(names):
+    """The measures of some models as a table, a column per model."""
+    columns = {}
+    for name in names:
+        facts = kept[name]
+        column = columns[f"{roles[name]}, {name}"] = {}
+        for space in ("full space", "full space, untrained", "PCA"):
+            column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
+            column[f"silhouette, {space}"] = f"{facts[space]['silhouette']:+.3f}"
+        column["variance on 2 PCA axes"] = f"{facts['pca_variance_2d']:.1%}"
+        column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
+    return pd.DataFrame(columns).rename_axis("measure")
+
+
+def class_table(names):
+    """Share of each class's clips among their own in the full space, a column per model."""
+    table = {}
+    for name in names:
+        genres = latent[name]["classes"][latent[name]["labels"]]
+        table[f"{roles[name]}, {name}"] = pd.Series(hits[name]).groupby(genres).mean()
+    return pd.DataFrame(table).rename_axis("class")
+
+
+def knn_difference(first, second):
+    """5-NN accuracy in the full space, one model minus another on the same clips, as a line."""
+    one, other = (
+        pd.Series(hits[name].astype(float), latent[name]["ids"]) for name in (first, second)
+    )
+    gain = (one - other).dropna().to_numpy()  # pandas subtracts by id
+    interval = bootstrap(lambda i: gain[i].mean(), len(gain))
+    facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": interval}
+    return f"5-NN in the full space, {difference_line(first, second, facts)}."
+
+
+commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
+step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and the plane's share")
+step.text(f"""
+*5-NN accuracy*: share of clips whose own class is the commonest among their {N_NEIGHBOURS} nearest
+others, the clip itself left out (a class of few test clips is hardly ever that); always naming the
+commonest class gives {commonest:.3f}. *Silhouette*: the distance to the nearest other class against
+that to the own; 1 far apart, 0 touching, negative inside the other. *Untrained*: the same network
+with one draw of random weights, its normalisation layers having seen no clip. The vectors of two
+models differ in dimension, which alone changes silhouettes: compare each with its untrained twin
+first. Intervals (95%) are over test clips, for one training seed, and approximate: a clip counts
+once as itself and again as others' neighbour.
+""")
+step.text(knn_difference("cnn_mel", best))
+caption = "Share of each class's clips whose own class is the commonest among their nearest others"
+step.table(class_table([best, "cnn_mel"]), caption)
+
+# %% 11c. The same for the worst LSTM
+# The lab: is there a qualitative difference to the others? So its PCA picture stands beside
+# that of the best, and beside that of its own untrained twin: what did training move?
+step.heading("11c. The same for the worst LSTM")
+panels = [pca_panel(f"{roles[name]}, {name}", name, spaces[name]) for name in (best, worst)]
+panels.append(pca_panel(f"{worst}, untrained", worst, untrained[worst]))
+caption = "PCA of the best LSTM, of the worst, and of the worst before training (random weights)"
+step.figure(plot_maps(panels, 3), "pca_worst", caption)
+step.table(separation_table([best, worst]), "Separation of the genres, best and worst LSTM")
+step.text(knn_difference(best, worst))
+caption = "Share of each class's clips whose own class is the commonest among their nearest others"
+step.table(class_table([best, worst]), caption)
+
+# %% 11d. More methods of dimensionality reduction
+# The lab: t-SNE and others; which works better for these data? So that this can be answered by
+# one number, the criterion is named before methods are compared, and it does not know the genres: a
+# map that pulls apart what the network does not separate would be no better.
+step.heading("11d. More methods of dimensionality reduction")
+step.text(f"""
+Criterion, named in advance: *trustworthiness* (Venna & Kaski, 2001), how far a clip's
+{N_NEIGHBOURS} neighbours in the map are its neighbours in the full space; at best 1. PCA is linear
+and the same at every run. Isomap keeps distances along the graph of neighbours. t-SNE and UMAP keep
+who is near whom and give up large distances: groups can be looked for, but not how far apart or how
+large they are. The criterion rewards methods made to keep near neighbours and says nothing of large
+distances, which PCA keeps best. t-SNE and UMAP are shown for one random start. (Tenenbaum et al.,
+2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
+""")
+# Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
+warnings.filterwarnings("ignore", "The number of connected components")
+n_clips = min(map(len, spaces.values()))
+methods = {
+    "PCA": PCA(n_components=2, svd_solver="full"),
+    "Isomap": Isomap(n_neighbors=min(10, n_clips - 1), eigen_solver="dense"),
+    "t-SNE": TSNE(perplexity=min(30, (n_clips - 1) / 3), random_state=step.args.seed),
+}
+if importlib.util.find_spec("umap"):
+    from umap import UMAP
+
+    near = min(15, n_clips - 1)
+    methods["UMAP"] = UMAP(n_neighbors=near, random_state=step.args.seed, n_jobs=1)
+else:
+    step.text("UMAP is missing from what follows: install `umap-learn` and run this step again.")
+
+# %% 11d. Every method on every model: the criterion, and what is left of the classes
+panels, trust, knn = [], {}, {}
+for name, role in roles.items():
+    for method, estimator in methods.items():
+        points = estimator.fit_transform(spaces[name])
+        axes = (f"{method} axis 1", f"{method} axis 2")
+        panels.append((f"{role}, {name}: {method}", axes, name, points))
+        _, facts = separation(points, latent[name]["labels"])
+        faithful = trustworthiness(spaces[name], points, n_neighbors=N_NEIGHBOURS)
+        facts["trustworthiness"] = faithful
+        kept[name][method] = facts
+        trust.setdefault(method, {})[role] = facts["trustworthiness"]
+        knn.setdefault(method, {})[role] = facts["knn_accuracy"]
+table = pd.DataFrame(trust).T.rename_axis("method")
+table["mean"] = table.mean(axis=1)
+step.table(table, "The criterion: trustworthiness of the map")
+caption = "Besides, no criterion: 5-NN accuracy among the points of the map"
+step.table(pd.DataFrame(knn).T.rename_axis("method"), caption)
+caption = (
+    "The test clips by genre (beat models: beat test set). Rows: models; columns: methods. The "
+    "axes have no unit"
+)
+step.figure(plot_maps(panels, len(methods)), "maps", caption)
+bars = {
+    f"{name}: {space}": kept[name][space]
+    for name in roles
+    for space in ("full space, untrained", "full space", *methods)
+}
+fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
+values = [bar["knn_accuracy"] for bar in bars.values()]
+intervals = [bar["knn_accuracy_ci95"] for bar in bars.values()]
+plot_scores(ax, list(bars), values, intervals, "5-NN accuracy, leave-one-out (line: 95% interval)")
+step.figure(fig, "knn_accuracy", "How well a clip's neighbours tell its genre, in space and maps")
+step.finish(runs, roles=roles, separation=kept, criterion="trustworthiness")
