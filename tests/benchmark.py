@@ -1,8 +1,8 @@
 """How much faster than the textbook way? One table, each side in a process of its own.
 
     python tests/benchmark.py --data-dir DIR                # loading, training, inference
-    python tests/benchmark.py --data-dir DIR --to-score 10  # also: time to the textbook's best score
-                                                            # in 10 epochs (slow: some ten minutes)
+    python tests/benchmark.py --data-dir DIR --to-score 10  # also: time to the textbook's best
+                                                            # score in 10 epochs (ten minutes)
 
 Textbook: float64 arrays read one after the other and zero-padded per item; a two-layer
 bidirectional LSTM over packed sequences of all frames; a four-block CNN over the whole
@@ -11,6 +11,8 @@ the same clips; training counts the clips shown per second. Run by hand, not by 
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -63,9 +65,16 @@ class TextbookCNN(nn.Module):
         super().__init__()
         layers, channels = [], [1, 16, 32, 64, 128]
         for c_in, c_out in zip(channels[:-1], channels[1:], strict=True):
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                nn.Conv2d(c_in, c_out, 3, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         size = 128 * (n_frames // 16) * 8
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, n_classes))
+        self.net = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, n_classes)
+        )
 
     def forward(self, x, lengths):
         return self.net(x.unsqueeze(1))
@@ -106,6 +115,11 @@ def clips_per_second(work, device, repeats=3) -> float:
     return float(np.median(rates))
 
 
+def count_predicted(predict, model, clips, device, window) -> int:
+    """Predict all clips; returns how many."""
+    return len(predict(model, DataLoader(clips, 32), device, window)[0])
+
+
 def measure(side, args) -> dict:
     """All measurements of one side, in this process."""
     device = common.pick_device(args.device)
@@ -131,36 +145,52 @@ def measure(side, args) -> dict:
         data = common.SpectrogramDataset(store, targets, stats=stats)
     else:
         data = TextbookDataset(entries, targets)
-        numbers["seconds to load, first"] = numbers["seconds to load, again"] = time.perf_counter() - began
+        numbers["seconds to load, first"] = numbers["seconds to load, again"] = (
+            time.perf_counter() - began
+        )
     if args.load_only:
         return numbers
     for name in ("LSTM", "CNN"):
         if side == "ours":
-            window = common.BUDGETS[run[name].network].crop
+            window = common.window_of(run[name])
             model = common.Classifier(common.make_backbone(run[name]), len(classes)).to(device)
             fetch = torch.utils.data.Subset(data.variant(crop=window), train_idx.tolist())
             whole = torch.utils.data.Subset(data, val_idx.tolist())
-            recipe = common.Recipe(epochs=99, lr=1e-3, augment=common.make_augment(run[name], len(classes)), window=window)
+            recipe = common.Recipe(
+                epochs=99,
+                lr=1e-3,
+                augment=common.make_augment(run[name], len(classes)),
+                window=window,
+            )
             train = ours_epoch(model, fetch, recipe, device, 32)
         else:
             window = None
-            # A batch takes seconds: a rate needs no whole epoch. Packed sequences of unlike lengths take ten times as long as
-            # those of one length, and 32 of them minutes: small batches, and enough that both kinds are among them.
+            # A batch takes seconds: a rate needs no whole epoch. Packed sequences of unlike
+            # lengths take ten times as long as those of one length, and 32 of them minutes:
+            # small batches, and enough that both kinds are among them.
             n_batches, batch_size = (6, 4) if name == "LSTM" else (1, 32)
-            model = (TextbookLSTM(len(classes)) if name == "LSTM" else TextbookCNN(len(classes), data.longest)).to(device)
+            model = (
+                TextbookLSTM(len(classes))
+                if name == "LSTM"
+                else TextbookCNN(len(classes), data.longest)
+            ).to(device)
             fetch = torch.utils.data.Subset(data, train_idx.tolist())
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
             loader = DataLoader(fetch, batch_size, shuffle=True)
-            train = lambda: textbook_epoch(model, loader, optimizer, device, n_batches)  # noqa: E731, B023
+            train = functools.partial(textbook_epoch, model, loader, optimizer, device, n_batches)
             whole = torch.utils.data.Subset(data, val_idx[:32].tolist())
         predict = common.predict if side == "ours" else textbook_predict
         numbers[f"{name}: clips/s, training"] = clips_per_second(train, device)
         numbers[f"{name}: clips/s, inference"] = clips_per_second(
-            lambda: len(predict(model, DataLoader(whole, 32), device, window)[0]), device, repeats=2  # noqa: B023
-        )  # fmt: skip
+            functools.partial(count_predicted, predict, model, whole, device, window),
+            device,
+            repeats=2,
+        )
         if side == "ours" and name == "CNN":
             flops = 3 * 2 * cnn_multiplications(model.backbone, window)
-            numbers["CNN training, share of matmul peak"] = flops * numbers["CNN: clips/s, training"] / matmul_peak(device)
+            numbers["CNN training, share of matmul peak"] = (
+                flops * numbers["CNN: clips/s, training"] / matmul_peak(device)
+            )
     with open("/proc/self/status") as status:
         peak = next(line for line in status if line.startswith("VmHWM"))
     numbers["peak memory, MiB"] = int(peak.split()[1]) / 1024
@@ -169,17 +199,31 @@ def measure(side, args) -> dict:
 
 def ours_epoch(model, fetch, recipe, device, batch_size):
     """One epoch of common's own loop as a closure, so that the rate is that of the steps."""
-    loader = common.make_loader(fetch, batch_size, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=99 * len(loader))
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=common.fast_dtype(device.type) == torch.float16)
+    loader = DataLoader(fetch, batch_size, shuffle=True)
+    parts = training_parts(model, recipe.lr, 99 * len(loader), device)
 
     def epoch():
-        common._train_epoch(model, average, loader, nn.CrossEntropyLoss(), recipe, optimizer, schedule, scaler, device, 1)
+        common.train_epoch(loader, parts, recipe, device, 1)
         return len(fetch)
 
     return epoch
+
+
+def training_parts(model, lr, n_steps, device) -> dict:
+    """What common.train_epoch works with, as common.fit makes it."""
+    swa, kind = torch.optim.swa_utils, torch.device(device).type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    half = common.fast_dtype(kind) == torch.float16
+    return {
+        "model": model,
+        "average": swa.AveragedModel(
+            model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.99), use_buffers=True
+        ),
+        "loss": nn.CrossEntropyLoss(),
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps),
+        "scaler": torch.amp.GradScaler(kind, enabled=half),
+    }
 
 
 def cnn_multiplications(backbone, n_frames) -> int:
@@ -218,86 +262,118 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     best score of the textbook, seconds it took, seconds ours took (inf: not reached)
     """
     device = common.pick_device(args.device)
-    budget = common.BUDGETS["cnn"]
-    data = common.load_genre(args.data_dir, seed=0, crop=budget.crop, device=device)
-    n_classes = len(data.classes)
-    plain_score = common.genre_score([1 / n_classes] * n_classes)  # equal shares: the largest logit as it is
+    network = common.GENRE_RUNS["cnn_mel"]
+    source = common.Source(args.data_dir, seed=0, device=device)
+    data = common.load_data(source, crop=common.window_of(network))
+    n_classes = len(data.names)
+    equal = data.settings | {"priors": [1 / n_classes] * n_classes}  # the largest logit as it is
     store = data.val.dataset.store
     textbook = TextbookDataset(store.entries, data.val.dataset.targets.numpy())
     train_idx, val_idx = data.train.indices, data.val.indices
     common.seed_everything(0)
-    model = TextbookCNN(len(data.classes), textbook.longest).to(device)
+    model = TextbookCNN(n_classes, textbook.longest).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     loader = DataLoader(torch.utils.data.Subset(textbook, train_idx), 32, shuffle=True)
     val = DataLoader(torch.utils.data.Subset(textbook, val_idx), 32)
     best, reached, began = -1.0, 0.0, time.perf_counter()
     for epoch in range(epochs):
         textbook_epoch(model, loader, optimizer, device)
-        value = plain_score(*textbook_predict(model, val, device))
+        value = common.validation_score(*textbook_predict(model, val, device), equal)
         if value > best:
             best, reached = value, time.perf_counter() - began
-        print(f"textbook CNN, epoch {epoch + 1}: {value:.3f} after {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"textbook CNN, epoch {epoch + 1}: {value:.3f} after"
+            f" {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
     common.keep_freed_memory()  # from here on: the textbook does not do this either
     common.seed_everything(0)
-    settings = data.settings | {"smoke": False, "window": budget.crop}
-    ours = common.Classifier(common.make_backbone(common.GENRE_RUNS["cnn_mel"]), len(data.classes))
-    epochs, crops = common.plan_epochs(len(train_idx), budget.genre, budget.most_passes)
-    recipe = common.Recipe(epochs=epochs, lr=common.TRAINING_DEFAULTS["lr"],
-                           augment=common.make_augment(common.GENRE_RUNS["cnn_mel"], len(data.classes)), window=budget.crop)  # fmt: skip
-    score = common.genre_score(data.settings["shares"])
+    ours = common.Classifier(common.make_backbone(network), n_classes).to(device)
+    flags = argparse.Namespace(epochs=None, smoke=False, lr=2e-3, batch_size=32)
+    recipe = common.plan(network, data, flags)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=recipe.lr, weight_decay=0.01, fused=True)
+    loss_fn, score = nn.CrossEntropyLoss(label_smoothing=0.1), common.validation_score
 
-    def stop_when_reached(outputs, targets):
-        value = score(outputs, targets)
+    def stop_when_reached(*scored):
+        value = score(*scored)
         if value >= best:
             raise Reached
         return value
 
-    shown = torch.utils.data.Subset(data.train.dataset, train_idx * crops)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            common.train(ours, common.make_loader(shown, 32, True), common.make_loader(data.val, 32), nn.CrossEntropyLoss(label_smoothing=0.1),
-                         stop_when_reached, recipe, Path(folder) / "cnn", settings, device=device)  # fmt: skip
-        except Reached:
-            return best, reached, time.perf_counter() - began
-    return best, reached, float("inf")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(common, "validation_score", stop_when_reached),
+        contextlib.suppress(Reached),
+    ):
+        cnn = Path(folder) / "cnn"
+        common.fit(ours, data, loss_fn, optimizer, recipe, cnn, device=device)
+        return best, reached, float("inf")
+    return best, reached, time.perf_counter() - began
 
 
 def in_child(side, *flags) -> dict:
     """`measure` in a process of its own, with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, *sys.argv[1:], "--side", side, *flags]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATREC_CACHE": cache}).stdout
+        output = subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATREC_CACHE": cache},
+        ).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=10_000, help="use this many training clips at most")
+    parser.add_argument(
+        "--clips", type=int, default=10_000, help="use this many training clips at most"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--to-score", type=int, metavar="EPOCHS", help="also train the textbook CNN this long and race to its best score")
-    parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)  # this and the next: for the child processes only
+    parser.add_argument(
+        "--to-score",
+        type=int,
+        metavar="EPOCHS",
+        help="also train the textbook CNN this long and race to its best score",
+    )
+    parser.add_argument(
+        "--side", choices=["textbook", "ours"], help=argparse.SUPPRESS
+    )  # this and the next: for the child processes only
     parser.add_argument("--load-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args.side, args)))
         return
     sides = {side: in_child(side) for side in ("textbook", "ours")}
-    # A load is over in a moment, and the machine has good and bad ones: seven more of each side, in turn.
+    # A load is over in a moment, and the machine has good and bad ones: seven more of each
+    # side, in turn.
     loads = [{side: in_child(side, "--load-only") for side in sides} for _ in range(7)]
     for side, numbers in sides.items():
-        numbers |= {name: float(np.median([turn[side][name] for turn in loads])) for name in loads[0][side]}
+        numbers |= {
+            name: float(np.median([turn[side][name] for turn in loads])) for name in loads[0][side]
+        }
     device = common.pick_device(args.device)
     print(f"{common.environment(device)}, ours in {common.fast_dtype(device.type)}\n")
     print(f"| {'':36} | textbook | ours | ratio |\n| {'-' * 36} | --- | --- | --- |")
     for name, value in sides["ours"].items():
         other = sides["textbook"].get(name)
-        ratio = "" if other is None else f"{(value / other if 'clips/s' in name else other / value):.1f}x"
+        ratio = (
+            ""
+            if other is None
+            else f"{(value / other if 'clips/s' in name else other / value):.1f}x"
+        )
         print(f"| {name:36} | {'' if other is None else f'{other:.3g}'} | {value:.3g} | {ratio} |")
     if args.to_score:
         best, reached, seconds = seconds_to_score(args, args.to_score)
-        print(f"| {f'CNN: seconds to macro-F1 {best:.3f}':36} | {reached:.3g} | {seconds:.3g} | {reached / seconds:.1f}x |")
+        print(
+            f"| {f'CNN: seconds to macro-F1 {best:.3f}':36} | {reached:.3g} | {seconds:.3g} |"
+            f" {reached / seconds:.1f}x |"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tests/load.py --folder scratch --clips 2000 --frames 600 --batches 20
 
 Makes the clips (half precision, 0.36 MB each at full length; as much again for the cache),
-loads them by common.load_genre, as step 7 does, and trains its CNN for a stretch of batches
+loads them by common.load_data, as step 7 does, and trains its CNN for a stretch of batches
 on the small and on the large set in turn, so that a busy machine slows down both. Before
 the last two stretches the system is made to take back part of the cache file's pages: as
 much as would not fit into --room GiB, then all. Prints the time per clip, the ratio, and
@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import training_parts  # noqa: E402
+
 import common  # noqa: E402
 
 CLASSES = sorted({name for name in common.MERGE.values() if name})
@@ -37,7 +38,12 @@ def make_set(root, n_clips, n_frames) -> None:
     folder = root / common.FOLDERS["genre"]
     (folder / "train").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    base = [np.vstack([rng.uniform(-80, 0, (128, n_frames)), rng.uniform(0, 1, (12, n_frames))]).astype(np.float16) for _ in range(20)]
+    base = [
+        np.vstack([rng.uniform(-80, 0, (128, n_frames)), rng.uniform(0, 1, (12, n_frames))]).astype(
+            np.float16
+        )
+        for _ in range(20)
+    ]
     rows = ["Id\tGenre"]
     for i in range(n_clips):
         clip = np.roll(base[i % 20], i // 20, axis=1)
@@ -50,7 +56,10 @@ def make_set(root, n_clips, n_frames) -> None:
 def memory_gib() -> dict:
     """Anonymous and file-mapped memory of this process now, in GiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(status[key].split()[0]) / 2**20 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
+    return {
+        name: int(status[key].split()[0]) / 2**20
+        for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))
+    }
 
 
 def watch(peak, stop) -> None:
@@ -64,17 +73,16 @@ def watch(peak, stop) -> None:
 def train_batches(data, n_batches) -> float:
     """Train step 7's CNN for so many batches, drawn from all over the set; returns s per clip."""
     common.seed_everything(0)
-    run, n_classes = common.GENRE_RUNS["cnn_mel"], len(data.classes)
-    model = common.Classifier(common.make_backbone(run), n_classes)
-    recipe = common.Recipe(epochs=1, lr=1e-3, augment=common.make_augment(run, n_classes))
-    loader = common.make_loader(data.train, common.TRAINING_DEFAULTS["batch_size"], shuffle=True)
-    stretch = list(itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler)), n_batches))
+    network, n_classes = common.GENRE_RUNS["cnn_mel"], len(data.names)
+    model = common.Classifier(common.make_backbone(network), n_classes)
+    recipe = common.Recipe(epochs=1, lr=1e-3, augment=common.make_augment(network, n_classes))
+    loader = common.DataLoader(data.train, recipe.batch_size, shuffle=True)
+    endless = itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler))
+    stretch = list(itertools.islice(endless, n_batches))
     batches = common.DataLoader(data.train, batch_sampler=stretch)
-    parts = [common.torch.optim.AdamW(model.parameters(), lr=recipe.lr)]
-    parts += [common.torch.optim.lr_scheduler.OneCycleLR(parts[0], recipe.lr, total_steps=n_batches + 1), common.torch.amp.GradScaler("cpu", enabled=False)]
-    average = common.torch.optim.swa_utils.AveragedModel(model)
+    parts = training_parts(model, recipe.lr, n_batches + 1, "cpu")
     began = time.perf_counter()
-    common._train_epoch(model, average, batches, nn.CrossEntropyLoss(), recipe, *parts, "cpu", 1)
+    common.train_epoch(batches, parts, recipe, "cpu", 1)
     return (time.perf_counter() - began) / sum(map(len, stretch))
 
 
@@ -87,13 +95,22 @@ def page_out(frames, share) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch folder on a disk with room; a folder patrec-load is made in it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="scratch folder on a disk with room; a folder patrec-load is made in it",
+    )
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--small", type=int, default=500)
     parser.add_argument("--frames", type=int, default=1293)
     parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--room", type=float, default=6.0, help="memory to act as if there were, in GiB")
+    parser.add_argument(
+        "--room", type=float, default=6.0, help="memory to act as if there were, in GiB"
+    )
     args = parser.parse_args()
     root = args.folder / "patrec-load"
     os.environ["PATREC_CACHE"] = str(root / "cache")
@@ -108,21 +125,39 @@ def main():
             made = time.perf_counter()
             for start in ("first", "second"):
                 data.pop(n_clips, None)  # one mapping at a time
-                data[n_clips] = common.load_genre(root / str(n_clips), seed=0, crop=common.BUDGETS["cnn"].crop)
+                data[n_clips] = common.load_data(
+                    common.Source(root / str(n_clips), seed=0), crop=common.BUDGETS["cnn"].crop
+                )
                 now = time.perf_counter()
-                print(f"{n_clips:6d} clips: made in {made - began:.0f} s; " * (start == "first") + f"{start} start {1e3 * (now - made) / n_clips:.2f} ms per clip", flush=True)
+                print(
+                    f"{n_clips:6d} clips: made in {made - began:.0f} s; " * (start == "first")
+                    + f"{start} start {1e3 * (now - made) / n_clips:.2f} ms per clip",
+                    flush=True,
+                )
                 made = now
             shutil.rmtree(root / str(n_clips))  # the cache file holds them now
         for form in ("all in memory", "all in memory", f"{args.room:g} GiB", "none in memory"):
             times = {}
             for n_clips, one in data.items():
                 frames = one.train.dataset.store.frames
-                fits = {"none in memory": 0.0, f"{args.room:g} GiB": (args.room - peak["anonymous"]) * 2**30 / frames.nbytes}.get(form, 1.0)
+                fits = {
+                    "none in memory": 0.0,
+                    f"{args.room:g} GiB": (args.room - peak["anonymous"]) * 2**30 / frames.nbytes,
+                }.get(form, 1.0)
                 page_out(frames, max(0.0, 1 - fits))
                 times[n_clips] = train_batches(one, args.batches)
-                print(f"{n_clips:6d} clips, {form}: {1 / times[n_clips]:.1f} clips/s in training", flush=True)
-            print(f"time per clip, {args.clips} clips over {args.small}, {form}: {times[args.clips] / times[args.small]:.2f}", flush=True)
-        print("peak memory: " + ", ".join(f"{name} {value:.2f} GiB" for name, value in peak.items()))
+                print(
+                    f"{n_clips:6d} clips, {form}: {1 / times[n_clips]:.1f} clips/s in training",
+                    flush=True,
+                )
+            print(
+                f"time per clip, {args.clips} clips over {args.small}, {form}:"
+                f" {times[args.clips] / times[args.small]:.2f}",
+                flush=True,
+            )
+        print(
+            "peak memory: " + ", ".join(f"{name} {value:.2f} GiB" for name, value in peak.items())
+        )
     finally:
         stop.set()
         shutil.rmtree(root, ignore_errors=True)

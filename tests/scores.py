@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"step05_lstm": [], "step06_eval": ["--ensemble"], "step07_cnn": ["--ensemble"], "step10_multitask": ["--folds", "5"]}
+COMMANDS = {
+    "step05_lstm": [],
+    "step06_eval": ["--ensemble"],
+    "step07_cnn": ["--ensemble"],
+    "step10_multitask": ["--folds", "5"],
+}
 GENRE, EMOTION = ("accuracy", "macro_f1"), ("valence", "energy", "danceability", "mean_spearman")
 
 
@@ -27,7 +32,17 @@ def run_step(args, step, flags, seed) -> dict:
     folder = args.out_dir / f"seed_{seed}"
     metrics = folder / step / "metrics.json"
     if not metrics.exists():
-        command = [sys.executable, str(ROOT / f"{step}.py"), "--data-dir", str(args.data_dir), "--out-dir", str(folder), "--seed", str(seed), *flags]
+        command = [
+            sys.executable,
+            str(ROOT / f"{step}.py"),
+            "--data-dir",
+            str(args.data_dir),
+            "--out-dir",
+            str(folder),
+            "--seed",
+            str(seed),
+            *flags,
+        ]
         with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(metrics.read_text())["runs"]
@@ -42,7 +57,9 @@ def collect(args) -> dict:
             for name, run in run_step(args, step, flags, seed).items():
                 if "_seed" in name:
                     continue  # of the ensemble: the next seeds' own runs give the same
-                if step == "step05_lstm" or (name, "step05_lstm") not in rows:  # step 6 scores step 5's models again
+                if (
+                    step == "step05_lstm" or (name, "step05_lstm") not in rows
+                ):  # step 6 scores step 5's models again
                     rows.setdefault((name, step), []).append(run["test"])
     return rows
 
@@ -52,14 +69,19 @@ def print_table(rows, keys):
     for (name, step), scores in rows.items():
         cells = []
         for key in keys:
-            values, intervals = [score[key] for score in scores], np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
+            values, intervals = (
+                [score[key] for score in scores],
+                np.mean([score[f"{key}_ci95"] for score in scores], axis=0),
+            )
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread} [{intervals[0]:.3f}, {intervals[1]:.3f}]")
         print(f"| {name} | " + " | ".join(cells) + f" | `{step}.py` |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out-dir", type=Path, default=Path("scores"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
@@ -67,7 +89,10 @@ def main():
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = collect(args)
-    print(f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95% interval]\n")
+    print(
+        f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95%"
+        " interval]\n"
+    )
     for keys in (GENRE, EMOTION):
         some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
         if not some:

@@ -1,4 +1,4 @@
-"""Killed processes, two processes at once, broken caches: nothing half-written, the same numbers."""
+"""Killed processes, two processes at once, broken caches: nothing half-written, same numbers."""
 
 import contextlib
 import json
@@ -15,13 +15,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, write_data_set
+from conftest import ROOT, read_metrics, run_inside, write_data_set
 from test_train import fit
 
 import common
-import step05_lstm
 
-RUN = ("--smoke", "--epochs", "8", "--subset", "16", "--features", "beat_mel", "--device", "cpu", "--resume")
+RUN = (
+    "--smoke",
+    "--epochs",
+    "8",
+    "--subset",
+    "16",
+    "--features",
+    "beat_mel",
+    "--device",
+    "cpu",
+    "--resume",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +46,7 @@ def check_table(path):
     table = pd.read_csv(path)
     if path.name == "history.csv":
         assert table["epoch"].tolist() == list(range(1, len(table) + 1)), f"{path}: epochs missing"
+    table = table.drop(columns="fold", errors="ignore")  # of emotion clips only
     assert len(table) and not table.isna().any(axis=None), f"{path}: cut short"
 
 
@@ -45,10 +56,22 @@ def check_whole(folder) -> int:
         ".pt": lambda path: torch.load(path, weights_only=True),
         ".json": lambda path: json.loads(path.read_text()),
         ".csv": check_table,
-        ".png": lambda path: path.read_bytes().endswith(b"IEND\xaeB`\x82") or pytest.fail(f"{path}: cut short"),
-        ".md": lambda path: path.read_text().startswith("# step05") or pytest.fail(f"{path}: cut short"),
+        ".png": (
+            lambda path: (
+                path.read_bytes().endswith(b"IEND\xaeB`\x82") or pytest.fail(f"{path}: cut short")
+            )
+        ),
+        ".md": (
+            lambda path: (
+                path.read_text().startswith("# step05") or pytest.fail(f"{path}: cut short")
+            )
+        ),
     }
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix in read and not path.name.startswith(".")]
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in read and not path.name.startswith(".")
+    ]
     for path in paths:
         read[path.suffix](path)
     return len(paths)
@@ -57,10 +80,12 @@ def check_whole(folder) -> int:
 def results(out):
     """What must not depend on kills: scores, learning curves without times, the kept weights."""
     folder = out / "step05_lstm"
-    runs = json.loads((folder / "metrics.json").read_text())["runs"]
+    runs = read_metrics(folder)["runs"]
     for name, run in runs.items():
         run.pop("train_seconds")
-        run["history"] = pd.read_csv(folder / name / "history.csv").drop(columns="seconds").to_dict("list")
+        run["history"] = (
+            pd.read_csv(folder / name / "history.csv").drop(columns="seconds").to_dict("list")
+        )
         run["weights"] = (folder / name / "best.pt").read_bytes()
     return runs
 
@@ -71,14 +96,17 @@ def start(data, out) -> int:
     if pid:
         return pid
     code = 1
-    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        step05_lstm.main([*RUN, "--data-dir", str(data), "--out-dir", str(out)])
-        code = 0
+    with (
+        contextlib.suppress(BaseException),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        code = run_inside("step05_lstm.py", *RUN, "--data-dir", data, "--out-dir", out)
     os._exit(code)
 
 
 def kill_series(scratch, n_kills=20):
-    """Kill step 5 at random moments; a run that gets through is compared, and the next one starts anew."""
+    """Kill step 5 at random moments; a run that gets through is compared, the next starts anew."""
     rng = random.Random(0)
     data = scratch / "data"
     os.environ["PATREC_CACHE"] = str(scratch / "whole cache")
@@ -92,7 +120,9 @@ def kill_series(scratch, n_kills=20):
     kills, files, finished, resumed = 0, 0, 0, 0
     while kills < n_kills or not finished:
         out = scratch / f"run {finished}"
-        os.environ["PATREC_CACHE"] = str(scratch / f"cache {finished}")  # empty at first, so that kills strike there too
+        os.environ["PATREC_CACHE"] = str(
+            scratch / f"cache {finished}"
+        )  # empty at first, so that kills strike there too
         pid = start(data, out)
         if kills < n_kills:
             time.sleep(rng.uniform(0, 0.6 * seconds))
@@ -112,23 +142,28 @@ def kill_series(scratch, n_kills=20):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, which Windows cannot")
 def test_kill_9_at_random_moments(tmp_path):
-    """20 kills: all files whole, --resume gets through, and to the very numbers of the run that nobody killed.
+    """20 kills: all files whole, --resume gets through, to the numbers of a run not killed.
 
-    The killed process held the folder's lock, so each new start also shows that the lock is free again.
+    The killed process held the folder's lock: each new start also shows that it is free again.
     """
     write_data_set(tmp_path / "data", per_class=(3, 1), n_emotion=(2, 1), n_frames=20)
-    result = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["kills"] == 20 and counts["finished"] >= 1
-    assert counts["files"] > 40 and counts["resumed"] > 5, "kills struck before anything was written"
+    assert counts["files"] > 40 and counts["resumed"] > 5, (
+        "kills struck before anything was written"
+    )
 
 
 def test_a_finished_run_stays_as_it_was_when_resumed(tmp_path):
     _, whole = fit(tmp_path / "run", epochs=3)
     state = (tmp_path / "run" / "last.pt").read_bytes()
     _, again = fit(tmp_path / "run", epochs=3, resume=True)
-    assert whole["epochs"] == again["epochs"] == 3 and whole["history"] == again["history"]
+    assert whole.facts["epochs"] == again.facts["epochs"] == 3
+    assert whole.history.equals(again.history)
     assert (tmp_path / "run" / "last.pt").read_bytes() == state
 
 
@@ -141,8 +176,27 @@ def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", epochs=2, loss=Stopped())
-    best = common.load_checkpoint(tmp_path / "run" / "best.pt")  # the old run's, until the new one has one
+    best = common.load_checkpoint(
+        tmp_path / "run" / "best.pt"
+    )  # the old run's, until the new one has one
     assert best["epoch"] and not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_overfit_batch_after_a_full_run_leaves_that_run_untouched(tmp_path):
+    """And ends with exit code 0; what it measured lies beside, in a folder of its own."""
+    counts = {"per_class": (3, 1), "n_emotion": (2, 1), "n_frames": 20}
+    data = write_data_set(tmp_path / "data", **counts)
+    flags = ["--smoke", "--epochs", 1, "--features", "beat_mel", "--device", "cpu"]
+    flags += ["--data-dir", data, "--out-dir", tmp_path / "out"]
+    folder = tmp_path / "out" / "step05_lstm"
+    assert run_inside("step05_lstm.py", *flags) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"summary.md", "metrics.json"} < {path.name for path in before}
+    assert run_inside("step05_lstm.py", *flags, "--overfit-batch") == 0
+    assert {path: path.read_bytes() for path in before} == before
+    check = read_metrics(folder / "overfit_batch")
+    assert check["overfit"]["beat_mel"]["accuracy"] == 1 and not check["runs"]
+    assert check["overfit"]["beat_mel"]["loss"] < 0.01
 
 
 # --- two processes ----------------------------------------------------------------------
@@ -154,25 +208,39 @@ def files_of(folder):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no folder locks on Windows")
 def test_two_processes_do_not_write_into_one_folder(tiny_data, tmp_path, capsys):
-    arguments = ["--smoke", "--features", "beat_mel", "--data-dir", str(tiny_data), "--out-dir", str(tmp_path)]
+    arguments = [
+        "--smoke",
+        "--features",
+        "beat_mel",
+        "--data-dir",
+        str(tiny_data),
+        "--out-dir",
+        str(tmp_path),
+    ]
     folder = tmp_path / "step05_lstm"
-    first = subprocess.Popen([sys.executable, str(ROOT / "step05_lstm.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "step05_lstm.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert first.stdout.readline().startswith("step05_lstm: data")  # it has the folder now
         os.kill(first.pid, signal.SIGSTOP)
-        (folder / ".best.pt.0123abcd.tmp").write_text("half a file")  # as if the first were writing it
+        (folder / ".best.pt.0123abcd.tmp").write_text(
+            "half a file"
+        )  # as if the first were writing it
         before = files_of(folder)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            common.run_main(lambda: step05_lstm.main(arguments))
+        code = run_inside("step05_lstm.py", *arguments)
         error = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and len(error) == 1, error
+        assert code == 2 and len(error) == 1, error
         assert str(folder) in error[0] and "another process" in error[0] and "--out-dir" in error[0]
         assert files_of(folder) == before
         os.kill(first.pid, signal.SIGCONT)
         _, errors = first.communicate(timeout=120)
         assert first.returncode == 0, errors
-        assert set(json.loads((folder / "metrics.json").read_text())["runs"]) == {"beat_mel"}
+        assert set(read_metrics(folder)["runs"]) == {"beat_mel"}
     finally:
         first.kill()
         first.wait()
@@ -195,12 +263,23 @@ def test_clips_are_the_same_however_many_threads_read_them(entries, tmp_path):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         stores.append(common.load_clips(entries, threads=threads))
     for store in stores[1:]:
-        assert torch.equal(store.frames, stores[0].frames) and torch.equal(store.starts, stores[0].starts)
+        assert torch.equal(store.frames, stores[0].frames) and torch.equal(
+            store.starts, stores[0].starts
+        )
         assert store.digests == stores[0].digests and store.entries == stores[0].entries
 
 
-@pytest.mark.parametrize("spoil", [lambda content: b"", lambda content: content[:7], lambda content: content[:-1000], lambda content: bytes(len(content)),
-                                   lambda content: content[-3000:], lambda content: content[:-8] + bytes([255] * 8)])  # fmt: skip
+SPOILT = [
+    lambda content: b"",
+    lambda content: content[:7],
+    lambda content: content[:-1000],
+    lambda content: bytes(len(content)),
+    lambda content: content[-3000:],
+    lambda content: content[:-8] + bytes([255] * 8),
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_a_broken_cache_is_made_anew(entries, tmp_path, spoil):
     frames = common.load_clips(entries).frames.clone()
     (cache,) = (tmp_path / "cache").iterdir()
@@ -219,7 +298,9 @@ def test_what_killed_runs_left_in_the_cache_goes_after_an_hour(entries, tmp_path
     os.utime(tmp_path / "cache" / names[0], (time.time() - 4000,) * 2)
     common.load_clips(entries)
     left = {path.name for path in (tmp_path / "cache").glob("*.tmp")}
-    assert left == set(names[1:])  # a fresh one may be another process's, and a stranger's is not ours to remove
+    assert left == set(
+        names[1:]
+    )  # a fresh one may be another process's, and a stranger's is not ours to remove
 
 
 def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
@@ -235,7 +316,12 @@ def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
     monkeypatch.setattr(np, "memmap", refuse)
     store = common.load_clips(entries)
     assert torch.equal(store.frames, usual.frames)
-    first, second = (common.SpectrogramDataset(s, range(len(entries)), "mel", common.band_statistics(s, range(9)))[3][0] for s in (store, usual))
+    first, second = (
+        common.SpectrogramDataset(
+            s, range(len(entries)), "mel", common.band_statistics(s, range(9))
+        )[3][0]
+        for s in (store, usual)
+    )
     assert torch.equal(first, second)
 
 

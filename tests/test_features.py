@@ -4,7 +4,17 @@ import librosa
 import numpy as np
 import pytest
 
-from common import DB_FLOOR, HOP, N_FFT, N_MELS, NOTES, SR, InputError, extract_features
+from common import (
+    DB_FLOOR,
+    HOP,
+    N_FFT,
+    N_MELS,
+    NOTES,
+    SR,
+    InputError,
+    extract_features,
+    percussive_part,
+)
 
 
 def tone(f_hz, seconds):
@@ -36,7 +46,9 @@ def test_same_as_the_labs_extractor():
 
     _, percussive = librosa.effects.hpss(y)
     _, beats = librosa.beat.beat_track(y=percussive, sr=22050)
-    mel = librosa.feature.melspectrogram(y=y, sr=22050, n_fft=2048, hop_length=512, power=2.0, n_mels=128)
+    mel = librosa.feature.melspectrogram(
+        y=y, sr=22050, n_fft=2048, hop_length=512, power=2.0, n_mels=128
+    )
     chroma = librosa.feature.chroma_cqt(y=y, sr=22050, hop_length=512)
     beat_mel = librosa.util.sync(mel, beats, aggregate=np.median)  # on power: dB comes after
     beat_chroma = librosa.util.sync(chroma, beats, aggregate=np.median)
@@ -47,6 +59,18 @@ def test_same_as_the_labs_extractor():
     assert len(beats) > 5
     np.testing.assert_allclose(full, full_wanted, rtol=0, atol=1e-4)
     np.testing.assert_allclose(beat, beat_wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_samples", [4000, 22_050 + 300])
+def test_percussive_part_is_librosas_bit_for_bit(n_samples):
+    rng = np.random.default_rng(2)
+    t = np.arange(n_samples) / 22_050
+    sound = 0.3 * np.sin(2 * np.pi * 330 * t) + 0.05 * rng.standard_normal(n_samples)
+    sound[:: n_samples // 4] += 0.8
+    sound = sound.astype(np.float32)
+    expected = librosa.effects.percussive(sound)
+    assert np.abs(expected).max() > 0.01 and np.abs(expected - sound).max() > 0.01
+    assert np.array_equal(percussive_part(sound), expected)
 
 
 def test_a_30_s_clip_has_the_labs_number_of_frames():
@@ -102,7 +126,9 @@ def test_short_clips(n):
     assert full.shape[1] == 1 + n // HOP and beat.shape[1] <= full.shape[1]
 
 
-@pytest.mark.parametrize("waveform", [np.zeros(N_FFT - 1, np.float32), np.zeros((2, SR), np.float32)])
+@pytest.mark.parametrize(
+    "waveform", [np.zeros(N_FFT - 1, np.float32), np.zeros((2, SR), np.float32)]
+)
 def test_what_is_no_mono_clip_is_said_so(waveform):
     with pytest.raises(InputError, match=str(N_FFT)):
         extract_features(waveform)

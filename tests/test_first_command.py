@@ -1,19 +1,17 @@
-"""The first command of somebody who has no data: the demo set is made, and what comes of it says so.
+"""The first command of somebody without data: the demo set is made, and all that comes says so.
 
-In a copy of the scripts beside which there is no data, with a make_dataset.py that makes its set in no time.
+In a copy of the scripts beside which there is no data, with a make_dataset.py that makes its
+set in no time.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, assert_clean_error, read_metrics, write_data_set
+from conftest import ROOT, assert_clean_error, read_metrics, run_script, write_data_set
 
 STEP = "step04_dataset"  # the quickest one
-# Stands in for make_dataset.py: what it was called with, and the set that the test has put beside it.
-MAKER = '''import shutil, sys
+# Stands in for make_dataset.py: notes how it was called, copies the set that lies beside it.
+MAKER = """import shutil, sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
@@ -22,12 +20,14 @@ with open(here / "calls.txt", "a") as file:
 if (here / "broken").exists():
     sys.exit("no room")
 shutil.copytree(here / "made", sys.argv[sys.argv.index("--out") + 1])
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def demo_set(tmp_path_factory):
-    root = write_data_set(tmp_path_factory.mktemp("made"), per_class=(3, 1), n_emotion=(4, 2), n_frames=30)
+    root = write_data_set(
+        tmp_path_factory.mktemp("made"), per_class=(3, 1), n_emotion=(4, 2), n_frames=30
+    )
     (root / "DEMO.txt").write_text("Synthesised.\n")
     return root
 
@@ -45,16 +45,16 @@ def project(tmp_path, demo_set):
 
 
 def first_command(project, check=True, **env):
-    """`python stepNN.py` with nothing that would tell where data are; in another folder than the scripts'."""
-    told = ("PATREC_DATA", "PATREC_KAGGLE_ROOT", "PYTHONPATH")
-    known = {key: value for key, value in os.environ.items() if key not in told}
+    """`python stepNN.py`, in another folder than the scripts'; nothing tells where data are."""
     # A machine on which the tests run may be one of Kaggle's: its data are not for this test.
-    known |= {"PATREC_KAGGLE_ROOT": str(project / "no kaggle here")} | env
-    command = [sys.executable, str(project / f"{STEP}.py")]
-    result = subprocess.run(command, cwd=project.parent, env=known, capture_output=True, text=True, timeout=240)
-    if check:
-        assert result.returncode == 0, result.stderr[-2000:]
-    return result
+    known = {"PATREC_KAGGLE_ROOT": str(project / "no kaggle here")} | env
+    return run_script(project / f"{STEP}.py", cwd=project.parent, check=check, **known)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch):
+    for name in ("PATREC_DATA", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_it(project):
@@ -68,16 +68,23 @@ def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_i
     metrics = read_metrics(folder)
     assert metrics["data"]["demo"] is True and metrics["data"]["root"] == str(demo)
     head = (folder / "summary.md").read_text().split("\n## ")[0]
-    assert "Synthesised demo data" in head and "nothing about music" in head, "the banner stands before all results"
+    assert "Synthesised demo data" in head and "nothing about music" in head, (
+        "the banner stands before all results"
+    )
 
     again = first_command(project)  # it is there now
-    assert len((project / "calls.txt").read_text().splitlines()) == 1 and "synthesising" not in again.stderr
+    assert (
+        len((project / "calls.txt").read_text().splitlines()) == 1
+        and "synthesising" not in again.stderr
+    )
     assert read_metrics(folder)["data"] == metrics["data"]
 
 
 def test_data_of_ones_own_are_no_demo_and_come_before_it(project, demo_set):
     shutil.copytree(demo_set, project / "data" / "demo")
-    shutil.copytree(demo_set, project / "data", dirs_exist_ok=True, ignore=shutil.ignore_patterns("DEMO.txt"))
+    shutil.copytree(
+        demo_set, project / "data", dirs_exist_ok=True, ignore=shutil.ignore_patterns("DEMO.txt")
+    )
     first_command(project)
     folder = project.parent / "outputs" / STEP
     data = read_metrics(folder)["data"]
@@ -95,7 +102,7 @@ def test_a_wrong_folder_is_never_replaced_by_the_demo_set(project):
 
 
 def test_on_kaggle_no_demo_set_is_made(project, tmp_path):
-    """There a data set that was not attached is to be attached: hours of GPU time would go into toys."""
+    """There the data set is to be attached: hours of GPU time would go into toys."""
     (tmp_path / "kaggle" / "working").mkdir(parents=True)
     result = first_command(project, check=False, PATREC_KAGGLE_ROOT=str(tmp_path / "kaggle"))
     assert_clean_error(result, "not attached", "geoparslp/patreco3-multitask-affective-music")
@@ -111,5 +118,8 @@ def test_where_no_demo_set_can_be_made_it_says_what_to_do(project, fault):
         (project / "make_dataset.py").unlink()
     result = first_command(project, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "--data-dir" in result.stderr.splitlines()[-1] and "make_dataset.py" in result.stderr.splitlines()[-1]
+    assert (
+        "--data-dir" in result.stderr.splitlines()[-1]
+        and "make_dataset.py" in result.stderr.splitlines()[-1]
+    )
     assert not (project.parent / "outputs").exists()

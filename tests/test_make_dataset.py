@@ -1,4 +1,4 @@
-"""make_dataset.py through its command line: the lab's layout, odd files, interruption, wrong input."""
+"""make_dataset.py by its command line: the lab's layout, odd files, interruption, wrong input."""
 
 import csv
 import functools
@@ -12,19 +12,24 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from conftest import GENRES, ROOT, assert_clean_error, run_script
+from conftest import GENRES, ROOT, assert_clean_error, run_forked, run_script
 
 import make_dataset
-from common import MERGE, SR, read_array, read_entries
+from common import MERGE, SR, InputError, end_in_one_line, read_array, read_entries
 
-FOLDERS = ("fma_genre_spectrograms", "fma_genre_spectrograms_beat", "multitask_dataset", "multitask_dataset_beat")
+FOLDERS = (
+    "fma_genre_spectrograms",
+    "fma_genre_spectrograms_beat",
+    "multitask_dataset",
+    "multitask_dataset_beat",
+)
 SMALL = ("--demo", "--clips", 40, "--emotion-clips", 8, "--seconds", 3, "--seed", 7)
 make = functools.partial(run_script, "make_dataset.py")
 
 
 def make_here(*arguments):
     """The same without a new process, which saves its imports."""
-    return make_dataset.run_main(lambda: make_dataset.main([str(argument) for argument in arguments]))
+    return make_dataset.main([str(argument) for argument in arguments])
 
 
 def arrays(root):
@@ -49,8 +54,10 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "set"
     partial = out.with_name("set.unfinished")
     command = [sys.executable, str(ROOT / "make_dataset.py"), *map(str, SMALL), "--out", str(out)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 600
     while len(arrays(partial)) < 20 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -58,7 +65,7 @@ def demo(tmp_path_factory):
     made = {name: path.stat().st_mtime_ns for name, path in arrays(partial).items()}
     assert 20 <= len(made) < 2 * 48, "was to be stopped halfway"
     assert not out.exists(), "an unfinished set must not be taken for a finished one"
-    make(*SMALL, "--out", out)
+    make_here(*SMALL, "--out", out)
     return out, partial, made
 
 
@@ -87,10 +94,17 @@ def test_demo_layout_is_the_labs(demo):
     assert {path.name for path in out.iterdir()} == {*FOLDERS, "DEMO.txt"}
     text = (out / "DEMO.txt").read_text()
     assert "ynthesised" in text
-    assert json.loads(text[text.index("{") :]) == {"source": "demo", "clips": 40, "emotion_clips": 8, "seconds": 3, "seed": 7}
+    assert json.loads(text[text.index("{") :]) == {
+        "source": "demo",
+        "clips": 40,
+        "emotion_clips": 8,
+        "seconds": 3,
+        "seed": 7,
+    }
     forms = {
         "fma_genre_spectrograms/train": "fused.full", "fma_genre_spectrograms/test": "full.fused",
-        "fma_genre_spectrograms_beat/train": "beatsync.fused", "fma_genre_spectrograms_beat/test": "beatsync.fused",
+        "fma_genre_spectrograms_beat/train": "beatsync.fused",
+        "fma_genre_spectrograms_beat/test": "beatsync.fused",
     }  # fmt: skip
     for place, form in forms.items():
         header, rows = labels(out / f"{place}_labels.txt")
@@ -119,7 +133,9 @@ def test_demo_arrays_are_the_labs(demo):
             for entry in full:
                 raw = np.load(entry.path)
                 assert raw.dtype == np.float64 and raw.shape == (140, 1 + 3 * SR // 512)
-                assert read_array(beat_path[entry.clip_id]).shape[1] < raw.shape[1]  # read_array checks values too
+                assert (
+                    read_array(beat_path[entry.clip_id]).shape[1] < raw.shape[1]
+                )  # read_array checks values too
     parts = [ids(out, part, split) for part in ("genre", "emotion") for split in ("train", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 48  # no id twice
 
@@ -146,7 +162,10 @@ def test_emotions_follow_what_is_played():
     drawn = [make_dataset.demo_emotion(make_dataset.clip_rng(0, i)) for i in range(300)]
     values = np.array([emotions for _, emotions in drawn])
     assert values.min() >= 0 and values.max() <= 1 and (values.std(0) > 0.1).all()
-    minor, drums, tilt = (np.array([getattr(style, name) for style, _ in drawn]) for name in ("minor", "drums", "tilt"))
+    minor, drums, tilt = (
+        np.array([getattr(style, name) for style, _ in drawn])
+        for name in ("minor", "drums", "tilt")
+    )
     assert np.corrcoef(values[:, 0], minor)[0, 1] < -0.4  # valence
     assert np.corrcoef(values[:, 1], tilt)[0, 1] > 0.4  # energy
     assert np.corrcoef(values[:, 2], drums)[0, 1] > 0.4  # danceability
@@ -171,7 +190,7 @@ def song(seconds, f_hz=440.0, rate=SR, channels=1):
 
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory):
-    """Two genres of ordinary songs, one of it a name the lab has not, and files of every odd kind."""
+    """Two genres of ordinary songs, one not of the lab's, and files of every odd kind."""
     root = tmp_path_factory.mktemp("songs")
     for genre in ("Rock", "Sea Shanty"):
         (root / genre).mkdir()
@@ -194,18 +213,40 @@ def songs(tmp_path_factory):
     (odd / "._song 0.wav").write_bytes(b"what a Mac leaves on a stick")
     (root / "notes.txt").write_text("beside the genres")
     rows = ["file,danceability,valence,energy"]  # columns go by name, not by place
-    rows += [f"{genre}/song {i}.wav,0.{i}5,0.{i},0.{9 - i}" for genre in ("Rock", "Sea Shanty") for i in range(5)]
+    rows += [
+        f"{genre}/song {i}.wav,0.{i}5,0.{i},0.{9 - i}"
+        for genre in ("Rock", "Sea Shanty")
+        for i in range(5)
+    ]
     (root / "emotions.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
-UNREADABLE = {"silent.wav", "too short.wav", "empty of sound.wav", "not a number.wav", "text.wav", "empty.mp3", "corrupt.mp3"}
+UNREADABLE = {
+    "silent.wav",
+    "too short.wav",
+    "empty of sound.wav",
+    "not a number.wav",
+    "text.wav",
+    "empty.mp3",
+    "corrupt.mp3",
+}
 
 
 @pytest.fixture(scope="module")
 def own(songs, tmp_path_factory):
     out = tmp_path_factory.mktemp("own") / "set"
-    result = make("--audio-dir", songs, "--out", out, "--emotions", songs / "emotions.csv", "--test-fraction", 0.3)
+    result = run_forked(
+        "make_dataset.py",
+        "--audio-dir",
+        songs,
+        "--out",
+        out,
+        "--emotions",
+        songs / "emotions.csv",
+        "--test-fraction",
+        0.3,
+    )
     return out, result
 
 
@@ -218,18 +259,31 @@ def test_odd_files_are_listed_and_the_rest_is_made(own, songs):
     out, result = own
     listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
     assert {name.split("/")[1] for name in listed} == UNREADABLE
-    assert all(listed.values()) and "0.05" in listed["Rock/too short.wav"] and "not finite" in listed["Rock/not a number.wav"]
-    assert "Traceback" not in result.stderr and "7 of 22 files left out" in result.stderr and "Warning" not in result.stderr
+    assert (
+        all(listed.values())
+        and "0.05" in listed["Rock/too short.wav"]
+        and "not finite" in listed["Rock/not a number.wav"]
+    )
+    assert (
+        "Traceback" not in result.stderr
+        and "7 of 22 files left out" in result.stderr
+        and "Warning" not in result.stderr
+    )
     assert "--no-merge" in result.stdout  # Sea Shanty is not one of the lab's classes
     sources = {row["file"]: row for row in read_csv(out / "sources.csv")}
-    assert [row["id"] for row in sources.values()] == [str(i) for i in range(1, 23)] and list(sources) == sorted(sources)
+    assert [row["id"] for row in sources.values()] == [str(i) for i in range(1, 23)] and list(
+        sources
+    ) == sorted(sources)
     genre = {e.clip_id: e for split in ("train", "test") for e in read_entries(out, "genre", split)}
     assert {sources[name]["id"] for name in sources if name not in listed} == set(genre)
     for name, row in sources.items():
         if name not in listed:
             entry = genre[row["id"]]
             assert entry.label == name.split("/")[0] and entry.path.parent.name == row["split"]
-            for array in (read_array(entry.path), read_array(out / FOLDERS[1] / row["split"] / entry.path.name)):
+            for array in (
+                read_array(entry.path),
+                read_array(out / FOLDERS[1] / row["split"] / entry.path.name),
+            ):
                 assert array.shape[0] == 140
     assert len(arrays(out)) == 2 * (15 + 10)
 
@@ -238,10 +292,18 @@ def test_both_parts_share_one_stratified_split(own):
     out = own[0]
     train, test = ids(out, "genre", "train"), ids(out, "genre", "test")
     emotion_train, emotion_test = ids(out, "emotion", "train"), ids(out, "emotion", "test")
-    assert not train & test and emotion_train <= train and emotion_test <= test and len(emotion_train | emotion_test) == 10
+    assert (
+        not train & test
+        and emotion_train <= train
+        and emotion_test <= test
+        and len(emotion_train | emotion_test) == 10
+    )
     sources = read_csv(out / "sources.csv")
     for genre, n_test in (("Rock", 5), ("Sea Shanty", 2)):  # .3 of 17 and of 5
-        assert sum(row["split"] == "test" for row in sources if row["file"].startswith(genre)) == n_test
+        assert (
+            sum(row["split"] == "test" for row in sources if row["file"].startswith(genre))
+            == n_test
+        )
     name = {row["id"]: row["file"] for row in sources}
     for entry in read_entries(out, "emotion", "train"):
         i = int(name[entry.clip_id].split()[-1][0])
@@ -265,11 +327,19 @@ def test_files_added_or_mended_later_join_the_set(tmp_path):
     make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
     after = {row["file"]: row for row in read_csv(out / "sources.csv")}
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"Rock/a new one.wav"} and after["Rock/a new one.wav"]["id"] == "9"
+    assert (
+        set(after) - set(before) == {"Rock/a new one.wav"}
+        and after["Rock/a new one.wav"]["id"] == "9"
+    )
     now = arrays(out)
-    assert all(now[name].stat().st_mtime_ns == mtime for name, mtime in made.items()) and len(now) == len(made) + 4
+    assert (
+        all(now[name].stat().st_mtime_ns == mtime for name, mtime in made.items())
+        and len(now) == len(made) + 4
+    )
     assert [row["file"] for row in read_csv(out / "unreadable.csv")] == ["Rock/empty.mp3"]
-    assert {"9", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(out, "genre", "test")
+    assert {"9", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(
+        out, "genre", "test"
+    )
 
 
 def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_path):
@@ -279,7 +349,9 @@ def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_p
     soundfile.write(tmp_path / "long.wav", np.stack([left, 0 * left], axis=1), rate)
     y = make_dataset.read_audio(tmp_path / "long.wav")
     assert y.shape == (30 * SR,) and y.dtype == np.float32
-    assert np.abs(y[SR:-SR] - 0.25).max() < 0.01  # mean of both channels, nothing of the silence outside
+    assert (
+        np.abs(y[SR:-SR] - 0.25).max() < 0.01
+    )  # mean of both channels, nothing of the silence outside
     soundfile.write(tmp_path / "short.wav", song(1, rate=8000), 8000)
     y = make_dataset.read_audio(tmp_path / "short.wav")
     assert abs(len(y) - SR) <= 1
@@ -292,18 +364,29 @@ def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_p
 def error_of(*arguments, capsys):
     """Run main in this process; returns its one line on stderr."""
     with pytest.raises(SystemExit) as stop:
-        make_here(*arguments)
+        try:
+            make_here(*arguments)
+        except InputError:
+            end_in_one_line(*sys.exc_info())
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
 
 def test_wrong_folders_are_one_line(tmp_path, capsys):
-    assert_clean_error(make("--audio-dir", tmp_path / "nowhere", "--out", tmp_path / "out", check=False), "nowhere", "no such folder")
+    assert_clean_error(
+        make("--audio-dir", tmp_path / "nowhere", "--out", tmp_path / "out", check=False),
+        "nowhere",
+        "no such folder",
+    )
     error = functools.partial(error_of, capsys=capsys)
     (tmp_path / "empty" / "music").mkdir(parents=True)
-    assert "no genre folders" in error("--audio-dir", tmp_path / "empty" / "music", "--out", tmp_path / "out")
-    assert "no .wav .mp3 .flac .ogg files" in error("--audio-dir", tmp_path / "empty", "--out", tmp_path / "out")
+    assert "no genre folders" in error(
+        "--audio-dir", tmp_path / "empty" / "music", "--out", tmp_path / "out"
+    )
+    assert "no .wav .mp3 .flac .ogg files" in error(
+        "--audio-dir", tmp_path / "empty", "--out", tmp_path / "out"
+    )
     assert "--out" in error("--audio-dir", tmp_path / "empty")
     (tmp_path / "tab" / "Rock").mkdir(parents=True)
     (tmp_path / "tab" / "Rock" / "a\tb.wav").touch()
@@ -334,19 +417,32 @@ def test_other_peoples_folders_are_left_alone(tmp_path, data_dir, songs, capsys)
         ("file,valence,energy,danceability\nRock/song 0.wav,0.1,55,0.3\n", "outside [0, 1]"),
         ("file,valence,energy,danceability\nRock/song 0.wav,nan,0.5,0.3\n", "outside [0, 1]"),
         ("file,valence,energy,danceability\nsong 0.wav,0.1,0.5,0.3\n", "relative to --audio-dir"),
-        ("file,valence,energy,danceability\nRock/song 0.wav,0,0,0\nRock\\song 0.wav,0,0,0\n", "line 3"),
+        (
+            "file,valence,energy,danceability\nRock/song 0.wav,0,0,0\nRock\\song 0.wav,0,0,0\n",
+            "line 3",
+        ),
     ],
 )
 def test_a_bad_csv_is_one_line(text, complaint, songs, tmp_path, capsys):
     path = tmp_path / "emotions.csv"
     path.write_text(text)
-    line = error_of("--audio-dir", songs, "--out", tmp_path / "out", "--emotions", path, capsys=capsys)
+    line = error_of(
+        "--audio-dir", songs, "--out", tmp_path / "out", "--emotions", path, capsys=capsys
+    )
     assert complaint in line and str(path) in line
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_csv_is_one_line(songs, tmp_path, capsys):
-    assert "No such file" in error_of("--audio-dir", songs, "--out", tmp_path / "out", "--emotions", tmp_path / "none.csv", capsys=capsys)
+    assert "No such file" in error_of(
+        "--audio-dir",
+        songs,
+        "--out",
+        tmp_path / "out",
+        "--emotions",
+        tmp_path / "none.csv",
+        capsys=capsys,
+    )
 
 
 def test_nothing_but_broken_files(tmp_path, capsys):
@@ -355,3 +451,11 @@ def test_nothing_but_broken_files(tmp_path, capsys):
     line = error_of("--audio-dir", tmp_path / "music", "--out", tmp_path / "out", capsys=capsys)
     assert "not one file" in line and "unreadable.csv" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_files_added_later_bring_the_test_part_to_its_share():
+    known = {f"Rock/{i}": (i, "test" if i < 4 else "train") for i in range(1, 11)}  # 3 of 10
+    files = [*known, *(f"Rock/{i}" for i in range(11, 21))]
+    plan = make_dataset.plan_audio(files, known, 0.3, 0)
+    assert [split for _, split in plan.values()].count("test") == 6
+    assert {name: plan[name] for name in known} == known

@@ -1,32 +1,69 @@
 """Steps 7 and 11: the CNN, its comparison with the LSTM, and the latent vectors."""
 
-import copy
+import ast
 import itertools
-import json
+import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import COUNTS, MERGED, assert_clean_error, genre_predictions, run_script, write_data_set
+from conftest import (
+    COUNTS,
+    MERGED,
+    ROOT,
+    assert_clean_error,
+    genre_predictions,
+    labels_of,
+    read_metrics,
+    run_script,
+    write_data_set,
+)
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
+from torch.utils.data import DataLoader
 
-import common
-import step07_cnn
-import step11_latent
-from common import Classifier, CNNBackbone, load_checkpoint, load_genre_test, load_model, make_loader, predict, read_entries
-
+from common import (
+    LSTM_RUNS,
+    Classifier,
+    CNNBackbone,
+    Source,
+    average,
+    clip_ids,
+    genre_scores,
+    load_checkpoint,
+    load_model,
+    load_test,
+    paired_difference,
+    predict,
+    truth,
+)
 
 N_TEST = sum(COUNTS[genre][1] for genre in MERGED)
+CNNS = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]
+
+
+def functions_of(script):
+    """A step's imports, constants and functions, without running its cells."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    body = ast.parse((ROOT / script).read_text()).body
+    constants = [node for node in body if isinstance(node, ast.Assign)]
+    constants = [node for node in constants if getattr(node.targets[0], "id", "").isupper()]
+    kept = [node for node in body if isinstance(node, kinds) or node in constants]
+    namespace = {}
+    exec(compile(ast.Module(kept, []), script, "exec"), namespace)
+    return namespace
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Classes as unequal as in the shared set; clips of little more than one window, as two epochs are to be quick."""
-    return write_data_set(tmp_path_factory.mktemp("data"), per_class=COUNTS, n_emotion=(2, 1), n_frames=(270, 320), n_beats=(14, 40), dtype=np.float32)
+    """Classes as unequal as in the shared set; clips of little more than one window, as two
+    epochs are to be quick."""
+    root = tmp_path_factory.mktemp("data")
+    options = {"n_emotion": (2, 1), "n_frames": (270, 320), "n_beats": (14, 40)}
+    return write_data_set(root, per_class=COUNTS, dtype=np.float32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,131 +78,138 @@ def outputs(data_dir, tmp_path_factory):
     return out
 
 
-VALIDATED = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]
-ALL_CLIPS = ["cnn_mel_all_clips", "cnn_mel_seed43_all_clips", "cnn_mel_seed44_all_clips"]
-
-
-def read_metrics(outputs, step):
-    return json.loads((outputs / step / "metrics.json").read_text())
-
-
 @pytest.mark.parametrize(
-    "step, figures",
+    "step, items, figures",
     [
-        ("step07_cnn", {"digit_activations", "genre_activations", "block_operations", "filters", "learning_curve", "per_class", "confusion"}),
-        ("step11_latent", {"maps", "knn_accuracy"}),
+        (
+            "step07_cnn",
+            ["7a", "7b", "7c", "7d", "7e"],
+            {"digit_activations", "genre_activations", "block_operations", "filters"}
+            | {"learning_curve", "overfit", "per_class", "confusion"},
+        ),
+        (
+            "step11_latent",
+            ["11a", "11b", "11c", "11d"],
+            {"pca", "pca_worst", "maps", "knn_accuracy"},
+        ),
     ],
 )
-def test_report_is_whole(outputs, step, figures):
+def test_report_is_whole_and_in_the_labs_order(outputs, step, items, figures):
     summary = (outputs / step / "summary.md").read_text()
     for name in figures:
         assert (outputs / step / f"{name}.png").stat().st_size > 5000
         assert f"]({name}.png)" in summary
     assert {path.stem for path in (outputs / step).glob("*.png")} == figures
+    assert re.findall(r"^## (\d+[a-e])\.", summary, flags=re.MULTILINE) == items
+    words = re.sub(r"```.*?```", "", summary, flags=re.DOTALL)  # source code may hold a brace
     for word in ("nan", "None", "{", "tensor("):
-        assert word not in summary, word
+        assert word not in words, word
+
+
+def test_the_network_and_what_lies_behind_its_scores_are_shown(outputs):
+    summary = (outputs / "step07_cnn" / "summary.md").read_text()
+    assert "class CNNBackbone" in summary and "| backbone.blocks.3.3 | MaxPool2d |" in summary
+    assert "convnetjs/demo/mnist.html" in summary
+    words = " ".join(summary.split())  # wherever a line ends
+    for word in ("AdamW", "label smoothing", "running average", "logit adjustment", "mixup"):
+        assert word in words, word
+    assert "UMAP" in (outputs / "step11_latent" / "summary.md").read_text()
 
 
 def test_answers_carry_the_ids_of_their_clips(outputs, data_dir):
-    model, checkpoint = load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
-    args = SimpleNamespace(skip_bad=False, allow_leak=False)
-    step = SimpleNamespace(data=data_dir, device="cpu", args=args)
-    _, targets, _ = step07_cnn.test_answers(step, model, checkpoint["settings"])
-    labels = {entry.clip_id: entry.label for entry in read_entries(data_dir, "genre", "test", merge=True)}
+    labels = labels_of(data_dir, split="test")
     assert list(labels) != sorted(labels)  # or the order could not show
-    assert {clip_id: checkpoint["settings"]["classes"][k] for clip_id, k in targets.items()} == labels
+    for model, rows in genre_predictions(outputs / "step07_cnn").groupby("model"):
+        assert dict(zip(rows["clip"], rows["truth"], strict=True)) == labels, model
 
 
 def test_metrics_of_the_cnn(outputs):
-    metrics = read_metrics(outputs, "step07_cnn")
-    assert set(metrics["runs"]) == {*VALIDATED, *ALL_CLIPS, "cnn_ensemble", "cnn_lstm_ensemble"}
-    assert {name for name, run in metrics["runs"].items() if "val" in run} == set(VALIDATED)
-    assert metrics["runs"]["cnn_ensemble"]["members"] == ALL_CLIPS
+    metrics = read_metrics(outputs / "step07_cnn")
+    assert set(metrics["runs"]) == {*CNNS, "cnn_ensemble", "cnn_lstm_ensemble"}
+    assert {name for name, run in metrics["runs"].items() if "val" in run} == set(CNNS)
+    assert metrics["runs"]["cnn_ensemble"]["members"] == CNNS
     run = metrics["runs"]["cnn_mel"]
     assert {"epochs", "train_seconds", "val", "test", "weights"} <= set(run)
     for other in metrics["runs"].values():
         test = other["test"]
-        assert len(test["accuracy_ci95"]) == len(test["macro_f1_ci95"]) == 2 and test["n_clips"] == N_TEST
+        assert len(test["accuracy_ci95"]) == len(test["macro_f1_ci95"]) == 2
+        assert test["n_clips"] == N_TEST
     difference = metrics["paired_difference"]["mel"]
-    assert difference["accuracy"] == pytest.approx(run["test"]["accuracy"] - metrics["compared_with"]["mel"]["test"]["accuracy"])
+    lstm = metrics["compared_with"]["mel"]["test"]["accuracy"]
+    assert difference["accuracy"] == pytest.approx(run["test"]["accuracy"] - lstm)
     # Clips that one model alone has right account for the whole difference.
-    assert difference["only_first"] - difference["only_second"] == round(N_TEST * difference["accuracy"])
-    table = genre_predictions(outputs / "step07_cnn").pivot(index="clip", columns="model", values="prediction")
-    assert len(table) == N_TEST
+    only = difference["only_first"] - difference["only_second"]
+    assert only == round(N_TEST * difference["accuracy"])
+    table = genre_predictions(outputs / "step07_cnn")
+    assert len(table.pivot(index="clip", columns="model", values="prediction")) == N_TEST
     assert metrics["digits"]["accuracy"][-1] > 0.5 > metrics["digits"]["accuracy"][0]
+    assert metrics["overfit"]["cnn_mel"]["accuracy"] == 1
+    accuracies = [metrics["runs"][name]["test"]["accuracy"] for name in CNNS]
+    spread = metrics["seed_spread"]["accuracy"]
+    expected = (np.mean(accuracies), np.std(accuracies, ddof=1))
+    assert (spread["mean"], spread["sd"]) == pytest.approx(expected)
 
 
 def test_ensemble_is_of_different_networks(outputs):
-    states = [load_checkpoint(outputs / "step07_cnn" / name / "best.pt")["state"] for name in (*VALIDATED, *ALL_CLIPS)]
-    first = [state["backbone.blocks.0.0.weight"] for state in states]
+    paths = [outputs / "step07_cnn" / name / "best.pt" for name in CNNS]
+    first = [load_checkpoint(path)["state"]["backbone.blocks.0.0.weight"] for path in paths]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
-def test_all_clips_means_training_and_validation_clips_and_no_other(data_dir, tmp_path, monkeypatch):
-    loaders, starts = [], []
-
-    def spy(model, train_loader, val_loader, *rest, **options):
-        loaders.append((set(train_loader.dataset.indices), val_loader and set(val_loader.dataset.indices)))
-        starts.append(copy.deepcopy(model.state_dict()))
-        return train(model, train_loader, val_loader, *rest, **options)
-
-    train = common.train
-    monkeypatch.setattr(common, "train", spy)
-    args = common.parse_args(common.make_parser("", training=True), ["--data-dir", str(data_dir), "--out-dir", str(tmp_path), "--device", "cpu"])
-    step = common.Step("step07_cnn", args)
-    for all_clips in (False, True):
-        _, _, result = common.train_genre(step, "cnn_mel", epochs=3, all_clips=all_clips)
-    (some, val), (every, none) = loaders
-    n_clips = len(read_entries(data_dir, "genre", "train", merge=True))
-    assert not some & val and some | val == every == set(range(n_clips)) and none is None
-    assert result["n_train"] == n_clips and result["n_val"] == 0 and result["val_score"] is None
-    # It goes on from the network that was kept, for a quarter as long, and leaves it as it is.
-    kept, further = (load_checkpoint(tmp_path / "step07_cnn" / name / "best.pt")["state"] for name in ("cnn_mel", "cnn_mel_all_clips"))
-    assert result["epochs"] == 1 and all(torch.equal(starts[1][key], kept[key]) for key in kept)
-    assert not all(torch.equal(further[key], kept[key]) for key in kept)
-
-
 def test_ensemble_averages_by_clip_id():
-    """Frames and beats may list the clips in another order; averaging by position would mix clips."""
-    classes, ids = ["a", "b"], [str(i) for i in range(6)]
-    truth = np.array([0, 1, 0, 1, 0, 1])
-    sure = step07_cnn.pd.DataFrame(np.where(truth[:, None] == [0, 1], -0.01, -5.0), ids, classes)
-    backwards = sure.iloc[::-1]
-    targets = step07_cnn.pd.Series(truth, ids)
-    tested = {"cnn_mel": ({}, targets, sure * 0 - 0.7), "beat_mel": ({}, targets.iloc[::-1], backwards)}
-    runs = step07_cnn.score_ensembles(tested, ["cnn_mel"], "beat_mel")
-    assert runs["cnn_lstm_ensemble"]["test"]["accuracy"] == 1
+    """Frames and beats may list the clips in another order; by position, clips would be mixed."""
+    ids = [str(i) for i in range(6)]
+    true = pd.Series(["a", "b"] * 3, ids)
+    is_class = true.to_numpy()[:, None] == np.array(["a", "b"])
+    sure = pd.DataFrame(np.where(is_class, -0.01, -5.0), ids, ["a", "b"])
+    mean = average([sure * 0 - 0.7, sure.iloc[::-1]])
+    assert genre_scores(true, mean)["accuracy"] == 1
 
 
 def test_rivals_are_the_lstm_on_mel_and_the_best_by_validation(outputs):
     """A checkpoint of step 5 with a better validation score must come into the comparison."""
-    metrics = read_metrics(outputs, "step07_cnn")
+    metrics = read_metrics(outputs / "step07_cnn")
     assert set(metrics["compared_with"]) == set(metrics["paired_difference"]) == {"mel", "chroma"}
     assert metrics["runs"]["cnn_lstm_ensemble"]["members"][-1] == "chroma"
 
 
-def test_paired_bootstrap():
+def test_difference_is_paired():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, 200)
     poor = np.where(rng.random(200) < 0.4, targets, (targets + 1) % 3)
     better = np.where(rng.random(200) < 0.3, targets, poor)
-    same = step07_cnn.paired_bootstrap(targets, poor, poor, 3)
+    ids, classes = [str(i) for i in range(200)], ["a", "b", "c"]
+    true = pd.Series(np.array(classes)[targets], ids)
+    poor_answers, better_answers = (
+        pd.DataFrame(np.eye(3)[k], ids, classes) for k in (poor, better)
+    )
+    same = paired_difference(true, poor_answers, poor_answers)
     assert same["accuracy"] == 0 and same["accuracy_ci95"] == [0, 0] and same["only_first"] == 0
-    result = step07_cnn.paired_bootstrap(targets, better, poor, 3)
-    assert result["only_second"] == 0 and result["only_first"] == ((better == targets) & (poor != targets)).sum()
+    shuffled = better_answers.sample(frac=1, random_state=0)  # pairs are made by clip id
+    result = paired_difference(true, shuffled, poor_answers)
+    assert result["only_second"] == 0
+    assert result["only_first"] == ((better == targets) & (poor != targets)).sum()
     assert 0 < result["accuracy_ci95"][0] < result["accuracy"] < result["accuracy_ci95"][1]
     # Pairing is the point: a model that adds to another's hits is shown to be better even
     # where the two models' own intervals overlap.
-    back = step07_cnn.paired_bootstrap(targets, poor, better, 3)
-    assert back["macro_f1"] == -result["macro_f1"] and back["macro_f1_ci95"] == [-v for v in result["macro_f1_ci95"][::-1]]
+    ordered = paired_difference(true, better_answers, poor_answers)
+    back = paired_difference(true, poor_answers, better_answers)
+    assert back["macro_f1"] == -ordered["macro_f1"] == -result["macro_f1"]
+    assert back["macro_f1_ci95"] == [-value for value in ordered["macro_f1_ci95"][::-1]]
 
 
-def test_overfit_batch_passes_where_labels_can_be_learned(data_dir, tmp_path):
-    result = run_script("step07_cnn.py", "--overfit-batch", "--smoke", "--data-dir", data_dir, "--out-dir", tmp_path)
-    check = read_metrics(tmp_path, "step07_cnn")["overfit"]["cnn_mel"]
+def test_overfit_batch_alone_leaves_the_full_run_as_it_is(data_dir, outputs):
+    """The check, and nothing but the check, in a folder of its own."""
+    folder = outputs / "step07_cnn"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    flags = ("--overfit-batch", "--smoke", "--data-dir", data_dir, "--out-dir", outputs)
+    result = run_script("step07_cnn.py", *flags)
+    check = read_metrics(folder / "overfit_batch")["overfit"]["cnn_mel"]
     assert check["loss"] < 0.01 and check["accuracy"] == 1
-    assert "accuracy 1.000" in result.stdout
-    assert not (tmp_path / "step07_cnn" / "cnn_mel" / "best.pt").exists()  # a check leaves no model behind
+    assert "1.000" in result.stdout
+    assert re.findall(r"--- (\S+)", result.stdout) == ["7d."]
+    assert not list((folder / "overfit_batch").rglob("best.pt"))  # a check leaves no model behind
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_overfit_batch_fails_on_equal_clips_of_different_classes(tmp_path):
@@ -174,16 +218,19 @@ def test_overfit_batch_fails_on_equal_clips_of_different_classes(tmp_path):
     clips = sorted((data / "fma_genre_spectrograms" / "train").glob("*.npy"))
     for path in clips[1:]:
         shutil.copy(clips[0], path)
-    result = run_script("step07_cnn.py", "--overfit-batch", "--subset", 10, "--batch-size", 10, "--data-dir", data, "--out-dir", tmp_path / "out", check=False)
+    flags = ("--overfit-batch", "--subset", 10, "--batch-size", 10)
+    where = ("--data-dir", data, "--out-dir", tmp_path / "out")
+    result = run_script("step07_cnn.py", *flags, *where, check=False)
     assert_clean_error(result, "not learned by heart", "loss", "accuracy", code=1)
-    assert not (tmp_path / "out" / "step07_cnn" / "metrics.json").exists()
+    assert not list((tmp_path / "out").rglob("metrics.json"))
 
 
 def test_four_blocks_of_four_operations_in_the_labs_order():
     backbone = CNNBackbone()
     assert len(backbone.blocks) == 4
+    kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
     for block in backbone.blocks:
-        assert [type(operation) for operation in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+        assert [type(operation) for operation in block] == kinds
     assert backbone.blocks[0][0].in_channels == 1  # the spectrogram is an image of one channel
 
 
@@ -202,7 +249,8 @@ def test_cnn_gives_the_same_vector_however_far_a_clip_is_padded():
             torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
     # Beside a longer clip in a batch, too.
     both = torch.cat([nn.functional.pad(clip, (0, 0, 0, 390)), torch.randn(1, 400, 128)])
-    torch.testing.assert_close(backbone(both, torch.tensor([10, 400]))[:1], alone, rtol=1e-4, atol=1e-5)
+    vectors = backbone(both, torch.tensor([10, 400]))
+    torch.testing.assert_close(vectors[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -215,77 +263,119 @@ def test_batch_of_one():
     assert logits.shape == (3, 7) and targets.tolist() == [0, 1, 2]
 
 
-def test_digit_cnn_leaves_out_what_it_says():
-    def operations(without):
-        return [type(module).__name__ for module in step07_cnn.digit_cnn(without).modules()]
-
-    for name in step07_cnn.OPERATIONS[1:]:
-        assert operations(None).count(name) == 2 and name not in operations(name)
-    assert step07_cnn.digit_cnn("Conv2d")[0][0].kernel_size == (1, 1)
-    for without in (None, *step07_cnn.OPERATIONS):
-        assert step07_cnn.digit_cnn(without)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+@pytest.fixture(scope="module")
+def step07():
+    return functions_of("step07_cnn.py")
 
 
-def test_activations_are_what_the_network_computes():
-    model = step07_cnn.digit_cnn().eval()
+def test_digit_cnn_leaves_out_what_it_says(step07):
+    digit_cnn, operations = step07["digit_cnn"], step07["OPERATIONS"]
+
+    def names(without):
+        return [type(module).__name__ for module in digit_cnn(without).modules()]
+
+    for name in operations[1:]:
+        assert names(None).count(name) == 2 and name not in names(name)
+    assert digit_cnn("Conv2d")[0][0].kernel_size == (1, 1)
+    for without in (None, *operations):
+        assert digit_cnn(without)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_digits_are_scored_on_those_not_learned(step07):
+    """With labels drawn by lot, what was learned by heart must not help on other digits."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(40, 1, 8, 8, generator=generator), torch.arange(40) % 10
+    train_digits = step07["train_digits"]
+    _, learned = train_digits((x, y, x, y), 0, 60)
+    other = torch.rand(400, 1, 8, 8, generator=generator)
+    _, unseen = train_digits((x, y, other, torch.arange(400) % 10), 0, 60)
+    assert learned[-1] > 0.9 and unseen[-1] < 0.3
+
+
+def test_activations_are_what_the_network_computes(step07):
+    model = step07["digit_cnn"]().eval()
     x = torch.rand(3, 1, 8, 8)
-    maps = step07_cnn.activations(model[:2], x)
-    assert list(maps) == [(block, name) for block in (1, 2) for name in step07_cnn.OPERATIONS]
+    maps = step07["activations"](model[:2], x)
+    assert list(maps) == [(block, name) for block in (1, 2) for name in step07["OPERATIONS"]]
     torch.testing.assert_close(model[2:](maps[2, "MaxPool2d"]), model(x))
 
 
 def test_latent_files(outputs, data_dir):
-    metrics = read_metrics(outputs, "step11_latent")
+    metrics = read_metrics(outputs / "step11_latent")
     assert len(metrics["roles"]) == 3 and metrics["roles"]["cnn_mel"] == "CNN"
     for name in metrics["roles"]:
         model, checkpoint = load_model(outputs / "step11_latent" / name / "best.pt")
+        settings = checkpoint["settings"]
         clips = np.load(outputs / "step11_latent" / f"latent_{name}.npz", allow_pickle=False)
-        test = load_genre_test(data_dir, checkpoint["settings"])
+        test = load_test(Source(data_dir), settings)
         assert clips["vectors"].shape == (len(test), model.backbone.feature_size)
-        assert clips["ids"].tolist() == [entry.clip_id for entry in test.store.entries]
-        assert [clips["classes"][k] for k in clips["labels"]] == [entry.label for entry in test.store.entries]
+        assert clips["ids"].tolist() == clip_ids(test)
+        assert [clips["classes"][k] for k in clips["labels"]] == truth(test, settings).tolist()
         # These are the very vectors that the output layer answers to.
-        logits, _ = predict(model, make_loader(test, 8), window=checkpoint["settings"]["window"])
+        logits, _ = predict(model, DataLoader(test, 8), window=settings["window"])
         with torch.no_grad():
-            torch.testing.assert_close(model.head(torch.from_numpy(clips["vectors"])), logits, rtol=0.05, atol=0.02)
+            answers = model.head(torch.from_numpy(clips["vectors"]))
+        torch.testing.assert_close(answers, logits, rtol=0.05, atol=0.02)
         assert metrics["runs"][name]["test"]["n_clips"] == len(test)
 
 
+def test_methods_are_judged_by_one_criterion(outputs):
+    metrics = read_metrics(outputs / "step11_latent")
+    assert metrics["criterion"] == "trustworthiness"
+    for measures in metrics["separation"].values():
+        assert {"full space", "full space, untrained", "PCA", "Isomap", "t-SNE"} <= set(measures)
+        for method in ("PCA", "Isomap", "t-SNE"):
+            assert 0 < measures[method]["trustworthiness"] <= 1
+            low, high = measures[method]["knn_accuracy_ci95"]
+            assert low <= measures[method]["knn_accuracy"] <= high
+
+
 def test_best_and_worst_lstm_by_validation(outputs):
-    metrics = read_metrics(outputs, "step11_latent")
-    val = {name: load_checkpoint(outputs / "step11_latent" / name / "best.pt")["val_score"] for name in step11_latent.LSTMS}
+    metrics = read_metrics(outputs / "step11_latent")
+    folder = outputs / "step11_latent"
+    val = {name: load_checkpoint(folder / name / "best.pt")["val_score"] for name in LSTM_RUNS}
     roles = {role: name for name, role in metrics["roles"].items()}
-    assert val[roles["best LSTM"]] == max(val.values()) and val[roles["worst LSTM"]] == min(val.values())
+    assert val[roles["best LSTM"]] == max(val.values())
+    assert val[roles["worst LSTM"]] == min(val.values())
     assert roles["best LSTM"] != roles["worst LSTM"]
 
 
-def test_separation_is_leave_one_out():
+@pytest.fixture(scope="module")
+def separation():
+    return functions_of("step11_latent.py")["separation"]
+
+
+def test_separation_is_leave_one_out(separation):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 4, 60)
     points = rng.standard_normal((60, 6)) + 0.8 * labels[:, None]
-    measured = step11_latent.separation(points, labels)
+    hits, facts = separation(points, labels)
     expected = cross_val_predict(KNeighborsClassifier(5), points, labels, cv=LeaveOneOut())
-    assert np.array_equal(measured["guesses"], expected)
+    assert np.array_equal(hits, expected == labels)
+    assert facts["knn_accuracy"] == hits.mean()
     # With the clip itself among its neighbours, random labels would look separable.
-    chance = step11_latent.separation(rng.standard_normal((400, 50)), rng.integers(0, 4, 400))
-    assert chance["hits"].mean() < 0.35
+    hits, _ = separation(rng.standard_normal((400, 50)), rng.integers(0, 4, 400))
+    assert hits.mean() < 0.35
 
 
-def test_separation_sees_apart_and_mixed():
+def test_separation_sees_apart_and_mixed(separation):
     labels = np.repeat([0, 1], 30)
     noise = np.random.default_rng(2).standard_normal((60, 3))
-    apart = step11_latent.separation(noise + 20 * labels[:, None], labels)
-    mixed = step11_latent.separation(noise, labels)
-    assert apart["hits"].all() and apart["silhouette"] > 0.8 > 0.1 > mixed["silhouette"]
+    hits, apart = separation(noise + 20 * labels[:, None], labels)
+    _, mixed = separation(noise, labels)
+    assert hits.all() and apart["silhouette"] > 0.8 > 0.1 > mixed["silhouette"]
 
 
 def test_too_few_test_clips_are_named(tmp_path, outputs):
     data = write_data_set(tmp_path / "data", per_class=(6, 1), n_emotion=(4, 1), n_frames=64)
     for beat in ("", "_beat"):
         labels = data / f"fma_genre_spectrograms{beat}" / "test_labels.txt"
-        labels.write_text("\n".join(labels.read_text().splitlines()[:1] + [line for line in labels.read_text().splitlines() if "Blues" in line or "Jazz" in line]) + "\n")
-    for name in step11_latent.LSTMS:
-        shutil.copytree(outputs / "step11_latent" / name, tmp_path / "out" / "step05_lstm" / name)
-    shutil.copytree(outputs / "step07_cnn" / "cnn_mel", tmp_path / "out" / "step07_cnn" / "cnn_mel")
-    result = run_script("step11_latent.py", "--smoke", "--data-dir", data, "--out-dir", tmp_path / "out", check=False)
+        header, *lines = labels.read_text().splitlines()
+        few = [line for line in lines if "Blues" in line or "Jazz" in line]
+        labels.write_text("\n".join([header, *few]) + "\n")
+    out = tmp_path / "out"
+    shutil.copytree(outputs / "step07_cnn" / "cnn_mel", out / "step07_cnn" / "cnn_mel")
+    flags = ("--smoke", "--data-dir", data, "--out-dir", out)
+    result = run_script("step11_latent.py", *flags, check=False)
     assert_clean_error(result, "2 genre test clips of 2 classes", "too few")
+    assert "passing over" in result.stdout  # a network of other clips, though of the same classes
