@@ -324,6 +324,9 @@ def test_methods_are_judged_by_one_criterion(outputs):
     assert metrics["criterion"] == "trustworthiness"
     for measures in metrics["separation"].values():
         assert {"full space", "full space, untrained", "PCA", "Isomap", "t-SNE"} <= set(measures)
+        # Random weights: a twin with the trained ones would measure the very same.
+        full, untrained = measures["full space"], measures["full space, untrained"]
+        assert full["silhouette"] != untrained["silhouette"]
         for method in ("PCA", "Isomap", "t-SNE"):
             assert 0 < measures[method]["trustworthiness"] <= 1
             low, high = measures[method]["knn_accuracy_ci95"]
