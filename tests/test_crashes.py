@@ -125,7 +125,7 @@ def kill_series(scratch, n_kills=20):
         )  # empty at first, so that kills strike there too
         pid = start(data, out)
         if kills < n_kills:
-            time.sleep(rng.uniform(0, 0.6 * seconds))
+            time.sleep(rng.uniform(0.1, 1.0) * seconds)  # the run begins with the overfit check
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         files += check_whole(out)
