@@ -2319,9 +2319,7 @@ def genre_model(step, name) -> Fit:
     if found := find_genre_checkpoint(step, name):
         path, _ = found
         model, checkpoint = load_model(path, step.device)
-        facts = checkpoint["facts"] | trained_epochs(path, checkpoint)
-        facts |= {"weights": count_weights(model), "val": {"macro_f1": checkpoint["val_score"]}}
-        facts = {"planned_epochs": "?", "n_val": "?", "examples_per_epoch": 0} | facts
+        facts = training_facts(path, checkpoint) | {"weights": count_weights(model)}
         print(f"{name}: using {path}, {facts['epochs']} of {facts['planned_epochs']} epochs")
         return Fit(model, checkpoint["settings"], facts, pd.DataFrame(), path)
     print(f"{name}: no checkpoint of these clips in {step.out}; training it here")
@@ -2337,18 +2335,21 @@ def genre_val_scores(step) -> pd.DataFrame:
     found = {name: find_genre_checkpoint(step, name) for name in names}
     rows = {}
     for name, (path, checkpoint) in ((name, pair) for name, pair in found.items() if pair):
-        facts = checkpoint["facts"] | trained_epochs(path, checkpoint)
-        epochs = f"{facts['epochs']} of {facts.get('planned_epochs', '?')}"
-        rows[name] = [checkpoint["val_score"], facts.get("n_val", "?"), epochs]
+        facts = training_facts(path, checkpoint)
+        epochs = f"{facts['epochs']} of {facts['planned_epochs']}"
+        rows[name] = [checkpoint["val_score"], facts["n_val"], epochs]
     table = pd.DataFrame(rows, ["val macro-F1", "val clips", "epochs"]).T.infer_objects()
     return table.sort_values("val macro-F1", ascending=False).rename_axis("genre network")
 
 
-def trained_epochs(path, checkpoint) -> dict:
-    """How many epochs the run of a checkpoint has had, and which of them was kept."""
+def training_facts(path, checkpoint) -> dict:
+    """What is known of the training of a genre checkpoint: `Fit.facts` without weights, seconds."""
     curve = path.with_name("history.csv")
     epochs = len(pd.read_csv(curve)) if curve.exists() else checkpoint["epoch"]
-    return {"epochs": epochs, "best_epoch": checkpoint["epoch"]}
+    val = {"macro_f1": checkpoint["val_score"]}
+    unknown = {"planned_epochs": "?", "n_val": "?", "examples_per_epoch": 0}
+    known = {"epochs": epochs, "best_epoch": checkpoint["epoch"], "val": val}
+    return unknown | checkpoint["facts"] | known
 
 
 def find_emotion_leak(step, held_out) -> str | None:
@@ -2796,6 +2797,19 @@ def plot_scores(ax, names, values, intervals, xlabel):
         ax.text(max(value, high) + 0.01, position, f"{value:.3f}", va="center", fontsize="small")
 
 
+def plot_emotion_scores(scores):
+    """One panel of `plot_scores` per emotion and for the mean: {model: `emotion_scores`}."""
+    size = (18, 0.42 * len(scores) + 1.3)
+    fig, axes = plt.subplots(1, 4, figsize=size, layout="constrained")
+    for ax, key in zip(axes, (*EMOTIONS, "mean_spearman"), strict=True):
+        found = {name: row for name, row in scores.items() if key in row}
+        values = [row[key] for row in found.values()]
+        intervals = [row[f"{key}_ci95"] for row in found.values()]
+        plot_scores(ax, list(found), values, intervals, "Spearman (line: 95% interval)")
+        ax.set_title(key.replace("_spearman", " of the three"))
+    return fig
+
+
 # --------------------------------------------------------------------------------------
 # Looking at clips: what steps 1 to 3 share
 # --------------------------------------------------------------------------------------
@@ -3171,11 +3185,11 @@ class Step:
         parser = make_parser(description, training)
         if add_flags:
             add_flags(parser)
-        self.args = args = parser.parse_args(shlex.split(flags) if in_notebook() else None)
+        given = parser.parse_args(shlex.split(flags) if in_notebook() else None)
+        # A step without the flags of a training may have to train a missing network: as by default.
+        defaults = make_parser("", training=True).parse_args([])
+        self.args = args = argparse.Namespace(**(vars(defaults) | vars(given)))
         self.name, self.began = name, time.monotonic()
-        defaults = {"epochs": None, "subset": None, "overfit_batch": False, "resume": False}
-        for key, value in (defaults | {"batch_size": 32, "lr": 2e-3, "max_minutes": None}).items():
-            setattr(args, key, getattr(args, key, value))  # steps without these train as by default
         seed_everything(args.seed)
         keep_freed_memory()
         self.device = pick_device(args.device)
@@ -3344,6 +3358,12 @@ def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.Data
         )
         for name, (t, p) in columns.items()
     )
+
+
+def held_out_rows(true, answers, seed, folds) -> list[pd.DataFrame]:
+    """`prediction_rows` of held-out emotion clips for {model: answers}."""
+    where = {"test_set": "multitask_dataset held out", "seed": seed, "fold": folds}
+    return [prediction_rows(name, true, table, **where) for name, table in answers.items()]
 
 
 def write_predictions(folder, rows) -> None:

@@ -40,13 +40,13 @@ from common import (
     epochs_kept,
     fit_run,
     genre_val_scores,
+    held_out_rows,
     load_data,
     make_backbone,
     overfit_emotions,
     paired_difference,
+    plot_emotion_scores,
     plot_histories,
-    plot_scores,
-    prediction_rows,
     read_entries,
     regression_loss,
     together,
@@ -191,13 +191,8 @@ step.text("""
     Each difference is of the mean over the three axes, on the same clips; its interval
     covers which clips were held out, for one training seed.
 """)
-fig, axes = plt.subplots(1, 4, figsize=(17, 0.42 * len(scores) + 1.3), layout="constrained")
-for ax, key in zip(axes, (*EMOTIONS, "mean_spearman"), strict=True):
-    values = [row[key] for row in scores.values()]
-    intervals = [row[f"{key}_ci95"] for row in scores.values()]
-    plot_scores(ax, list(scores), values, intervals, "Spearman (line: 95% interval)")
-    ax.set_title(key.replace("_spearman", " of the three"))
-step.figure(fig, "scores", "Spearman's correlation on the held-out clips")
+caption = "Spearman's correlation on the held-out clips"
+step.figure(plot_emotion_scores(scores), "scores", caption)
 
 fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained")
 for (row, column), ax in np.ndenumerate(axes):
@@ -237,18 +232,6 @@ step.text(f"""
 if unlabelled:
     columns = [answer_unlabelled(step, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
     write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
-write_predictions(
-    step.folder,
-    [
-        prediction_rows(
-            name,
-            true,
-            table,
-            test_set="multitask_dataset held out",
-            seed=step.args.seed,
-            fold=runs["cnn_valence"].folds,
-        )
-        for name, table in answers.items()
-    ],
-)
+rows = held_out_rows(true, answers, step.args.seed, runs["cnn_valence"].folds)
+write_predictions(step.folder, rows)
 step.finish(facts, folds=step.args.folds, networks=networks)

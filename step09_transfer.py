@@ -44,6 +44,7 @@ from common import (
     fit_run,
     genre_model,
     genre_val_scores,
+    held_out_rows,
     load_backbone,
     load_checkpoint,
     load_data,
@@ -51,7 +52,6 @@ from common import (
     overfit_emotions,
     paired_difference,
     plan,
-    prediction_rows,
     together,
     truth,
     window_of,
@@ -338,13 +338,7 @@ if step.args.compare_depths:
     caption = "Spearman's correlation against the number of blocks left as genre training made them"
     step.figure(fig, "depths", f"{caption}; dotted: from scratch, held-out clips")
 
-rows = [
-    prediction_rows(
-        kind, true, table, test_set="multitask_dataset held out", seed=step.args.seed, fold=1
-    )
-    for kind, table in answers.items()
-]
-write_predictions(step.folder, rows)
+write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds=1))
 facts = {
     names[key]: run.facts | {"test": emotion_scores(run.truth, run.answers)}
     for key, run in runs.items()

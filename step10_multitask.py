@@ -19,7 +19,6 @@ mean Spearman on 278 clips, average .657 [.600, .706], CNN from genre weights .6
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --learned-weights").
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -42,15 +41,15 @@ from common import (
     find_emotion_leak,
     fit_run,
     genre_model,
+    held_out_rows,
     load_backbone,
     load_data,
     load_torch,
     make_backbone,
     overfit_emotions,
     paired_difference,
+    plot_emotion_scores,
     plot_histories,
-    plot_scores,
-    prediction_rows,
     read_entries,
     regression_loss,
     seed_everything,
@@ -295,15 +294,8 @@ pairs = [("multitask", name) for name in ("multitask_scratch", "multitask_lstm",
 pairs += [("multitask_average", name) for name in (*averaged, "svr")]
 differences = {pair: paired_difference(true, *(shown[name] for name in pair)) for pair in pairs}
 step.text("\n".join(f"- {difference_line(*pair, found)}" for pair, found in differences.items()))
-fig, axes = plt.subplots(1, 4, figsize=(18, 0.42 * len(scores) + 1.3), layout="constrained")
-for ax, key in zip(axes, (*EMOTIONS, "mean_spearman"), strict=True):
-    found = {name: row for name, row in scores.items() if key in row}
-    values, intervals = zip(
-        *((row[key], row[f"{key}_ci95"]) for row in found.values()), strict=True
-    )
-    plot_scores(ax, list(found), values, intervals, "Spearman (line: 95% interval)")
-    ax.set_title(key.replace("_spearman", " of the three"))
-step.figure(fig, "scores", "Spearman's correlation on the held-out clips")
+caption = "Spearman's correlation on the held-out clips"
+step.figure(plot_emotion_scores(scores), "scores", caption)
 
 # %% Predictions for the unlabelled clips, in the competition's format
 # By the average, over all folds of both its members.
@@ -313,20 +305,7 @@ step.text(f"`submission.csv`: {len(unlabelled)} clips, answered by `multitask_av
 if unlabelled:
     members = (answer_unlabelled(step, runs[name]) for name in averaged)
     write_submission(step.folder / "submission.csv", average(members))
-write_predictions(
-    step.folder,
-    [
-        prediction_rows(
-            name,
-            true,
-            table,
-            test_set="multitask_dataset held out",
-            seed=step.args.seed,
-            fold=folds,
-        )
-        for name, table in answers.items()
-    ],
-)
+write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds))
 facts = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}
 facts["multitask_average"] = {"members": averaged, "val": {}, "test": scores["multitask_average"]}
 facts["svr"] = {"val": {}, "test": scores["svr"]}
