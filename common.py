@@ -40,6 +40,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -95,8 +96,7 @@ def end_in_one_line(kind, error, traceback):
             print(f"{error.label}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if issubclass(kind, KeyboardInterrupt):
-        message = "stopped; finished epochs are kept, --resume goes on from them"
-        print(message, file=sys.stderr)
+        print("stopped; finished epochs are kept, --resume goes on from them", file=sys.stderr)
         sys.exit(130)
     sys.__excepthook__(kind, error, traceback)
 
@@ -218,28 +218,21 @@ def find_data(data_dir=None) -> Path:
                 return root.resolve()
     tried = ", ".join(map(str, places[:2]))
     if given:
-        raise InputError(
-            f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}; "
-            "name the folder that holds them in --data-dir"
-        )
+        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}"
+        raise InputError(f"{fault}; name the folder that holds them in --data-dir")
     if on_kaggle():
-        raise InputError(
-            f"data set not attached (looked in {tried}); "
-            "add geoparslp/patreco3-multitask-affective-music under Input"
-        )
+        cure = "add geoparslp/patreco3-multitask-affective-music under Input"
+        raise InputError(f"data set not attached (looked in {tried}); {cure}")
     maker = here / "make_dataset.py"
     if not maker.exists():
         raise InputError(f"no data in {tried}, no make_dataset.py for a demo set; give --data-dir")
-    print(
-        "No data set found: synthesising a demo set. Scores on it say nothing about real music.",
-        file=sys.stderr,
-    )
+    scores = "Scores on it say nothing about real music."
+    print(f"No data set found: synthesising a demo set. {scores}", file=sys.stderr)
     # A separate process, so that this file imports no other of the project.
     made = subprocess.run([sys.executable, str(maker), "--demo", "--out", str(places[-1])])
     if made.returncode:
-        raise InputError(
-            f"make_dataset.py could not write the demo set to {places[-1]}; give --data-dir"
-        )
+        fault = f"make_dataset.py could not write the demo set to {places[-1]}"
+        raise InputError(f"{fault}; give --data-dir")
     return places[-1]
 
 
@@ -356,9 +349,8 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     import librosa
 
     if waveform.ndim != 1 or len(waveform) < N_FFT:
-        raise InputError(
-            f"waveform of shape {waveform.shape}: one channel of at least {N_FFT} samples is needed"
-        )
+        shape = f"waveform of shape {waveform.shape}"
+        raise InputError(f"{shape}: one channel of at least {N_FFT} samples is needed")
     mel_power = librosa.feature.melspectrogram(
         y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS
     )
@@ -372,11 +364,8 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
         beat_frames = np.array([0])
 
     def stack(power, pitch):
-        db = (
-            librosa.power_to_db(power, ref=np.max)
-            if power.max() > 1e-10
-            else np.full_like(power, DB_FLOOR)
-        )  # its own lower limit
+        silent = power.max() <= 1e-10  # librosa's own lower limit
+        db = np.full_like(power, DB_FLOOR) if silent else librosa.power_to_db(power, ref=np.max)
         return np.vstack([db, np.clip(pitch, 0, 1)]).astype(np.float64)
 
     sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
@@ -391,12 +380,12 @@ def percussive_part(waveform, size=31) -> np.ndarray:
     """
     import librosa
 
+    half = size // 2
+
     def median_along_rows(rows):
         # scipy's fast median is for one dimension only, so the mirrored rows are laid end to end.
-        padded = np.pad(rows, ((0, 0), (size // 2, size // 2)), mode="symmetric")
-        return median_filter(padded.ravel(), size).reshape(padded.shape)[
-            :, size // 2 : -(size // 2)
-        ]
+        padded = np.pad(rows, ((0, 0), (half, half)), mode="symmetric")
+        return median_filter(padded.ravel(), size).reshape(padded.shape)[:, half:-half]
 
     magnitude, phase = librosa.magphase(librosa.stft(waveform))
     over_time, over_frequency = median_along_rows(magnitude), median_along_rows(magnitude.T).T
@@ -442,79 +431,65 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
     InputError
         Names the file, the line and the fault.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(
-            encoding="utf-8-sig"
-        ).splitlines()  # -sig: a BOM is no part of the header
-    except FileNotFoundError:
-        raise InputError(f"{path}: label file missing; is the data set complete?") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8"
-        ) from None
-    except OSError as error:  # a folder in its place, no permission
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); is the data set complete?"
-        ) from None
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    expected = f"'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
+    rows = [(n, line) for n, line in enumerate(read_lines(path), start=1) if line.strip()]
     if not rows:
-        raise InputError(
-            f"{path}: empty; its first line must be 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
-        )
+        raise InputError(f"{path}: empty; its first line must be {expected}")
     header = rows[0][1].strip()
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
-    is_genre = columns == ["Id", "Genre"]
     # Columns are found by name: a fixed number is how valence once was read as energy.
-    if not is_genre and not (
-        separator == ","
-        and columns[0] == "Id"
-        and set(columns[1:]) == set(EMOTIONS)
-        and len(columns) == 4
-    ):
-        raise InputError(
-            f"{path}: header {header!r}; expected 'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
-        )
+    is_genre = columns == ["Id", "Genre"]
     if is_genre and separator != "\t":
         raise InputError(f"{path}: columns separated by {separator!r}; expected a tab")
+    is_emotion = columns[0] == "Id" and sorted(columns[1:]) == sorted(EMOTIONS)
+    if not is_genre and not (is_emotion and separator == ","):
+        raise InputError(f"{path}: header {header!r}; expected {expected}")
 
-    labels, seen = [], {}
-    for number, line in rows[1:]:
-        where = f"{path}, line {number}"
+    labels = {}  # a row given twice is one clip
+    for n, line in rows[1:]:
+        where = f"{path}, line {n}"
         cells = [cell.strip() for cell in line.split(separator)]
         if len(cells) != len(columns) or not all(cells):
-            raise InputError(
-                f"{where}: {line!r} has not {len(columns)} filled columns; mend or remove the line"
-            )
+            fault = f"{line!r} has not {len(columns)} filled columns"
+            raise InputError(f"{where}: {fault}; mend or remove the line")
         clip_id = cells[0].split(".")[0]
         if not clip_id or any(mark in cells[0] for mark in "/\\:\0"):
-            raise InputError(
-                f"{where}: {cells[0]!r} is no clip id; expected e.g. 104085.fused.full.npy.gz"
-            )
-        if is_genre:
-            label = cells[1]
-        else:
-            try:
-                values = dict(zip(columns[1:], map(float, cells[1:]), strict=True))
-            except ValueError:
-                raise InputError(
-                    f"{where}: {line!r} holds a value that is no number; mend or remove the line"
-                ) from None
-            label = tuple(values[name] for name in EMOTIONS)
-            if not all(0 <= value <= 1 for value in label):
-                raise InputError(
-                    f"{where}: {line!r} holds a value outside [0, 1]; mend or remove the line"
-                )
-        if seen.setdefault(clip_id, label) != label:
-            raise InputError(
-                f"{where}: clip {clip_id} was labelled {seen[clip_id]!r} before, "
-                f"now {label!r}; keep one"
-            )
-        labels.append((clip_id, label))
+            fault = f"{cells[0]!r} is no clip id"
+            raise InputError(f"{where}: {fault}; expected e.g. 104085.fused.full.npy.gz")
+        label = cells[1] if is_genre else emotion_values(where, line, columns[1:], cells[1:])
+        if labels.setdefault(clip_id, label) != label:
+            fault = f"clip {clip_id} was labelled {labels[clip_id]!r} before, now {label!r}"
+            raise InputError(f"{where}: {fault}; keep one")
     if not labels:
         raise InputError(f"{path}: a header and no clips; is the data set complete?")
-    return list(dict(labels).items())  # a row given twice is one clip
+    return list(labels.items())
+
+
+def read_lines(path) -> list[str]:
+    """Lines of a label file; InputError where it cannot be read."""
+    try:  # -sig: a byte order mark is no part of the header
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        fault = "label file missing; is the data set complete?"
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8 text at byte {error.start}; save it as UTF-8"
+    except OSError as error:  # a folder in its place, no permission
+        fault = f"cannot be read ({error.strerror}); is the data set complete?"
+    raise InputError(f"{path}: {fault}")
+
+
+def emotion_values(where, line, columns, cells) -> tuple[float, float, float]:
+    """Cells of an emotion label file -> (valence, energy, danceability), each in [0, 1]."""
+    try:
+        values = dict(zip(columns, map(float, cells), strict=True))
+    except ValueError:
+        fault = f"{line!r} holds a value that is no number"
+        raise InputError(f"{where}: {fault}; mend or remove the line") from None
+    if not all(0 <= value <= 1 for value in values.values()):
+        fault = f"{line!r} holds a value outside [0, 1]"
+        raise InputError(f"{where}: {fault}; mend or remove the line")
+    return tuple(values[name] for name in EMOTIONS)
 
 
 def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
@@ -536,36 +511,27 @@ def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
     if part == "emotion" and split == "test":  # the lab publishes no labels for these
         labels = [(path.name.split(".")[0], None) for path in sorted(arrays.glob("*.npy"))]
     else:
-        labels = read_labels(folder / f"{split}_labels.txt")
+        file = folder / f"{split}_labels.txt"
+        labels = read_labels(file)
         if isinstance(labels[0][1], str) != (part == "genre"):
-            raise InputError(
-                f"{folder / f'{split}_labels.txt'}: holds the labels of the other part; "
-                f"expected {part} labels"
-            )
-    entries = [
-        Entry(clip_id, arrays / f"{clip_id}.fused.full.npy", label) for clip_id, label in labels
-    ]
+            raise InputError(f"{file}: holds the labels of the other part; expected {part} labels")
+    entries = [Entry(i, arrays / f"{i}.fused.full.npy", label) for i, label in labels]
     return merge_classes(entries) if merge and part == "genre" else entries
 
 
 def merge_classes(entries) -> list[Entry]:
     """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
     unknown = sorted({entry.label for entry in entries} - set(MERGE))
-    if unknown:
-        raise InputError(
-            f"{_label_file(entries)}: class {unknown[0]!r} is not one of the lab's 20; "
-            "--no-merge keeps classes as they are"
-        )
-    merged = [entry._replace(label=MERGE[entry.label]) for entry in entries if MERGE[entry.label]]
-    if not merged:
-        raise InputError(
-            f"{_label_file(entries)}: the lab's merge drops every class in it; "
-            "--no-merge keeps classes as they are"
-        )
+    merged = [entry._replace(label=MERGE.get(entry.label)) for entry in entries]
+    merged = [entry for entry in merged if entry.label]
+    if unknown or not merged:
+        class_fault = f"class {unknown[0]!r} is not one of the lab's 20" if unknown else ""
+        fault = class_fault or "the lab's merge drops every class in it"
+        raise InputError(f"{label_file(entries)}: {fault}; --no-merge keeps classes as they are")
     return merged
 
 
-def _label_file(entries) -> Path:
+def label_file(entries) -> Path:
     """The file that named these clips, for messages."""
     folder = entries[0].path.parent
     return folder.with_name(f"{folder.name}_labels.txt")
@@ -593,30 +559,25 @@ def read_array(path) -> np.ndarray:
         with parser_lock:
             # Takes .npy files only: no archive and no pickle, which may run code.
             array = np.lib.format.open_memmap(path, mode="r")
-        fault = _shape_fault(array)
-        with np.errstate(
-            over="ignore"
-        ):  # what float32 cannot hold becomes infinite and is refused below
-            array = (
-                None if fault else np.array(array, dtype=np.float32)
-            )  # a copy, which may be written to
+        fault = shape_fault(array)
+        if not fault:
+            # A copy. What float32 cannot hold becomes infinite and is refused.
+            with np.errstate(over="ignore"):
+                array = np.array(array, dtype=np.float32)
+            fault = value_fault(array)
     except FileNotFoundError:
         fault = "missing, though the label file names it"
-    except (
-        Exception
-    ) as error:  # whatever a broken header makes numpy raise, MemoryError and BadZipFile among it
+    except Exception as error:  # whatever a broken header makes numpy raise, MemoryError too
         reason = str(error).splitlines()[0] if str(error) else "empty file"
         fault = f"not a readable .npy array ({reason})"
-    if not fault:
-        fault = _value_fault(array)
     if fault:
-        raise InputError(
-            f"{path}: {fault}; replace the file, or leave such clips out with --skip-bad"
-        )
+        cure = "replace the file, or leave such clips out with --skip-bad"
+        raise InputError(f"{path}: {fault}; {cure}")
     return array
 
 
-def _shape_fault(array) -> str | None:
+def shape_fault(array) -> str | None:
+    """What is wrong with the type or the shape of a clip's array, if anything."""
     if array.dtype.kind != "f":
         return f"numbers of type {array.dtype}, expected floating point"
     if array.ndim != 2 or array.shape[0] != N_ROWS:
@@ -625,7 +586,8 @@ def _shape_fault(array) -> str | None:
     return None if array.shape[1] else f"shape {array.shape}: no frames"
 
 
-def _value_fault(array) -> str | None:
+def value_fault(array) -> str | None:
+    """What is wrong with the values of a (140, T) array, if anything."""
     low, high = array[:N_MELS].min(), array[:N_MELS].max()  # NaN and inf survive min and max
     chroma_low, chroma_high = array[N_MELS:].min(), array[N_MELS:].max()
     if not np.isfinite([low, high, chroma_low, chroma_high]).all():
@@ -658,7 +620,11 @@ class ClipStore:
     digests: list[str]
 
 
-def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
+CACHE_VERSION = 1
+N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while others compute
+
+
+def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     """Load the arrays of `entries`, in their order, into a ClipStore.
 
     The first time, threads read, check and convert the files into one cache file; later
@@ -673,31 +639,23 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
-    with ThreadPoolExecutor(threads or N_READERS) as pool:
-        facts = list(_map_blocks(pool, _file_facts, entries, 64))
+    with ThreadPoolExecutor(threads) as pool:
+        facts = list(pool.map(file_facts, entries))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.clips"
         try:
-            footer, frames = _open_cache(cache)
+            footer, frames = open_cache(cache)
             left_out = set(range(len(entries))) - set(footer["kept"])
-            if any(_convert(entries[index])[0] is not None for index in left_out):
-                raise ValueError(
-                    "a clip that could not be read then can be read now"
-                )  # a disk or a share that failed for a moment
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-        ):  # not there yet, or cut short when the machine went down
-            _fill_cache(cache, entries, pool)
-            footer, frames = _open_cache(cache)
+            if any(convert(entries[index])[0] is not None for index in left_out):
+                raise ValueError("a disk or a share that had failed for a moment")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            # Not there yet, or cut short when the machine went down.
+            fill_cache(cache, entries, pool)
+            footer, frames = open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
-        raise InputError(
-            faults[0] + (f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else "")
-        )
+        more = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
+        raise InputError(faults[0] + more)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     if not footer["kept"]:
@@ -705,12 +663,6 @@ def load_clips(entries, skip_bad=False, threads=None) -> ClipStore:
     lengths = torch.tensor(footer["lengths"])
     kept = [entries[index] for index in footer["kept"]]
     return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, footer["digests"])
-
-
-CACHE_VERSION = 1
-N_READERS = (
-    os.cpu_count() or 1
-) + 1  # threads that read files: one waits for the disk while the others compute
 
 
 def cache_dir() -> Path:
@@ -727,21 +679,12 @@ def cache_dir() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{folder}: no cache folder can be made there ({error.strerror}); set $PATREC_CACHE"
-        ) from error
+        fault = f"no cache folder can be made there ({error.strerror})"
+        raise InputError(f"{folder}: {fault}; set $PATREC_CACHE") from error
     return folder
 
 
-def _map_blocks(pool, function, items, size):
-    """pool.map with `size` items a task: what a task costs can be more than asking for a file."""
-    blocks = [items[first : first + size] for first in range(0, len(items), size)]
-    return itertools.chain.from_iterable(
-        pool.map(lambda block: [function(item) for item in block], blocks)
-    )
-
-
-def _file_facts(entry) -> tuple:
+def file_facts(entry) -> tuple:
     """Name, size and time of change of a file; two None for one that is missing."""
     path = str(entry.path)
     try:
@@ -751,39 +694,29 @@ def _file_facts(entry) -> tuple:
         return path, None, None
 
 
-def _convert(entry) -> tuple[np.ndarray | None, str | None]:
-    """Read one clip as (T, 140) float16, or say what is wrong with it."""
-    try:
-        array = torch.from_numpy(read_array(entry.path))
+def convert(entry) -> tuple[np.ndarray | None, str | None]:
+    """Read one clip as (T, 140) float16, time first: a crop is one block. Or say what is wrong."""
+    try:  # torch converts to half precision several times as fast as NumPy
+        array = torch.from_numpy(read_array(entry.path)).half().numpy()
     except InputError as error:
         return None, str(error)
-    return np.ascontiguousarray(
-        array.half().numpy().T
-    ), None  # (T, 140): a crop in time is one block; NumPy turns twice as fast
+    return np.ascontiguousarray(array.T), None
 
 
-def _fill_cache(cache, entries, pool) -> None:
+def fill_cache(cache, entries, pool) -> None:
     """Write the cache file: all frames, then a JSON footer, then the footer's length."""
     footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
-    for leftover in cache.parent.glob("*.clips.*.tmp"):
+    for leftover in cache.parent.glob("*.clips.*.tmp"):  # of a killed run; none is filled for hours
         with contextlib.suppress(OSError):
-            # Of a killed run: one that is being filled is never an hour old.
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
+    bar = tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False)
     try:
-        with (
-            open(partial, "wb") as file,
-            tqdm(
-                total=len(entries), desc="reading clips", disable=not show_bars(), leave=False
-            ) as bar,
-        ):
-            for first in range(
-                0, len(entries), 512
-            ):  # so many at a time, so that few arrays wait in memory
-                for index, (frames, fault) in enumerate(
-                    _map_blocks(pool, _convert, entries[first : first + 512], 16), start=first
-                ):
+        with bar, open(partial, "wb") as file:
+            for first in range(0, len(entries), 512):  # so that few arrays wait in memory
+                converted = pool.map(convert, entries[first : first + 512])
+                for index, (frames, fault) in enumerate(converted, start=first):
                     bar.update()
                     if fault:
                         footer["faults"].append(fault)
@@ -791,22 +724,19 @@ def _fill_cache(cache, entries, pool) -> None:
                     file.write(frames)
                     footer["kept"].append(index)
                     footer["lengths"].append(len(frames))
-                    footer["digests"].append(
-                        hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
-                    )
+                    digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8)
+                    footer["digests"].append(digest.hexdigest())
             text = json.dumps(footer).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(partial, cache)
     except OSError as error:
-        raise InputError(
-            f"{partial}: cannot be written ({error.strerror}); "
-            "point $PATREC_CACHE to a folder with more room"
-        ) from error
+        cure = "point $PATREC_CACHE to a folder with more room"
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); {cure}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _open_cache(cache) -> tuple[dict, torch.Tensor]:
+def open_cache(cache) -> tuple[dict, torch.Tensor]:
     """Map a cache file; returns its footer and the frames, (total frames, 140) float16."""
     with open(cache, "rb") as file:
         file.seek(-8, os.SEEK_END)
@@ -873,9 +803,8 @@ class SpectrogramDataset(Dataset):
             lengths = lengths.clamp(max=self.crop)
         frames = self.store.frames[:, BANDS[self.features]]
         t = torch.arange(int(lengths.max()))
-        rows = starts[:, None] + torch.minimum(
-            t, lengths[:, None] - 1
-        )  # (B, T), past the end: the last frame
+        # (B, T) rows of the store; past its end a clip repeats its last frame.
+        rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)
         x = frames[rows.to(frames.device)].float()  # (B, T, F)
         if self.stats:
             mean, std = (value.to(x.device) for value in self.stats)
@@ -912,21 +841,16 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
         squares = squares + x.square().sum(0, dtype=torch.float64)
         n_frames += len(x)
     mean = total / n_frames
-    std = (
-        (squares / n_frames - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
-    )  # a silent band stays finite
-    return mean.float().cpu(), std.float().cpu()
+    std = (squares / n_frames - mean.square()).clamp(min=0).sqrt()
+    return mean.float().cpu(), std.clamp(min=1e-3).float().cpu()  # a silent band stays finite
 
 
 def encode_labels(entries, classes) -> np.ndarray:
     """Genre names -> class numbers; `classes` comes from the training part, sorted."""
     number = {name: index for index, name in enumerate(classes)}
-    unknown = sorted({entry.label for entry in entries} - set(number))
-    if unknown:
-        raise InputError(
-            f"{_label_file(entries)}: class {unknown[0]!r} does not occur in the training "
-            f"part {list(classes)}; mend the label or remove the clip"
-        )
+    if unknown := sorted({entry.label for entry in entries} - set(number)):
+        fault = f"class {unknown[0]!r} does not occur in the training part {list(classes)}"
+        raise InputError(f"{label_file(entries)}: {fault}; mend the label or remove the clip")
     return np.array([number[entry.label] for entry in entries])
 
 
@@ -940,24 +864,26 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     classes : np.ndarray [shape=(n_clips,)], optional
         Class names or numbers, to keep every class's share in both parts.
     """
-    names, counts = (
-        np.unique(classes, return_counts=True) if classes is not None else ([], np.zeros(0))
-    )
-    if (counts == 1).any():
-        raise InputError(
-            f"class {names[counts == 1][0]} has a single clip, which cannot be in both the "
-            "training and the validation part; add clips of it or drop it"
-        )
-    n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
+    n_classes = 0 if classes is None else refuse_lone_clips(classes)
+    n_held_out = max(math.ceil(fraction * n_clips), n_classes, 1)
     if n_clips < 2 * n_held_out:
-        raise InputError(
-            f"{n_clips} clips are too few to split into training and validation part; add clips"
-        )
-    return tuple(
-        train_test_split(
-            np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes
-        )
+        fault = f"{n_clips} clips are too few to split into training and validation part"
+        raise InputError(f"{fault}; add clips")
+    larger, smaller = train_test_split(
+        np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes
     )
+    return larger, smaller
+
+
+def refuse_lone_clips(classes, file="") -> int:
+    """Raise InputError where a class has a single clip; returns the number of classes."""
+    names, counts = np.unique(classes, return_counts=True)
+    if (counts == 1).any():
+        fault = f"class {names[counts == 1][0]} has a single clip"
+        reason = "which cannot be in both the training and the validation part"
+        where = f"{file}: " if file else ""
+        raise InputError(f"{where}{fault}, {reason}; add clips of it or drop it")
+    return len(names)
 
 
 VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
@@ -1023,18 +949,18 @@ def load_data(
     store = load_clips(entries, source.skip_bad)
     labels = {entry.clip_id: entry.label for entry in entries}
     if part == "genre":
-        refuse_lone_clips(entries)
+        refuse_lone_clips(list(labels.values()), label_file(entries))
     parts = cut_ids(source, part, labels, fold, n_folds)
     row = {entry.clip_id: index for index, entry in enumerate(store.entries)}
     train, val, held_out = ([row[i] for i in ids if i in row] for ids in parts)
     if not (train and val and (held_out or part == "genre")):
         fault = "no readable clip is left in one of the parts; replace the files left out"
         raise InputError(f"{entries[0].path.parent}: {fault}")
+    mean = std = None
     if part == "genre":
         names = sorted(set(labels.values()))
         targets = encode_labels(store.entries, names)
         train = take_subset(train, targets, source.subset)
-        mean = std = None
         # A class whose few training clips were all left out counts as one: log 0 is no number.
         counts = np.bincount(targets[train], minlength=len(names)).clip(min=1)
         extra = {"priors": (counts / len(train)).tolist()}
@@ -1048,27 +974,20 @@ def load_data(
     stats = stats or band_statistics(store, train, features)
     store.frames = to_resident(store.frames, source.device)
     whole = SpectrogramDataset(store, targets, features, stats)
-    settings = {
-        "part": part, "features": features, "beat": beat, "merge": source.merge, "names": names,
-        "stats": stats, "seed": source.seed, "subset": source.subset, "smoke": source.smoke,
-        "fingerprint": fingerprint(source.root, part, beat), **extra,
-    }  # fmt: skip
-    train, val, held_out = (
-        Subset(whole.variant(crop=crop), train),
-        Subset(whole, val),
-        Subset(whole, held_out),
-    )
-    return Data(train, val, held_out, names, mean, std, settings)
-
-
-def refuse_lone_clips(entries) -> None:
-    """Raise InputError where a class has one clip, which cannot be trained on and validate."""
-    counts = pd.Series([entry.label for entry in entries]).value_counts()
-    if (counts == 1).any():
-        raise InputError(
-            f"{_label_file(entries)}: class {counts.idxmin()} has a single clip, which cannot be "
-            "in both the training and the validation part; add clips of it or drop it"
-        )
+    settings = extra | {
+        "part": part,
+        "features": features,
+        "beat": beat,
+        "merge": source.merge,
+        "names": names,
+        "stats": stats,
+        "seed": source.seed,
+        "subset": source.subset,
+        "smoke": source.smoke,
+        "fingerprint": fingerprint(source.root, part, beat),
+    }
+    crops = Subset(whole.variant(crop=crop), train)
+    return Data(crops, Subset(whole, val), Subset(whole, held_out), names, mean, std, settings)
 
 
 def cut_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
@@ -1078,11 +997,9 @@ def cut_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[st
     """
     folder = part_folder(source.root, part)
     order = labels
-    if folder.is_dir():
-        order = {
-            entry.clip_id: entry.label
-            for entry in read_entries(source.root, part, "train", merge=source.merge)
-        }
+    if folder.is_dir():  # a data set may hold beats alone
+        full = read_entries(source.root, part, "train", merge=source.merge)
+        order = {entry.clip_id: entry.label for entry in full}
         odd = sorted(order.keys() ^ labels.keys())
         if odd and part == "emotion":
             raise InputError(
@@ -1144,10 +1061,9 @@ def load_test(source, settings, split="test", *, beat=None) -> SpectrogramDatase
             known = read_entries(source.root, part, "train", form, merge)
             leaked += find_leak(load_clips(known, source.skip_bad), store)
         if leaked and not source.allow_leak:
-            raise InputError(
-                f"{store.entries[0].path.parent}: {len(leaked)} test clips are in the training "
-                f"split too, e.g. {leaked[0]}; remove them from one, or pass --allow-leak"
-            )
+            fault = f"{len(leaked)} test clips are in the training split too, e.g. {leaked[0]}"
+            cure = "remove them from one, or pass --allow-leak"
+            raise InputError(f"{store.entries[0].path.parent}: {fault}; {cure}")
         targets = encode_labels(store.entries, names)
     else:
         targets = np.full((len(store.entries), len(names)), math.nan, dtype=np.float32)
@@ -1214,9 +1130,8 @@ class Augment:
         if self.n_classes:
             targets = nn.functional.one_hot(targets, self.n_classes).float()
         if self.shift_bands and x.shape[2] >= N_MELS:
-            shift = torch.randint(
-                -self.shift_bands, self.shift_bands + 1, (len(x), 1), device=x.device
-            )
+            furthest = self.shift_bands
+            shift = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
             bands = (torch.arange(N_MELS, device=x.device) + shift).clamp(0, N_MELS - 1)  # (B, 128)
             mel = x[..., :N_MELS].gather(2, bands[:, None].expand(-1, x.shape[1], -1))
             x = torch.cat([mel, x[..., N_MELS:]], dim=2)
@@ -1315,17 +1230,21 @@ class LSTMBackbone(Backbone):
     ):
         super().__init__()
         self.config = {
-            "n_bands": n_bands, "hidden_size": hidden_size, "n_layers": n_layers,
-            "bidirectional": bidirectional, "dropout": dropout, "frames_per_step": frames_per_step,
-            "projection": projection, "mask_bands": mask_bands, "readout": readout,
-        }  # fmt: skip
+            "n_bands": n_bands,
+            "hidden_size": hidden_size,
+            "n_layers": n_layers,
+            "bidirectional": bidirectional,
+            "dropout": dropout,
+            "frames_per_step": frames_per_step,
+            "projection": projection,
+            "mask_bands": mask_bands,
+            "readout": readout,
+        }
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
-        if frames_per_step > 1:
-            stem.append(
-                StepNorm(n_inputs, affine=False)
-            )  # a spread or a change is no standardised number yet
+        if frames_per_step > 1:  # a spread or a change is no standardised number yet
+            stem.append(StepNorm(n_inputs, affine=False))
         if mask_bands:
             stem.append(StripeMask(n_bands, mask_bands))
         if projection:
@@ -1380,19 +1299,15 @@ class StripeMask(nn.Module):
 
     def __init__(self, n_bands, widest, share_of_steps=0.15):
         super().__init__()
-        self.n_bands, self.widest, self.share_of_steps = (
-            n_bands,
-            min(widest, n_bands // 4),
-            share_of_steps,
-        )
+        self.n_bands, self.share_of_steps = n_bands, share_of_steps
+        self.widest = min(widest, n_bands // 4)
 
     def forward(self, x):
         """(B, S, n_bands) or, as `describe_steps` gives them, (B, S, 3 n_bands)."""
         if not (self.training and self.widest):
             return x
-        bands = mask_stripe(
-            x.reshape(len(x), -1, self.n_bands), 2, self.widest
-        )  # the same stripe in means, spreads and changes
+        # The same stripe of bands in means, spreads and changes.
+        bands = mask_stripe(x.reshape(len(x), -1, self.n_bands), 2, self.widest)
         return mask_stripe(bands.view_as(x), 1, self.share_of_steps * x.shape[1])
 
 
@@ -1401,13 +1316,11 @@ def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     if n == 1:
         return x, lengths
     n_steps = math.ceil(x.shape[1] / n)
-    x = nn.functional.pad(x, (0, 0, 0, n_steps * n - x.shape[1])).unflatten(
-        1, (n_steps, n)
-    )  # zeros, as all padding here
-    counts = (
-        (lengths[:, None] - n * torch.arange(n_steps)).clamp(1, n).unsqueeze(2).to(x)
-    )  # (B, S, 1) real frames in a step
-    return x.sum(2) / counts, torch.div(lengths + n - 1, n, rounding_mode="floor")
+    # Zeros after the end, as in all padding here, so sums are of a step's real frames.
+    x = nn.functional.pad(x, (0, 0, 0, n_steps * n - x.shape[1])).unflatten(1, (n_steps, n))
+    counts = (lengths[:, None] - n * torch.arange(n_steps)).clamp(1, n)  # (B, S) real frames
+    n_steps = torch.div(lengths + n - 1, n, rounding_mode="floor")
+    return x.sum(2) / counts.unsqueeze(2).to(x), n_steps
 
 
 def describe_steps(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1418,9 +1331,8 @@ def describe_steps(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)
-    change = nn.functional.pad(x.diff(dim=1).abs(), (0, 0, 1, 0)) * time_mask(
-        lengths, x.shape[1], x.device
-    )  # none into the padding
+    change = nn.functional.pad(x.diff(dim=1).abs(), (0, 0, 1, 0))
+    change = change * time_mask(lengths, x.shape[1], x.device)  # none into the padding
     change, _ = average_frames(change, lengths, n)
     return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt(), change], dim=2), n_steps
 
@@ -1477,27 +1389,27 @@ class CNNBackbone(Backbone):
     ):
         super().__init__()
         self.config = {
-            "n_bands": n_bands, "channels": list(channels), "kernel_size": kernel_size,
-            "frames_per_step": frames_per_step, "first_pool": first_pool,
-        }  # fmt: skip
+            "n_bands": n_bands,
+            "channels": list(channels),
+            "kernel_size": kernel_size,
+            "frames_per_step": frames_per_step,
+            "first_pool": first_pool,
+        }
         self.frames_per_step, self.stem = frames_per_step, nn.Identity()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(
-                    c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False
-                ),  # the norm has a bias
+
+        def block(c_in, c_out, pool):
+            padding = kernel_size // 2
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, kernel_size, padding=padding, bias=False),  # the norm's does
                 nn.BatchNorm2d(c_out),
                 nn.ReLU(),
                 nn.MaxPool2d((pool, 2)),  # time, bands
             )
-            for c_in, c_out, pool in zip(
-                [1, *channels[:-1]], channels, [first_pool, 2, 2, 2], strict=True
-            )
-        )
+
+        sizes = zip([1, *channels[:-1]], channels, [first_pool, 2, 2, 2], strict=True)
+        self.blocks = nn.ModuleList(itertools.starmap(block, sizes))
         self.feature_size = 2 * channels[-1] * (n_bands // 2 ** len(channels))
-        self.to(
-            memory_format=torch.channels_last
-        )  # the layout that convolutions compute fastest in
+        self.to(memory_format=torch.channels_last)  # what convolutions compute fastest in
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
@@ -1571,17 +1483,15 @@ MODELS = {model.__name__: model for model in (LSTMBackbone, CNNBackbone, Classif
 
 def model_spec(model) -> dict:
     """What is needed to build the model again, in plain values."""
-    return {
-        "head": type(model).__name__, "head_args": model.config,
-        "backbone": type(model.backbone).__name__, "backbone_args": model.backbone.config,
-    }  # fmt: skip
+    backbone = model.backbone
+    head = {"head": type(model).__name__, "head_args": model.config}
+    return head | {"backbone": type(backbone).__name__, "backbone_args": backbone.config}
 
 
 def build_model(spec) -> nn.Module:
     """Build an untrained model from `model_spec`."""
-    return MODELS[spec["head"]](
-        MODELS[spec["backbone"]](**spec["backbone_args"]), **spec["head_args"]
-    )
+    backbone = MODELS[spec["backbone"]](**spec["backbone_args"])
+    return MODELS[spec["head"]](backbone, **spec["head_args"])
 
 
 def count_weights(model) -> int:
@@ -1604,15 +1514,20 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
     outputs, targets : torch.Tensor [shape=(B,)]
     std : float, of the training labels of this emotion
     """
-    if outputs.shape != targets.shape:
-        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes} would broadcast")
+    refuse_unlike(outputs, targets)
     error = ((outputs - targets) / std).square().mean()
     if len(outputs) < 3:  # a correlation of two points says nothing
         return error
     a, b = outputs - outputs.mean(), targets - targets.mean()
     pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
     return error + 0.5 * (1 - pearson)
+
+
+def refuse_unlike(outputs, targets) -> None:
+    """(B, 1) against (B,) would give a B x B matrix of differences, without a word."""
+    if outputs.shape != targets.shape:
+        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} would broadcast")
 
 
 class RegressionLoss(nn.Module):
@@ -1632,9 +1547,7 @@ class RegressionLoss(nn.Module):
 
     def terms(self, outputs, targets):
         """outputs, targets (B, K) -> (K,) losses, one per emotion, before they are summed."""
-        if outputs.shape != targets.shape:
-            shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
-            raise ValueError(f"{shapes} would broadcast")
+        refuse_unlike(outputs, targets)
         columns = zip(outputs.T, targets.T, self.std, strict=True)
         return torch.stack([regression_loss(*column) for column in columns])
 
@@ -1679,14 +1592,13 @@ LSTM_RUNS = [name for name, net in GENRE_RUNS.items() if net.kind == "lstm" and 
 
 def make_backbone(network) -> nn.Module:
     """The untrained backbone of a network of the lab."""
+    n_bands = network.n_bands
     if network.kind == "cnn":
-        return CNNBackbone(network.n_bands)
+        return CNNBackbone(n_bands)
     if network.plain:
-        return LSTMBackbone(network.n_bands, bidirectional=False, n_layers=2, readout="last")
+        return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
     frames_per_step = 1 if network.beat else 8
-    return LSTMBackbone(
-        network.n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16
-    )
+    return LSTMBackbone(n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16)
 
 
 class Budget(NamedTuple):
@@ -1708,6 +1620,22 @@ BUDGETS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a step trains and where it looks for what others have trained: what its flags say."""
+
+    source: Source
+    out: Path  # folder of all steps' outputs
+    folder: Path  # this step's
+    epochs: int | None = None
+    batch_size: int = 32
+    lr: float = 2e-3
+    resume: bool = False
+    ends: float = math.inf  # when --max-minutes are over, on time.monotonic()
+
+    smoke = property(lambda self: self.source.smoke)
+
+
 @dataclasses.dataclass
 class Recipe:
     """How to train: the numbers of one training run."""
@@ -1723,7 +1651,7 @@ class Recipe:
     settled: float = 0.2  # the last share of the epochs, of which the best one is kept
 
 
-def plan(network, data, args, share=1.0) -> Recipe:
+def plan(network, data, training, share=1.0) -> Recipe:
     """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
 
     A small data set gets more passes, so that about as many examples are shown in all: at
@@ -1735,7 +1663,7 @@ def plan(network, data, args, share=1.0) -> Recipe:
     """
     budget, n_clips = BUDGETS[network.kind], len(data.train)
     genre = data.settings["part"] == "genre"
-    epochs, crops = args.epochs or (2 if args.smoke else None), 1
+    epochs, crops = training.epochs or (2 if training.smoke else None), 1
     if epochs:
         epochs = max(round(epochs * share), 1)
     else:
@@ -1745,8 +1673,8 @@ def plan(network, data, args, share=1.0) -> Recipe:
         epochs = max(round(passes / crops), 1)
     return Recipe(
         epochs,
-        args.lr,
-        args.batch_size,
+        training.lr,
+        training.batch_size,
         crops,
         window=window_of(network),
         augment=make_augment(network, len(data.names) if genre else 0),
@@ -1771,13 +1699,18 @@ def make_augment(network, n_classes=0) -> Augment | None:
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
 
 
+# --------------------------------------------------------------------------------------
+# One training
+# --------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class Fit:
     """A trained network and how it came about.
 
     model : nn.Module, holding the epoch that was kept
     settings : dict, what its checkpoint holds to judge new clips
-    facts : dict for metrics.json: epochs, best_epoch, train_seconds, weights, n_train, val
+    facts : dict for metrics.json: epochs, best_epoch, weights, n_train, val ...
     history : pd.DataFrame, a row per epoch
     path : Path of the checkpoint
     """
@@ -1792,8 +1725,18 @@ class Fit:
 UNFINISHED = "unfinished"  # a file in the folder of a run that is being trained
 
 
-def fit(model, data, loss_fn, optimizer, recipe, folder, *,
-        device="cpu", resume=False, max_seconds=math.inf) -> Fit:  # fmt: skip
+def fit(
+    model,
+    data,
+    loss_fn,
+    optimizer,
+    recipe,
+    folder,
+    *,
+    device="cpu",
+    resume=False,
+    max_seconds=math.inf,
+) -> Fit:
     """Train a network, genre or emotion, and keep the best of its last epochs.
 
     One-cycle learning rate (with Adam's beta1 against it, .95 to .85, torch's default), gradients
@@ -1824,6 +1767,16 @@ def fit(model, data, loss_fn, optimizer, recipe, folder, *,
     train_loader = DataLoader(shown, recipe.batch_size, shuffle=True)
     val_loader = DataLoader(data.val, recipe.batch_size)
     settings = data.settings | {"window": recipe.window, "run": folder.name}
+    facts = {
+        "planned_epochs": recipe.epochs,
+        "lr": recipe.lr,
+        "batch_size": recipe.batch_size,
+        "examples_per_epoch": len(shown),
+        "n_train": len(data.train),
+        "n_val": len(data.val),
+        "weights": count_weights(model),
+        "trained_weights": sum(w.numel() for w in model.parameters() if w.requires_grad),
+    }
     n_steps = recipe.epochs * len(train_loader)
     rates = [group["lr"] for group in optimizer.param_groups]
     # Where the warm-up is exactly one step, OneCycleLR divides by zero.
@@ -1836,14 +1789,18 @@ def fit(model, data, loss_fn, optimizer, recipe, folder, *,
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
     )
     kind = torch.device(device).type
-    scaler = torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16)
-    parts = {"model": model, "average": average, "loss": loss_fn, "optimizer": optimizer,
-             "schedule": schedule, "scaler": scaler}  # fmt: skip
-
+    parts = {
+        "model": model,
+        "average": average,
+        "loss": loss_fn,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16),
+    }
     first_settled = recipe.epochs - max(1, round(recipe.settled * recipe.epochs)) + 1
-    history, best, spent = [], (-math.inf, -math.inf), 0.0
+    history, best = [], (-math.inf, -math.inf)
     if resume and (folder / "last.pt").exists():
-        history, best, spent = restore(folder / "last.pt", parts, recipe, settings)
+        history, best = restore(folder / "last.pt", parts, recipe, settings)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
     elif not resume:  # stopped in its first epoch, a new run must not go on as the old one
         (folder / "last.pt").unlink(missing_ok=True)
@@ -1858,55 +1815,52 @@ def fit(model, data, loss_fn, optimizer, recipe, folder, *,
             # As few windows as cover the clip: half the time that the test's take.
             outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)
             val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
-        score, seconds = (
-            validation_score(outputs, targets, settings),
-            time.monotonic() - epoch_began,
-        )
+        score = validation_score(outputs, targets, settings)
         # Compared from minus infinity, the loss only breaking ties, so something is always kept.
         # Once the rate is low and the weights hardly move, the choice begins anew: an earlier
         # epoch that did better was the best of many, partly by chance (docs/experiments.md).
         rank = (score, -val_loss)
         kept = epoch == first_settled or rank > best
-        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-        history.append(row | {"val_score": score, "kept": int(kept), "seconds": seconds})
         if kept:
             best = rank
-            facts = {"planned_epochs": recipe.epochs, "lr": recipe.lr}
-            facts |= {"batch_size": recipe.batch_size, "examples_per_epoch": len(shown)}
-            facts |= {"n_train": len(data.train), "n_val": len(data.val)}
-            save_checkpoint(
-                folder / "best.pt",
-                average.module,
-                settings,
-                epoch=epoch,
-                val_score=score,
-                facts=facts,
-            )
+            save_checkpoint(folder / "best.pt", average.module, settings,
+                            epoch=epoch, val_score=score, facts=facts)  # fmt: skip
+        seconds = time.monotonic() - epoch_began
+        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+        history.append(row | {"val_score": score, "kept": int(kept), "seconds": seconds})
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
-        elapsed = spent + time.monotonic() - began
         # Last of the three: what it says is done is never missing from the others, whenever
         # the process is killed.
-        save_torch(folder / "last.pt", state_of(parts, recipe, settings, history, best, elapsed))
-        print(
-            f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  train loss {train_loss:.4f}  "
-            f"val loss {val_loss:.4f}  val score {score:.4f}  {seconds:.1f} s",
-            flush=True,
-        )
+        save_torch(folder / "last.pt", state_of(parts, recipe, settings, history, best))
+        scores = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}"
+        line = f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  {scores}  {seconds:.1f} s"
+        print(line, flush=True)
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
-            print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs; "
-                  "scoring the best of them")  # fmt: skip
+            done = f"{epoch} of {recipe.epochs} epochs"
+            print(f"{folder.name}: time is up after {done}; scoring the best of them")
             break
     (folder / UNFINISHED).unlink()
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
-    facts = {
-        "epochs": len(history), "planned_epochs": recipe.epochs, "best_epoch": checkpoint["epoch"],
-        "lr": recipe.lr, "batch_size": recipe.batch_size, "n_train": len(data.train),
-        "n_val": len(data.val), "weights": count_weights(model),
-        "train_seconds": spent + time.monotonic() - began, "examples_per_epoch": len(shown),
+    return fit_of(model, checkpoint, folder / "best.pt")
+
+
+def fit_of(model, checkpoint, path) -> Fit:
+    """The Fit of a network and its checkpoint, with the facts of its training."""
+    settings, curve = checkpoint["settings"], path.with_name("history.csv")
+    history = pd.read_csv(curve) if curve.exists() else pd.DataFrame({"seconds": []})
+    facts = checkpoint["facts"] | {
+        "epochs": len(history) or checkpoint["epoch"],
+        "best_epoch": checkpoint["epoch"],
+        "train_seconds": float(history["seconds"].sum()),
         "val": {score_name(settings): checkpoint["val_score"]},
-    }  # fmt: skip
-    return Fit(model, settings, facts, pd.DataFrame(history), folder / "best.pt")
+    }
+    return Fit(model, settings, facts, history, path)
+
+
+def load_fit(path, device="cpu") -> Fit:
+    """What `fit` has left in a folder: the kept network and the facts of its training."""
+    return fit_of(*load_model(path, device), path)
 
 
 @contextlib.contextmanager
@@ -1922,9 +1876,8 @@ def advice_on_memory(device, batch_size):
 
 def train_epoch(loader, parts, recipe, device, epoch) -> float:
     """One pass over the training clips; returns the mean loss."""
-    model, loss_fn, optimizer, schedule, scaler = (
-        parts[name] for name in ("model", "loss", "optimizer", "schedule", "scaler")
-    )
+    names = ("model", "loss", "optimizer", "schedule", "scaler")
+    model, loss_fn, optimizer, schedule, scaler = (parts[name] for name in names)
     model.train()  # the caller may have left the network in evaluation mode
     losses, rates = [], []
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False)
@@ -1948,10 +1901,9 @@ def train_epoch(loader, parts, recipe, device, epoch) -> float:
     losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
     if not losses.isfinite().all():
         batch = int((~losses.isfinite()).nonzero()[0])
-        raise StepFailed(
-            f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}, learning rate "
-            f"{rates[batch]:.2g}; the best epoch so far is kept, try a smaller --lr"
-        )
+        where = f"epoch {epoch}, batch {batch + 1}, learning rate {rates[batch]:.2g}"
+        fault = f"loss is {losses[batch]:.3g} at {where}"
+        raise StepFailed(f"{fault}; the best epoch so far is kept, try a smaller --lr")
     return float(losses.mean())
 
 
@@ -2062,6 +2014,12 @@ def truth(dataset, settings) -> pd.Series | pd.DataFrame:
     return pd.DataFrame(targets, clip_ids(dataset), settings["names"])
 
 
+def average(frames) -> pd.DataFrame:
+    """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
+    frames = list(frames)
+    return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
+
+
 @dataclasses.dataclass
 class Check:
     """What `overfit` found. facts: passes, loss, accuracy (None for regression)."""
@@ -2071,8 +2029,9 @@ class Check:
     history: pd.DataFrame
 
 
-def overfit(model, data, loss_fn, *, lr=2e-3, batch_size=32, device="cpu", n_batches=4,
-            limit=300, goal=0.01) -> Check:  # fmt: skip
+def overfit(
+    model, data, loss_fn, *, lr=2e-3, batch_size=32, device="cpu", n_batches=4, limit=300, goal=0.01
+) -> Check:
     """Learn a few fixed batches by heart, without regularisation (lab, step 5b).
 
     Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
@@ -2113,14 +2072,14 @@ def overfit(model, data, loss_fn, *, lr=2e-3, batch_size=32, device="cpu", n_bat
     return Check(learned, {"passes": len(history)} | facts, pd.DataFrame(history))
 
 
-def state_of(parts, recipe, settings, history, best, elapsed) -> dict:
+def state_of(parts, recipe, settings, history, best) -> dict:
     """All that an uninterrupted run would hold after this epoch."""
     states = {name: part.state_dict() for name, part in parts.items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     facts = {"plan": plan_text(recipe, parts["schedule"]), "settings": settings}
-    return states | facts | {"rng": rng, "history": history, "best": list(best), "elapsed": elapsed}
+    return states | facts | {"rng": rng, "history": history, "best": list(best)}
 
 
 def plan_text(recipe, schedule) -> str:
@@ -2128,26 +2087,22 @@ def plan_text(recipe, schedule) -> str:
 
 
 def restore(path, parts, recipe, settings):
-    """Put a training back into the state that `state_of` kept; returns history, best, seconds."""
+    """Put a training back into the state that `state_of` kept; returns history and best."""
     state = load_torch(path)
-    keys = {*parts, "rng", "plan", "settings", "history", "best", "elapsed"}
+    keys = {*parts, "rng", "plan", "settings", "history", "best"}
     if not isinstance(state, dict) or not keys <= set(state):
         raise InputError(f"{path}: not the state of a training; leave out --resume")
     planned = plan_text(recipe, parts["schedule"])
     if state["plan"] != planned:
-        raise InputError(
-            f"{path}: begun with {state['plan']}, now {planned}; "
-            "use the same, or leave out --resume"
-        )
+        fault = f"begun with {state['plan']}, now {planned}"
+        raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
     # Other clips, or the same ones split by another seed: what was validated would now be
     # trained on.
     known = state["settings"]
     odd = [name for name, value in settings.items() if not same(value, known.get(name))]
     if odd:
-        raise InputError(
-            f"{path}: begun with other clips or another --seed ({' and '.join(odd)} differ); "
-            "use the same, or leave out --resume"
-        )
+        fault = f"begun with other clips or another --seed ({' and '.join(odd)} differ)"
+        raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -2157,7 +2112,7 @@ def restore(path, parts, recipe, settings):
     torch.set_rng_state(state["rng"]["cpu"])
     if "cuda" in state["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])
-    return state["history"], tuple(state["best"]), state["elapsed"]
+    return state["history"], tuple(state["best"])
 
 
 def same(value, other) -> bool:
@@ -2167,11 +2122,45 @@ def same(value, other) -> bool:
     return value == other
 
 
+# --------------------------------------------------------------------------------------
+# The trainings of a step
+# --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """One network to train, on every fold.
+
+    name : str, of the run and its folder
+    network : Network, what it hears and how much it is shown
+    make_model : (network, data) -> nn.Module; called after seeding, so that a run gives
+        alone what it gives among others
+    make_loss : data -> nn.Module
+    optimizer : class, e.g. torch.optim.AdamW
+    target : 'genre', 'emotion' (all three) or the name of one emotion
+    seed : int, another one than the step's: other weights, batches and validation clips
+    n_folds : emotion: 1 holds out a fifth of the clips; more: cross-validation
+    stats : (mean, std), of the network that is continued
+    share, lr_factor : of the budget and of the learning rate, for a fine-tuning
+    """
+
+    name: str
+    network: Network
+    make_model: Callable
+    make_loss: Callable
+    optimizer: type
+    target: str = "genre"
+    seed: int | None = None
+    n_folds: int = 1
+    stats: tuple | None = None
+    share: float = 1.0
+    lr_factor: float = 1.0
+
+
 @dataclasses.dataclass
 class Trained:
-    """One run: a network trained once, or once per fold.
+    """A run that is done: one Fit per fold.
 
-    members : list of Fit, one per fold
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
         averaged, all else is the first fold's
     answers, truth : pd.DataFrame or None
@@ -2191,101 +2180,109 @@ class Trained:
     path = property(lambda self: self.members[0].path)
 
 
+def fit_all(training, runs, later=0) -> dict[str, Trained]:
+    """Train the networks of a step, genre or emotion; returns them by name.
+
+    later : trainings still to come in this step, which share what is left of --max-minutes
+    """
+    runs = list(runs)
+    jobs = [(run, fold) for run in runs for fold in range(run.n_folds)]
+    left = later + len(jobs)
+    done = [fit_fold(training, *job, left - place) for place, job in enumerate(jobs)]
+    results = iter(done)
+    return {run.name: join_folds(list(itertools.islice(results, run.n_folds))) for run in runs}
+
+
+def fit_fold(training, run, fold, jobs_left):
+    """Train a run on one fold; returns its Fit, and held-out answers and truth (emotion).
+
+    jobs_left : trainings that share what is left of --max-minutes, this one included
+    """
+    network, source = run.network, training.source
+    if run.seed is not None:
+        source = dataclasses.replace(source, seed=run.seed)
+    cut = {"crop": window_of(network), "fold": fold, "n_folds": run.n_folds, "stats": run.stats}
+    data = load_data(source, network.features, network.beat, run.target, **cut)
+    if network.plain:  # the textbook does not adjust its logits: as if all were as common
+        data.settings["priors"] = [1 / len(data.names)] * len(data.names)
+    recipe = plan(network, data, training, run.share)
+    recipe.lr *= run.lr_factor
+    seed_everything(source.seed)
+    device = source.device
+    model, loss_fn = run.make_model(network, data).to(device), run.make_loss(data).to(device)
+    learned = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
+    decay = 0.0 if network.plain else 0.01
+    optimizer = run.optimizer(learned, lr=recipe.lr, weight_decay=decay, fused=True)
+    name = run.name if run.n_folds == 1 else f"{run.name}_fold{fold + 1}of{run.n_folds}"
+    limits = {
+        "resume": training.resume,
+        "max_seconds": max(0.0, training.ends - time.monotonic()) / jobs_left,
+    }
+    folder = training.folder / name
+    fitted = fit(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
+    if run.target == "genre":
+        return fitted, None, None
+    held_out, settings = data.held_out, fitted.settings
+    answers = answer(fitted.model, held_out, settings, device)
+    return fitted, answers, truth(held_out, settings)
+
+
+def join_folds(folds) -> Trained:
+    """One Trained of what `fit_fold` returned for every fold of a run."""
+    members, answers, truths = zip(*folds, strict=True)
+    facts = dict(members[0].facts)
+    for key in ("epochs", "train_seconds"):
+        facts[key] = sum(member.facts[key] for member in members)
+    vals = [member.facts["val"] for member in members]
+    facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
+    if answers[0] is None:
+        return Trained(list(members), facts)
+    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
+    answers = pd.concat(answers)
+    return Trained(
+        list(members), facts, answers, pd.concat(truths), pd.Series(numbers, answers.index)
+    )
+
+
 def epochs_kept(run) -> str:
     """How many epochs each fold's training had, and in brackets which one was kept."""
     facts = [member.facts for member in run.members]
     return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
 
 
-def fit_run(step, name, network, make_model, make_loss, optimizer, *, target="genre", seed=None,
-            n_folds=1, stats=None, share=1.0, lr_factor=1.0, runs_left=1) -> Trained:  # fmt: skip
-    """Train one network, genre or emotion, on every fold, into the step's folder.
-
-    Parameters
-    ----------
-    name : str, of the run and its folder
-    network : Network, what it hears and how much it is shown
-    make_model, make_loss : callables
-        Data -> nn.Module, called after seeding, so that a run gives alone what it gives
-        among others.
-    optimizer : class, e.g. torch.optim.AdamW
-    target : 'genre', 'emotion' (all three) or the name of one emotion
-    seed : int, optional
-        Another one than the step's: other weights, batches and validation clips.
-    n_folds : int
-        Emotion: 1 holds out a fifth of the clips; more: cross-validation.
-    stats : (mean, std), optional, of the network that is continued
-    share, lr_factor : float
-        Of the budget and of the learning rate, for a fine-tuning.
-    runs_left : int
-        Trainings that share what is left of --max-minutes, these folds included.
-    """
-    source = step.source if seed is None else dataclasses.replace(step.source, seed=seed)
-    members, answers, truths = [], [], []
-    for fold in range(n_folds):
-        data = load_data(source, network.features, network.beat, target, crop=window_of(network),
-                         fold=fold, n_folds=n_folds, stats=stats)  # fmt: skip
-        if network.plain:  # the textbook does not adjust its logits: as if all were as common
-            data.settings["priors"] = [1 / len(data.names)] * len(data.names)
-        recipe = plan(network, data, step.args, share)
-        recipe.lr *= lr_factor
-        seed_everything(source.seed)
-        model, loss_fn = make_model(data).to(step.device), make_loss(data).to(step.device)
-        learned = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
-        decay = 0.0 if network.plain else 0.01
-        tuner = optimizer(learned, lr=recipe.lr, weight_decay=decay, fused=True)
-        folder = step.folder / (name if n_folds == 1 else f"{name}_fold{fold + 1}of{n_folds}")
-        member = fit(model, data, loss_fn, tuner, recipe, folder, device=step.device,
-                     resume=step.args.resume,
-                     max_seconds=step.seconds_left(runs_left - fold))  # fmt: skip
-        members.append(member)
-        if target != "genre":
-            answers.append(answer(model, data.held_out, member.settings, step.device))
-            truths.append(truth(data.held_out, member.settings))
-    facts = dict(members[0].facts)
-    for key in ("epochs", "train_seconds"):
-        facts[key] = sum(member.facts[key] for member in members)
-    vals = [member.facts["val"] for member in members]
-    facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
-    if not answers:
-        return Trained(members, facts)
-    numbers = np.repeat(np.arange(1, n_folds + 1), [len(table) for table in answers])
-    answers, truths = pd.concat(answers), pd.concat(truths)
-    return Trained(members, facts, answers, truths, pd.Series(numbers, answers.index))
+# --------------------------------------------------------------------------------------
+# What other steps have trained
+# --------------------------------------------------------------------------------------
 
 
-def fit_genre(step, name, *, seed=None, runs_left=1) -> Trained:
-    """Train one of GENRE_RUNS as steps 5 and 7 do, for a step that finds none to go on from."""
-    network = GENRE_RUNS[name]
-    return fit_run(
-        step,
-        name if seed is None else f"{name}_seed{seed}",
-        network,
-        make_model=lambda data: Classifier(make_backbone(network), n_classes=len(data.names)),
+def genre_run(name) -> Run:
+    """One of GENRE_RUNS as steps 5 and 7 train it, for a step that finds none to go on from."""
+    return Run(
+        name,
+        GENRE_RUNS[name],
+        make_model=lambda network, data: Classifier(make_backbone(network), len(data.names)),
         make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
         optimizer=torch.optim.AdamW,
-        seed=seed,
-        runs_left=runs_left,
     )
 
 
-def earlier_folders(step, owner) -> list[Path]:
+def earlier_folders(training, owner) -> list[Path]:
     """Folders that may hold an earlier step's outputs; on Kaggle, attached kernels' too."""
-    folders = [step.out / owner]
+    folders = [training.out / owner]
     if on_kaggle():
         for kernel in ("*", "*/outputs", "notebooks/*/*", "notebooks/*/*/outputs"):
             folders += sorted((kaggle_root() / "input").glob(f"{kernel}/{owner}"))
     return folders
 
 
-def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
+def find_genre_checkpoint(training, name) -> Path | None:
     """Find what the step that trains a genre run has left for these clips.
 
     A checkpoint of other clips or labels, another seed, a part of the clips (--subset),
     another network or a smoke run is passed over, saying so; only a smoke run takes those of
     smoke runs, only a --subset run those of its own N.
     """
-    network, source = GENRE_RUNS[name], step.source
+    network, source = GENRE_RUNS[name], training.source
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
     wanted = {
         "fingerprint": fingerprint(source.root, "genre", network.beat),
@@ -2295,89 +2292,135 @@ def find_genre_checkpoint(step, name) -> tuple[Path, dict] | None:
     }
     if not source.smoke:
         wanted |= {"smoke": False, "subset": source.subset}
-    for folder in [*earlier_folders(step, owner), step.folder, step.out / "step09_transfer"]:
+    own = [training.folder, training.out / "step09_transfer"]
+    for folder in [*earlier_folders(training, owner), *own]:
         path = folder / name / "best.pt"
-        if not path.exists() or (path.parent / UNFINISHED).exists():
+        if not path.exists() or path.with_name(UNFINISHED).exists():
             continue
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
         if settings.get("run") != name:
-            run = settings.get("run")
-            fault = f"holds the model of run {run}, not of {name}; delete it and train again"
-            raise InputError(f"{path}: {fault}")
+            fault = f"holds the model of run {settings.get('run')}, not of {name}"
+            raise InputError(f"{path}: {fault}; delete it and train again")
         odd = [key for key, value in wanted.items() if settings.get(key) != value]
         if checkpoint["spec"]["backbone_args"] != make_backbone(network).config:
             odd.append("network")
         if not odd:
-            return path, checkpoint
+            return path
         print(f"{name}: passing over {path}: made with another {' and '.join(odd)}")
     return None
 
 
-def genre_model(step, name) -> Fit:
-    """Find the trained network of a genre run, or train it, saying so."""
-    if found := find_genre_checkpoint(step, name):
-        path, _ = found
-        model, checkpoint = load_model(path, step.device)
-        facts = training_facts(path, checkpoint) | {"weights": count_weights(model)}
-        print(f"{name}: using {path}, {facts['epochs']} of {facts['planned_epochs']} epochs")
-        return Fit(model, checkpoint["settings"], facts, pd.DataFrame(), path)
-    print(f"{name}: no checkpoint of these clips in {step.out}; training it here")
-    return fit_genre(step, name).members[0]
+def genre_models(training, names) -> dict[str, Fit]:
+    """Find the trained networks of genre runs; those that are missing are trained, saying so."""
+    found, device = {}, training.source.device
+    for name in names:
+        if path := find_genre_checkpoint(training, name):
+            found[name] = load_fit(path, device)
+            facts = found[name].facts
+            epochs = f"{facts['epochs']} of {facts['planned_epochs']} epochs"
+            print(f"{name}: using {path}, {epochs}")
+        else:
+            print(f"{name}: no checkpoint of these clips in {training.out}; training it here")
+    trained = fit_all(training, [genre_run(name) for name in names if name not in found])
+    return {name: found[name] if name in found else trained[name].members[0] for name in names}
 
 
-def genre_val_scores(step) -> pd.DataFrame:
+def genre_val_scores(training) -> pd.DataFrame:
     """The genre networks that earlier runs have left, by validation macro-F1, best first.
 
     Columns: val macro-F1, val clips, epochs (of planned).
     """
-    names = [name for name, network in GENRE_RUNS.items() if not network.plain]
-    found = {name: find_genre_checkpoint(step, name) for name in names}
     rows = {}
-    for name, (path, checkpoint) in ((name, pair) for name, pair in found.items() if pair):
-        facts = training_facts(path, checkpoint)
-        epochs = f"{facts['epochs']} of {facts['planned_epochs']}"
-        rows[name] = [checkpoint["val_score"], facts["n_val"], epochs]
+    for name, network in GENRE_RUNS.items():
+        if not network.plain and (path := find_genre_checkpoint(training, name)):
+            facts = load_fit(path).facts
+            epochs = f"{facts['epochs']} of {facts['planned_epochs']}"
+            rows[name] = [facts["val"]["macro_f1"], facts["n_val"], epochs]
     table = pd.DataFrame(rows, ["val macro-F1", "val clips", "epochs"]).T.infer_objects()
     return table.sort_values("val macro-F1", ascending=False).rename_axis("genre network")
 
 
-def training_facts(path, checkpoint) -> dict:
-    """What is known of the training of a genre checkpoint: `Fit.facts` without weights, seconds."""
-    curve = path.with_name("history.csv")
-    epochs = len(pd.read_csv(curve)) if curve.exists() else checkpoint["epoch"]
-    val = {"macro_f1": checkpoint["val_score"]}
-    unknown = {"planned_epochs": "?", "n_val": "?", "examples_per_epoch": 0}
-    known = {"epochs": epochs, "best_epoch": checkpoint["epoch"], "val": val}
-    return unknown | checkpoint["facts"] | known
-
-
-def find_emotion_leak(step, held_out) -> str | None:
+def find_emotion_leak(source, held_out) -> str | None:
     """What must not be: held-out emotion clips in the genre training split. None: there are none.
 
     held_out : Subset of emotion clips
     Raises InputError, unless --allow-leak.
     """
-    store, source = held_out.dataset.store, step.source
+    store, rows = held_out.dataset.store, held_out.indices
     genre = read_entries(source.root, "genre", "train", merge=source.merge)
-    rows = held_out.indices
-    test = dataclasses.replace(
-        store,
-        entries=[store.entries[i] for i in rows],
-        digests=[store.digests[i] for i in rows],
-    )
+    entries, digests = [store.entries[i] for i in rows], [store.digests[i] for i in rows]
+    test = dataclasses.replace(store, entries=entries, digests=digests)
     leaked = find_leak(load_clips(genre, source.skip_bad), test)
     if not leaked:
         return None
-    fault = (
-        f"{len(leaked)} of {len(rows)} held-out emotion clips are in the genre training split "
-        f"too, e.g. {leaked[0]}"
-    )
+    count = f"{len(leaked)} of {len(rows)} held-out emotion clips"
+    fault = f"{count} are in the genre training split too, e.g. {leaked[0]}"
     if not source.allow_leak:
         folder = part_folder(source.root, "emotion")
         raise InputError(f"{folder}: {fault}; remove them from one, or pass --allow-leak")
     print(f"warning: {fault}", file=sys.stderr)
     return fault
+
+
+class Earlier(NamedTuple):
+    """What an earlier emotion step has left for these clips.
+
+    answers : {model: pd.DataFrame (clip x emotion)}; empty where there are none
+    runs : dict, of its metrics.json
+    note : str, what was found, or why nothing was
+    """
+
+    answers: dict
+    runs: dict
+    note: str
+
+
+def earlier_answers(training, owner, clips, folds=None) -> Earlier:
+    """What an earlier emotion step answered for these very clips.
+
+    Nothing where it was not run, or with other labels, another seed, other held-out clips or
+    --smoke.
+
+    folds : pd.Series, optional, the fold of every clip, which must be the same
+    """
+    source, note = (
+        training.source,
+        f"No scores of `{owner}` for these clips: they are missing here.",
+    )
+    for folder in earlier_folders(training, owner):
+        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
+            continue
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
+            found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
+        except (ValueError, KeyError):
+            fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
+            raise InputError(f"{folder}: {fault}, or delete them") from None
+        wanted = (fingerprint(source.root, "emotion"), source.seed, source.smoke)
+        fold_of = table.dropna(subset="fold").drop_duplicates("clip").set_index("clip")["fold"]
+        others = set(table["clip"]) != set(clips)
+        if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
+            reason = "was run with other labels, held-out clips, folds, seed or --smoke"
+            note = f"`{owner}` in {folder.parent.name} {reason}: not compared here."
+            continue
+        answers = {}
+        for model, rows in table.groupby("model"):
+            frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
+            answers[model] = frame[[name for name in EMOTIONS if name in frame]]
+        return Earlier(
+            answers, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
+        )
+    return Earlier({}, {}, note)
+
+
+def answer_unlabelled(source, run) -> pd.DataFrame:
+    """What a run answers for the emotion clips without labels, averaged over its folds."""
+    return average(
+        answer(fit.model, load_test(source, fit.settings), fit.settings, source.device)
+        for fit in run.members
+    )
 
 
 # ======================================================================================
@@ -2430,22 +2473,21 @@ def classification_scores(targets, predictions, classes) -> dict:
         (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
     """
     targets, predictions = np.asarray(targets), np.asarray(predictions)
-    labels = np.arange(len(classes))
+    labels, n_clips, right = np.arange(len(classes)), len(targets), targets == predictions
     report = functools.partial(
         precision_recall_fscore_support, targets, predictions, labels=labels, zero_division=0
     )
-    scores = {"accuracy": float((targets == predictions).mean()), "n_clips": len(targets)}
+    scores = {"accuracy": float(right.mean()), "n_clips": n_clips}
+    metrics = ("precision", "recall", "f1")
     for average in ("macro", "micro"):
-        for name, value in zip(
-            ("precision", "recall", "f1"), report(average=average), strict=False
-        ):
-            scores[f"{average}_{name}"] = float(value)
-    columns = zip(classes, *(column.tolist() for column in report(average=None)), strict=True)
+        values = map(float, report(average=average)[:3])
+        scores |= {f"{average}_{name}": value for name, value in zip(metrics, values, strict=True)}
+    rows = zip(*(column.tolist() for column in report(average=None)), strict=True)
+    keys = (*metrics, "support")
     scores["per_class"] = {
-        name: {"precision": p, "recall": r, "f1": f, "support": n} for name, p, r, f, n in columns
+        name: dict(zip(keys, row, strict=True)) for name, row in zip(classes, rows, strict=True)
     }
     scores["confusion"] = confusion_matrix(targets, predictions, labels=labels).tolist()
-    n_clips, right = len(targets), targets == predictions
     scores["accuracy_ci95"] = bootstrap(lambda i: right[i].mean(), n_clips)
     scores["macro_f1_ci95"] = bootstrap(
         lambda i: macro_f1(targets[i], predictions[i], len(classes)), n_clips
@@ -2524,12 +2566,10 @@ def emotion_table(scores) -> pd.DataFrame:
 def together(parts, scores) -> dict:
     """One record for {emotion: facts} of single-emotion models that answer together."""
     val = {name: part["val"][name] for name, part in parts.items()}
-    totals = {
-        key: sum(part[key] for part in parts.values())
-        for key in ("epochs", "train_seconds", "weights")
-    }
-    mean = {"mean_spearman": float(np.mean(list(val.values())))}
-    return totals | {"val": val | mean, "test": scores}
+    val["mean_spearman"] = float(np.mean(list(val.values())))
+    keys = ("epochs", "train_seconds", "weights")
+    totals = {key: sum(part[key] for part in parts.values()) for key in keys}
+    return totals | {"val": val, "test": scores}
 
 
 def paired_difference(true, first, second) -> dict:
@@ -2554,24 +2594,23 @@ def paired_difference(true, first, second) -> dict:
     ids = first.index.intersection(second.index)
     result = {"n_clips": len(ids)}
     if isinstance(true, pd.DataFrame):
+        tables = (true, first, second)
         names = [name for name in first.columns if name in second.columns]
-        triples = [
-            [table.loc[ids, name].to_numpy() for table in (true, first, second)] for name in names
-        ]
-        result["spearman"] = float(
-            np.mean([spearman(t, a) - spearman(t, b) for t, a, b in triples])
-        )
+        triples = [[table.loc[ids, name].to_numpy() for table in tables] for name in names]
+        gains = [spearman(t, a) - spearman(t, b) for t, a, b in triples]
         resampled = [resampled_spearman(t, a) - resampled_spearman(t, b) for t, a, b in triples]
-        interval = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
-        return result | {"spearman_ci95": interval.tolist()}
+        interval = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5]).tolist()
+        return result | {"spearman": float(np.mean(gains)), "spearman_ci95": interval}
     classes = list(first.columns)
     t = class_numbers(true.loc[ids], classes)
     a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
+
+    def f1(answers, i):
+        return macro_f1(t[i], answers[i], len(classes))
+
     differences = {
         "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),
-        "macro_f1": lambda i: (
-            macro_f1(t[i], a[i], len(classes)) - macro_f1(t[i], b[i], len(classes))
-        ),
+        "macro_f1": lambda i: f1(a, i) - f1(b, i),
     }
     for name, difference in differences.items():
         result[name] = float(difference(np.arange(len(ids))))
@@ -2584,12 +2623,10 @@ def paired_difference(true, first, second) -> dict:
 def difference_line(first, second, difference) -> str:
     """One line: what `paired_difference` measured between two named models."""
     titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
-    values = [
-        f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
-        for key in titles
-        if key in difference
-        for low, high in [difference[f"{key}_ci95"]]
-    ]
+    values = []
+    for key in [key for key in titles if key in difference]:
+        low, high = difference[f"{key}_ci95"]
+        values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
     return f"`{first}` minus `{second}`: {', '.join(values)}; {difference['n_clips']} clips"
 
 
@@ -2664,18 +2701,8 @@ def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
 # ======================================================================================
 
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
-COLORS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-    "#F0E442",
-    "#7F3C8D",
-    "#999999",
-)
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
+          "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")  # fmt: skip
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
@@ -2686,20 +2713,12 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     """
     import librosa.display
 
-    limits = (
-        {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
-        if kind == "mel"
-        else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
-    )
-    image = librosa.display.specshow(
-        np.asarray(array, dtype=float),
-        sr=SR,
-        hop_length=HOP,
-        ax=ax,
-        y_axis=kind,
-        x_axis=None if beat else "time",
-        **limits,
-    )
+    scale = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
+    if kind == "chroma":
+        scale = {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    axes = {"x_axis": None if beat else "time", "y_axis": kind}
+    array = np.asarray(array, dtype=float)
+    image = librosa.display.specshow(array, sr=SR, hop_length=HOP, ax=ax, **axes, **scale)
     ax.set_xlabel("Time (beats)" if beat else "Time (s)")
     ax.set_ylabel("Frequency (Hz)" if kind == "mel" else "Pitch class")
     if kind == "chroma":
@@ -2713,30 +2732,18 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
 def plot_history(ax, history, title="", score_name="score"):
     """Loss (left axis) and validation score (right axis) against the epoch."""
     history = pd.DataFrame(history)
-    ax.plot(history["epoch"], history["train_loss"], color=COLORS[0], label="train loss")
-    ax.plot(history["epoch"], history["val_loss"], color=COLORS[3], label="validation loss")
+    epoch, score = history["epoch"], f"validation {score_name}"
+    ax.plot(epoch, history["train_loss"], color=COLORS[0], label="train loss")
+    ax.plot(epoch, history["val_loss"], color=COLORS[3], label="validation loss")
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right = ax.twinx()
-    right.plot(
-        history["epoch"],
-        history["val_score"],
-        color=COLORS[2],
-        linestyle="--",
-        label=f"validation {score_name}",
-    )
-    right.set_ylabel(f"Validation {score_name}")
+    right.plot(epoch, history["val_score"], color=COLORS[2], linestyle="--", label=score)
+    right.set_ylabel(score.capitalize())
     best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
     lines = ax.get_lines() + right.get_lines()[:1]
-    ax.legend(
-        lines,
-        [line.get_label() for line in lines],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncol=3,
-        fontsize="small",
-        frameon=False,
-    )
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncol": 3}
+    ax.legend(lines, [x.get_label() for x in lines], fontsize="small", frameon=False, **below)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -2769,17 +2776,10 @@ def plot_confusion(ax, confusion, classes, title=""):
     counts = np.asarray(confusion)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    centred = {"ha": "center", "va": "center", "fontsize": "small"}
     for (row, column), count in np.ndenumerate(counts):
-        if count:
-            ax.text(
-                column,
-                row,
-                count,
-                ha="center",
-                va="center",
-                fontsize="small",
-                color="white" if share[row, column] > 0.5 else "black",
-            )
+        color = "white" if share[row, column] > 0.5 else "black"
+        ax.text(column, row, count or "", color=color, **centred)
     ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     ax.set_yticks(range(len(classes)), classes)
     ax.set(xlabel="Predicted class", ylabel="True class", title=title)
@@ -2839,29 +2839,24 @@ def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[C
 
     def arrays(entries):
         store = load_clips(entries, skip_bad)
-        spans = zip(store.entries, store.starts.tolist(), store.lengths.tolist(), strict=True)
-        return {
-            entry.clip_id: store.frames[start : start + n].T.numpy() for entry, start, n in spans
-        }
+        ids, ends = [entry.clip_id for entry in store.entries], store.starts + store.lengths
+        spans = zip(ids, store.starts.tolist(), ends.tolist(), strict=True)
+        return {clip_id: store.frames[start:end].T.numpy() for clip_id, start, end in spans}
 
     full = arrays(chosen)
-    folder = part_folder(data_dir, "genre", beat=True) / "train"
-    synced = (
-        arrays([entry._replace(path=folder / entry.path.name) for entry in chosen])
-        if beat
-        else dict.fromkeys(full)
-    )
+    synced = dict.fromkeys(full)
+    if beat:
+        folder = part_folder(data_dir, "genre", beat=True) / "train"
+        synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen])
     clips = [
-        Clip(e.clip_id, e.label, full[e.clip_id], synced[e.clip_id])
-        for e in chosen
-        if e.clip_id in full and e.clip_id in synced
+        Clip(clip_id, label, full[clip_id], synced[clip_id])
+        for clip_id, _, label in chosen
+        if clip_id in full and clip_id in synced
     ]
     second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
     if second is None:
-        raise InputError(
-            f"{chosen[0].path.parent}: no two readable clips of different genres; "
-            "the lab compares two"
-        )
+        fault = "no two readable clips of different genres; the lab compares two"
+        raise InputError(f"{chosen[0].path.parent}: {fault}")
     clips.insert(1, clips.pop(second))
     return clips
 
@@ -2896,10 +2891,8 @@ def mel_measures(mel_db, beat=False) -> dict:
         "share_below_200_hz": float(power[centres < 200].sum() / power.sum()),
         "dynamic_range_db": float(loud - quiet),
     }
-    if not beat:
-        flux = librosa.onset.onset_strength(
-            S=mel_db, sr=SR, hop_length=HOP
-        )  # how much the bands rise from frame to frame
+    if not beat:  # the flux is how much the bands rise from frame to frame
+        flux = librosa.onset.onset_strength(S=mel_db, sr=SR, hop_length=HOP)
         onsets = librosa.onset.onset_detect(onset_envelope=flux, sr=SR, hop_length=HOP)
         values["onsets_per_s"] = len(onsets) / (mel_db.shape[1] * HOP / SR)
     return values
@@ -2934,9 +2927,8 @@ def lstm_seconds(x) -> float:
         lstm(x)[0][:, -1].sum().backward()
         lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
         times.append(time.perf_counter() - began)
-    return min(
-        times[1:]
-    )  # the first pass allocates memory, and other programs only ever slow one down
+    # The first pass allocates memory, and other programs only ever slow one down.
+    return min(times[1:])
 
 
 def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
@@ -2961,9 +2953,8 @@ def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
     # (Hutchinson, 1990).
     (last * torch.randn_like(last).sign()).sum().backward()
     norms = x.grad.norm(dim=2)  # (B, T)
-    back = (
-        lengths[:, None] - 1 - torch.arange(int(lengths.median()))
-    )  # (B, median length): the step so far back
+    steps_back = torch.arange(int(lengths.median()))
+    back = lengths[:, None] - 1 - steps_back  # (B, median length): the step so far back
     relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
 
@@ -3006,17 +2997,10 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
     size : width and height of a panel, in inches
     """
     n_rows = math.ceil(len(panels) / n_columns)
-    spacing = {
-        "hspace": 0.9 / size[1],
-        "wspace": 0.06,
-    }  # given, not found by a layout engine: 40 panels would take it seconds
-    fig, axes = plt.subplots(
-        n_rows,
-        n_columns,
-        figsize=(size[0] * n_columns, size[1] * n_rows),
-        squeeze=False,
-        gridspec_kw=spacing,
-    )
+    whole = (size[0] * n_columns, size[1] * n_rows)
+    # Given, not found by a layout engine: 40 panels would take it seconds.
+    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=whole, squeeze=False, gridspec_kw=spacing)
     for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
         image = plot_spectrogram(ax, array, kind, beat)
         ax.set_title(title, fontsize="medium")
@@ -3026,19 +3010,12 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
             ax.set_xlabel("")
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    label = (
-        "Power (dB, 0: the clip's loudest cell)"
-        if kind == "mel"
-        else "Chroma (of frames, 1 is the strongest pitch class)"
-    )
-    fig.colorbar(
-        image,
-        ax=fig.axes,
-        label=label,
-        shrink=min(1, 5 / (size[1] * n_rows)),
-        fraction=0.02,
-        pad=0.02,
-    )
+    label = {
+        "mel": "Power (dB, 0: the clip's loudest cell)",
+        "chroma": "Chroma (of frames, 1 is the strongest pitch class)",
+    }[kind]
+    bar = {"shrink": min(1, 5 / whole[1]), "fraction": 0.02, "pad": 0.02}
+    fig.colorbar(image, ax=fig.axes, label=label, **bar)
     return fig
 
 
@@ -3052,10 +3029,8 @@ def make_folder(folder) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file in its place, no permission, a read-only or full disk
-        raise InputError(
-            f"{folder}: no output folder can be made there ({error.strerror}); "
-            "choose another --out-dir"
-        ) from None
+        fault = f"no output folder can be made there ({error.strerror})"
+        raise InputError(f"{folder}: {fault}; choose another --out-dir") from None
 
 
 def write_bytes(path, write) -> None:
@@ -3069,10 +3044,8 @@ def write_bytes(path, write) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); "
-            "free some space or choose another --out-dir"
-        ) from error
+        cure = "free some space or choose another --out-dir"
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {cure}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -3096,9 +3069,8 @@ def load_torch(path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; run the step that trains it first") from None
     except Exception as error:  # zip, pickle and torch errors: all mean the same to a user
-        raise InputError(
-            f"{path}: no readable checkpoint of this project; delete it and train again"
-        ) from error
+        fault = "no readable checkpoint of this project; delete it and train again"
+        raise InputError(f"{path}: {fault}") from error
 
 
 def save_checkpoint(path, model, settings, **facts) -> None:
@@ -3122,9 +3094,8 @@ def load_model(path, device="cpu") -> tuple[nn.Module, dict]:
         model = build_model(checkpoint["spec"])
         model.load_state_dict(checkpoint["state"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: its weights do not fit the model it describes; delete it and train again"
-        ) from error
+        fault = "its weights do not fit the model it describes; delete it and train again"
+        raise InputError(f"{path}: {fault}") from error
     return model.to(device).eval(), checkpoint
 
 
@@ -3178,6 +3149,7 @@ class Step:
     ----------
     args, device, out, folder
     source : Source, what the data flags say
+    training : Training, what the flags of a training say
     """
 
     def __init__(self, name, description, *, training=False, add_flags=None, flags=""):
@@ -3189,12 +3161,11 @@ class Step:
         # A step without the flags of a training may have to train a missing network: as by default.
         defaults = make_parser("", training=True).parse_args([])
         self.args = args = argparse.Namespace(**(vars(defaults) | vars(given)))
-        self.name, self.began = name, time.monotonic()
+        self.name, self.began, self.lines = name, time.monotonic(), []
         seed_everything(args.seed)
         keep_freed_memory()
         self.device = pick_device(args.device)
         root = find_data(args.data_dir)
-        subset = args.subset or (64 if args.smoke else None)
         self.source = Source(
             root,
             args.seed,
@@ -3202,10 +3173,9 @@ class Step:
             not args.no_merge,
             args.skip_bad,
             args.allow_leak,
-            subset,
+            args.subset or (64 if args.smoke else None),
             args.smoke,
         )
-        self.demo = (root / "DEMO.txt").exists()
         outputs = kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"
         self.out = Path(args.out_dir or outputs)
         self.folder = self.out / name
@@ -3213,20 +3183,24 @@ class Step:
             self.folder = self.folder / "overfit_batch"
         make_folder(self.folder)
         self.lock = lock_folder(self.folder)
-        self.lines = []
+        minutes = math.inf if args.max_minutes is None else args.max_minutes
+        self.training = Training(
+            self.source,
+            self.out,
+            self.folder,
+            args.epochs,
+            args.batch_size,
+            args.lr,
+            args.resume,
+            ends=self.began + 60 * minutes,
+        )
+        self.demo = (root / "DEMO.txt").exists()
         if self.demo:
             self.text(
                 "> **Synthesised demo data.** These numbers show that the pipeline runs; "
                 "they say nothing about music."
             )
         print(f"{name}: data {root}, device {self.device}, output {self.folder}")
-
-    def seconds_left(self, runs_left=1) -> float:
-        """Share of --max-minutes that the next of `runs_left` trainings may take, in s."""
-        if self.args.max_minutes is None:
-            return math.inf
-        left = self.began + 60 * self.args.max_minutes - time.monotonic()
-        return max(0.0, left) / runs_left
 
     def show(self, markdown):
         """Add Markdown to summary.md; in a notebook, display it."""
@@ -3252,11 +3226,8 @@ class Step:
 
     def figure(self, fig, name, caption):
         """Save a figure as <name>.png, show it in a notebook, add it to summary.md."""
-
-        def save(file):
-            fig.savefig(file, format="png", dpi=120, bbox_inches="tight")
-
-        write_bytes(self.folder / f"{name}.png", save)
+        png = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
+        write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, **png))
         self.lines.append(f"![{caption}]({name}.png)\n\n*{caption}*\n")
         if in_notebook():
             from IPython.display import Markdown, display
@@ -3277,15 +3248,14 @@ class Step:
 
     def show_layers(self, model, data, n_clips=2):
         """Add a table of a network's layers: output shape for a batch, and weights."""
-        parts = data.train.dataset.__getitems__(data.train.indices[:n_clips])
-        x, lengths = torch.stack([x for x, _, _ in parts]), torch.stack([n for _, _, n in parts])
+        items = data.train.dataset.__getitems__(data.train.indices[:n_clips])
+        x, lengths = (torch.stack(column) for column in (list(zip(*items, strict=True))[::2]))
         rows, hooks = [], []
 
         def note(module, _, output, name):
             output = output[0] if isinstance(output, tuple) else output
             shape = " x ".join(map(str, output.shape))
-            rows.append({"layer": name, "operation": type(module).__name__,
-                         "output": shape, "weights": count_weights(module)})  # fmt: skip
+            rows.append([name, type(module).__name__, shape, count_weights(module)])
 
         for name, module in model.named_modules():
             if not list(module.children()):
@@ -3296,10 +3266,9 @@ class Step:
         model.train(training)
         for hook in hooks:
             hook.remove()
-        caption = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
-        self.table(
-            pd.DataFrame(rows).set_index("layer"), f"{caption}; {count_weights(model):,} weights"
-        )
+        batch = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
+        table = pd.DataFrame(rows, columns=["layer", "operation", "output", "weights"])
+        self.table(table.set_index("layer"), f"{batch}; {count_weights(model):,} weights")
 
     def require(self, reached, message):
         """End the step with exit code 1 where a goal was not reached; what is shown is kept."""
@@ -3325,18 +3294,21 @@ class Step:
             "runs": runs or {},
             **facts,
         }
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        write_text(self.folder / "args.json", json.dumps(plain, indent=2))
+        write_text(self.folder / "args.json", to_json(vars(self.args)))
         self.write()
-        write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2, default=plain_value))
+        write_text(self.folder / "metrics.json", to_json(metrics))
         print(f"{self.name}: done in {metrics['seconds']:.0f} s; see {self.folder / 'summary.md'}")
         if self.args.overfit_batch:
             raise Finished("--overfit-batch: done")
 
 
-def plain_value(value):
-    """What JSON has no word for: NumPy's numbers and arrays."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+def to_json(facts) -> str:
+    """JSON of facts that may hold NumPy's numbers and arrays, or paths."""
+
+    def plain(value):
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+    return json.dumps(facts, indent=2, default=plain)
 
 
 def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.DataFrame:
@@ -3352,12 +3324,11 @@ def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.Data
     else:
         columns = {name: (true[name], answers[name].to_numpy()) for name in answers.columns}
     head = {"clip": answers.index, "model": model, "test_set": test_set}
-    return pd.concat(
-        pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed}).assign(
-            truth=t.to_numpy(), prediction=p
-        )
-        for name, (t, p) in columns.items()
-    )
+    parts = []
+    for name, (t, p) in columns.items():
+        part = pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed})
+        parts.append(part.assign(truth=t.to_numpy(), prediction=p))
+    return pd.concat(parts)
 
 
 def held_out_rows(true, answers, seed, folds) -> list[pd.DataFrame]:
@@ -3371,44 +3342,10 @@ def write_predictions(folder, rows) -> None:
     write_text(folder / "predictions.csv", pd.concat(rows).to_csv(index=False))
 
 
-def earlier_answers(step, owner, clips, folds=None) -> tuple[dict[str, pd.DataFrame], dict]:
-    """What an earlier emotion step answered for these very clips.
-
-    folds : pd.Series, optional, the fold of every clip, which must be the same
-
-    Returns
-    -------
-    answers : {model: DataFrame (clip x emotion)}; empty where the step was not run, or was
-        run with other labels, another seed, other held-out clips or --smoke
-    runs : dict, of its metrics.json
-    """
-    for folder in earlier_folders(step, owner):
-        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
-            continue
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text())
-            table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
-            found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
-        except (ValueError, KeyError):
-            fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
-            raise InputError(f"{folder}: {fault}, or delete them") from None
-        wanted = (fingerprint(step.source.root, "emotion"), step.args.seed, step.args.smoke)
-        fold_of = table.dropna(subset="fold").drop_duplicates("clip").set_index("clip")["fold"]
-        others = set(table["clip"]) != set(clips)
-        if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
-            text = "was run with other labels, held-out clips, folds, seed or --smoke"
-            step.text(f"`{owner}` in {folder.parent.name} {text}: not compared here.")
-            continue
-        answers = {
-            model: rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
-            for model, rows in table.groupby("model")
-        }
-        names = {
-            model: [name for name in EMOTIONS if name in frame] for model, frame in answers.items()
-        }
-        return {model: frame[names[model]] for model, frame in answers.items()}, metrics["runs"]
-    step.text(f"No scores of `{owner}` for these clips: they are missing here.")
-    return {}, {}
+def write_submission(path, answers) -> None:
+    """Write answers for the unlabelled clips (clip x three emotions) as the competition asks."""
+    frame = answers[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
+    write_text(path, frame.to_csv(float_format="%.6f"))
 
 
 def overfit_emotions(step, runs) -> None:
@@ -3416,24 +3353,16 @@ def overfit_emotions(step, runs) -> None:
 
     runs : {name: (Network, target)}, see `load_data` for the target
     """
-    checks = {}
+    args, device, checks = step.args, step.device, {}
     for name, (network, target) in runs.items():
         crop = window_of(network)
         data = load_data(step.source, network.features, network.beat, target, crop=crop)
-        seed_everything(step.args.seed)
+        seed_everything(args.seed)
         model = Regressor(make_backbone(network), data.names, data.mean, data.std)
-        checks[name] = overfit(
-            model,
-            data,
-            RegressionLoss(data.std),
-            lr=step.args.lr,
-            batch_size=step.args.batch_size,
-            device=step.device,
-        )
-    facts = {
-        name: {key: check.facts[key] for key in ("passes", "loss")}
-        for name, check in checks.items()
-    }
+        settings = {"lr": args.lr, "batch_size": args.batch_size, "device": device}
+        checks[name] = overfit(model, data, RegressionLoss(data.std), **settings)
+    keys = ("passes", "loss")
+    facts = {name: {key: check.facts[key] for key in keys} for name, check in checks.items()}
     step.heading("Overfitting a few batches")
     step.table(pd.DataFrame(facts).T.astype({"passes": int}).rename_axis("run"))
     caption = "Regression loss on up to four fixed batches of training crops, regularisation off"
@@ -3441,26 +3370,6 @@ def overfit_emotions(step, runs) -> None:
     learned = all(check.learned for check in checks.values())
     step.require(learned, f"four batches were not learned by heart: {facts}")
     step.finish(overfit=facts)
-
-
-def answer_unlabelled(step, run) -> pd.DataFrame:
-    """What a run answers for the emotion clips without labels, averaged over its folds."""
-    return average(
-        answer(fit.model, load_test(step.source, fit.settings), fit.settings, step.device)
-        for fit in run.members
-    )
-
-
-def write_submission(path, answers) -> None:
-    """Write answers for the unlabelled clips (clip x three emotions) as the competition asks."""
-    frame = answers[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
-    write_text(path, frame.to_csv(float_format="%.6f"))
-
-
-def average(frames) -> pd.DataFrame:
-    """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
-    frames = list(frames)
-    return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
 
 
 def markdown_table(frame) -> str:

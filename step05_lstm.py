@@ -30,9 +30,10 @@ from common import (
     LSTM_RUNS,
     Classifier,
     LSTMBackbone,
+    Run,
     Step,
     answer,
-    fit_run,
+    fit_all,
     genre_scores,
     load_data,
     load_test,
@@ -70,11 +71,18 @@ names = ["plain_mel"] if step.args.plain else step.args.features
 # layer, a bidirectional LSTM, then mean and maximum over the clip's own steps (not the
 # last step, which is padding in a shorter clip), and one logit per class.
 step.heading("5a. An LSTM that reads the spectrograms of step 4's Dataset")
+
+
+def classifier(network, data):
+    """LSTM for one kind of input, with an output per class."""
+    return Classifier(make_backbone(network), n_classes=len(data.names))
+
+
 network = GENRE_RUNS[names[0]]
 data = load_data(step.source, network.features, network.beat, crop=window_of(network))
 seed_everything(step.args.seed)
-model = Classifier(make_backbone(network), n_classes=len(data.names)).to(step.device)
-step.show_source(LSTMBackbone.forward, Classifier.forward)
+model = classifier(network, data).to(step.device)
+step.show_source(make_backbone, LSTMBackbone.forward, Classifier.forward)
 step.show_layers(model, data)
 
 # %% 5b. Overfitting a few batches
@@ -102,20 +110,13 @@ if step.args.overfit_batch:
 # the best by validation macro-F1 is kept: an earlier peak, the best of many while the rate
 # is still high, is partly chance.
 step.heading("5c-f. One LSTM per kind of input")
-runs, smoothing = {}, 0.0 if step.args.plain else 0.1
-for place, name in enumerate(names):
-    network = GENRE_RUNS[name]
-    runs[name] = fit_run(
-        step,
-        name,
-        network,
-        make_model=lambda data, network=network: Classifier(
-            make_backbone(network), n_classes=len(data.names)
-        ),
-        make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
-        optimizer=torch.optim.Adam if step.args.plain else torch.optim.AdamW,
-        runs_left=len(names) - place,
-    )
+smoothing = 0.0 if step.args.plain else 0.1
+recipe = {
+    "make_model": classifier,
+    "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
+    "optimizer": torch.optim.Adam if step.args.plain else torch.optim.AdamW,
+}
+runs = fit_all(step.training, [Run(name, GENRE_RUNS[name], **recipe) for name in names])
 
 step.text("""
 Training: AdamW (weight decay .01), one-cycle rate, gradients clipped to norm 1, cross-entropy with

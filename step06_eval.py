@@ -33,7 +33,7 @@ from common import (
     average,
     band_features,
     encode_labels,
-    genre_model,
+    genre_models,
     genre_scores,
     load_clips,
     load_test,
@@ -63,7 +63,7 @@ step = Step("step06_eval", __doc__, add_flags=add_flags)
 # best is settled here too, by its validation score: a name given after the test scores
 # would make the best of them look better than it is.
 step.heading("The models, and what they have to beat")
-models = {name: genre_model(step, name) for name in LSTM_RUNS}
+models = genre_models(step.training, LSTM_RUNS)
 classes = models["mel"].settings["names"]
 val = {name: model.facts["val"]["macro_f1"] for name, model in models.items()}
 epochs = {

@@ -39,15 +39,15 @@ from common import (
     SR,
     Classifier,
     CNNBackbone,
+    Run,
     Step,
     answer,
     average,
     average_frames,
     count_weights,
     difference_line,
-    fit_genre,
-    fit_run,
-    genre_model,
+    fit_all,
+    genre_models,
     genre_scores,
     genre_val_scores,
     load_data,
@@ -243,19 +243,16 @@ step.show_layers(model, data)
 # scored. Of the last fifth of the epochs the best by validation macro-F1 is kept: an earlier
 # peak, the best of many while the rate is high, is partly chance. The test set is opened in 7e.
 seeds = [step.args.seed + i for i in range(3 if step.args.ensemble else 1)]
-cnn = fit_run(
-    step,
-    "cnn_mel",
-    network,
-    make_model=lambda data: Classifier(CNNBackbone(), n_classes=len(data.names)),
-    make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
-    optimizer=torch.optim.AdamW,
-    runs_left=len(seeds),
-)
-runs = {"cnn_mel": cnn}
-for place, seed in enumerate(seeds[1:], start=1):  # --ensemble: other weights and validation clips
-    left = len(seeds) - place
-    runs[f"cnn_mel_seed{seed}"] = fit_genre(step, "cnn_mel", seed=seed, runs_left=left)
+recipe = {
+    "make_model": lambda network, data: Classifier(CNNBackbone(), n_classes=len(data.names)),
+    "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
+    "optimizer": torch.optim.AdamW,
+}
+trainings = [Run("cnn_mel", network, **recipe)]
+for seed in seeds[1:]:  # --ensemble: other weights, batches and validation clips
+    trainings.append(Run(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
+runs = fit_all(step.training, trainings)
+cnn = runs["cnn_mel"]
 step.text(f"""
 Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
 {cnn.facts["planned_epochs"]} planned epochs with AdamW (highest rate {cnn.facts["lr"]:g}, batches
@@ -415,10 +412,9 @@ check_facts = learn_by_heart(step, data)
 # choice is left to make. Differences are taken on the same clips: what makes a clip hard for both
 # models cancels, so they tell more than two intervals side by side.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
-lstms = {"mel": genre_model(step, "mel")}
-best_lstm = next(name for name in genre_val_scores(step).index if name in LSTM_RUNS)
-if best_lstm not in lstms:
-    lstms[best_lstm] = genre_model(step, best_lstm)
+lstms = genre_models(step.training, ["mel"])
+best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_RUNS)
+lstms |= genre_models(step.training, {best_lstm} - {"mel"})
 
 # Answers are log-probabilities after logit adjustment, a row per test clip.
 answers, truths, test_sets = {}, {}, {}

@@ -31,6 +31,7 @@ from common import (
     GENRE_RUNS,
     RegressionLoss,
     Regressor,
+    Run,
     Step,
     answer_unlabelled,
     difference_line,
@@ -38,7 +39,7 @@ from common import (
     emotion_scores,
     emotion_table,
     epochs_kept,
-    fit_run,
+    fit_all,
     genre_val_scores,
     held_out_rows,
     load_data,
@@ -72,7 +73,7 @@ step = Step("step08_regression", __doc__, training=True, add_flags=add_flags)
 # the label's own unit, instead of one per class; cross-entropy, for which a wrong class is
 # equally wrong however near it lies, gives way to a loss for which the distance counts.
 step.heading("8a. From classifier to regressor")
-genre_val = genre_val_scores(step)
+genre_val = genre_val_scores(step.training)
 lstms = [name for name in genre_val.index if GENRE_RUNS[name].kind == "lstm"]
 networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}
 step.text("""
@@ -85,12 +86,19 @@ chosen = [{name: kind for kind, name in networks.items()}.get(name, "") for name
 if len(genre_val):
     step.table(genre_val.assign(taken=chosen), "Genre networks that earlier runs have left")
 step.show_source(Regressor.forward, regression_loss)
+
+
+def regressor(network, data):
+    """The network of a genre run with random weights and a head per emotion of the data."""
+    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+
+
 for kind, name in networks.items():
     network = GENRE_RUNS[name]
     data = load_data(
         step.source, network.features, network.beat, EMOTIONS[0], crop=window_of(network)
     )
-    model = Regressor(make_backbone(network), data.names, data.mean, data.std).to(step.device)
+    model = regressor(network, data).to(step.device)
     step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
     step.show_layers(model, data)
 step.text("""
@@ -115,24 +123,22 @@ if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends her
 # decoupled weight decay .01), one-cycle rate, averaged weights and augmentation as in steps
 # 5 and 7, mixup averaging the labels too; the budget is smaller. The kept epoch is the one
 # with the best Spearman on the validation clips among the last fifth.
-runs = {}
-for place, emotion in enumerate(EMOTIONS):
-    step.heading(f"8{'bcd'[place]}. {emotion.capitalize()}")
-    for kind, name in networks.items():
-        network = GENRE_RUNS[name]
-        runs[f"{kind}_{emotion}"] = fit_run(
-            step,
-            f"{kind}_{emotion}",
-            network,
-            make_model=lambda data, network=network: Regressor(
-                make_backbone(network), data.names, data.mean, data.std
-            ),
-            make_loss=lambda data: RegressionLoss(data.std),
-            optimizer=torch.optim.AdamW,
-            target=emotion,
-            n_folds=step.args.folds,
-            runs_left=(len(networks) * len(EMOTIONS) - len(runs)) * step.args.folds,
-        )
+recipe = {
+    "make_model": regressor,
+    "make_loss": lambda data: RegressionLoss(data.std),
+    "optimizer": torch.optim.AdamW,
+    "n_folds": step.args.folds,
+}
+runs = fit_all(
+    step.training,
+    [
+        Run(f"{kind}_{emotion}", GENRE_RUNS[name], **recipe, target=emotion)
+        for emotion in EMOTIONS
+        for kind, name in networks.items()
+    ],
+)
+for letter, emotion in zip("bcd", EMOTIONS, strict=True):
+    step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {name: run for name, run in runs.items() if name.endswith(emotion)}
     table = {
         name: {
@@ -230,7 +236,7 @@ step.text(f"""
     ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
 """)
 if unlabelled:
-    columns = [answer_unlabelled(step, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
+    columns = [answer_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
     write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
 rows = held_out_rows(true, answers, step.args.seed, runs["cnn_valence"].folds)
 write_predictions(step.folder, rows)

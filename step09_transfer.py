@@ -20,6 +20,7 @@ How the budget of the fine-tuning was chosen: docs/experiments.md.
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--axis all --freeze 2").
 import functools
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,6 +34,7 @@ from common import (
     InputError,
     RegressionLoss,
     Regressor,
+    Run,
     Step,
     clip_ids,
     difference_line,
@@ -41,8 +43,8 @@ from common import (
     emotion_table,
     epochs_kept,
     find_emotion_leak,
-    fit_run,
-    genre_model,
+    fit_all,
+    genre_models,
     genre_val_scores,
     held_out_rows,
     load_backbone,
@@ -98,7 +100,7 @@ trained here.
 # fma_genre_spectrograms, which is what 9c names: none on beats. The choice is by validation
 # macro-F1. Genre test clips and emotion clips have no say in it.
 step.heading("9b. The model that is transferred")
-val = genre_val_scores(step)
+val = genre_val_scores(step.training)
 val = val.loc[[name for name in val.index if not GENRE_RUNS[name].beat]]
 genre_run = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_RUNS[genre_run]
@@ -125,7 +127,7 @@ data = load_data(step.source, network.features, target="emotion", crop=window_of
 true = truth(data.held_out, data.settings)
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends here
     overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
-if leak := find_emotion_leak(step, data.held_out):
+if leak := find_emotion_leak(step.source, data.held_out):
     step.text(f"**Warning:** {leak}.")
 
 # %% 9c. Genre training, and the epoch whose weights are kept
@@ -133,7 +135,7 @@ if leak := find_emotion_leak(step, data.held_out):
 # which metric, on which set, and why. Found where steps 5 and 7 have left it, else trained
 # here in the same way.
 step.heading("9c. Genre training, and the epoch that is kept")
-genre = genre_model(step, genre_run)
+genre = genre_models(step.training, [genre_run])[genre_run]
 checkpoint = load_checkpoint(genre.path)
 step.text(f"""
 Kept: epoch {checkpoint["epoch"]}; {genre.facts["epochs"]} of {genre.facts["planned_epochs"]}
@@ -174,80 +176,72 @@ step.heading("9d. A short fine-tuning")
 step.show_source(load_backbone)
 
 
-def copied(data, frozen, head=None):
+def copied(network, data, frozen, head=None):
     """Regressor on the genre network's backbone; its head new or, of an earlier phase, given."""
-    backbone = load_backbone(genre.path, frozen=frozen)
+    backbone = load_backbone(genre_path, frozen=frozen)
     regressor = Regressor(backbone, data.names, data.mean, data.std)
     if head is not None:
         regressor.heads.load_state_dict(head.state_dict())
     return regressor
 
 
-def untrained(data):
+def untrained(network, data):
     """Regressor with random weights, as in step 8."""
     return Regressor(make_backbone(network), data.names, data.mean, data.std)
 
 
 def is_twin(kind):
     """Whether step 8's model is this network, trained from scratch on the whole budget."""
-    recipe = plan(network, data, step.args)
+    recipe = plan(network, data, step.training)
     wanted = [recipe.epochs, recipe.epochs, recipe.lr, recipe.batch_size, len(data.train)]
     keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
-    parts = [earlier_runs.get(f"{kind}_{emotion}", {}) for emotion in emotions]
+    parts = [step8.runs.get(f"{kind}_{emotion}", {}) for emotion in emotions]
     same_recipe = all([part.get(key) for key in keys] == wanted for part in parts)
-    return same_recipe and earlier_runs[kind].get("network") == genre_run
+    return same_recipe and step8.runs[kind].get("network") == genre_run
 
 
 # The twins. `scratch` has the budget of both phases together, at the full rate;
 # `scratch_full` the whole budget. The latter is what step 8 trains (same network, clips, seed
 # and recipe): its answers are taken from there if it was run so, else it is trained here.
-earlier, earlier_runs = earlier_answers(step, "step08_regression", clip_ids(data.held_out))
-twin = next(filter(is_twin, earlier), None)
+step8 = earlier_answers(step.training, "step08_regression", clip_ids(data.held_out))
+step.text(step8.note)
+twin = next(filter(is_twin, step8.answers), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
-n_trainings = len(emotions) * (2 + len(tunings) + (twin is None))
-runs, genre_stats = {}, genre.settings["stats"]
+genre_path, genre_stats = genre.path, genre.settings["stats"]
+recipe = {"make_loss": lambda data: RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
+from_genre = recipe | {"stats": genre_stats}
+
+# First phase, the new heads; beside it, the twins.
+first = {}  # (model, emotion) -> Run
 for emotion in emotions:
-    train = functools.partial(
-        fit_run,
-        step,
-        network=network,
-        make_loss=lambda data: RegressionLoss(data.std),
-        optimizer=torch.optim.AdamW,
-        target=emotion,
-    )
-    head = runs["head", emotion] = train(
-        f"head_{emotion}",
-        make_model=lambda data: copied(data, frozen=n_blocks),
-        stats=genre_stats,
-        runs_left=n_trainings - len(runs),
-        **HEAD,
-    )
-    for depth, kind in tunings.items():
-        runs[kind, emotion] = train(
-            kind.replace("transfer", f"transfer_{emotion}"),
-            make_model=lambda data, depth=depth, head=head: copied(data, depth, head.model.heads),
-            stats=genre_stats,
-            runs_left=n_trainings - len(runs),
-            **TUNE,
-        )
-    runs["scratch", emotion] = train(
-        f"scratch_{emotion}",
-        make_model=untrained,
-        share=HEAD["share"] + TUNE["share"],
-        runs_left=n_trainings - len(runs),
-    )
+    make = functools.partial(Run, network=network, target=emotion)
+    new_head = functools.partial(copied, frozen=n_blocks)
+    first["head", emotion] = make(f"head_{emotion}", make_model=new_head, **from_genre, **HEAD)
+    budget = {"share": HEAD["share"] + TUNE["share"]}
+    scratch = make(f"scratch_{emotion}", make_model=untrained, **recipe, **budget)
+    first["scratch", emotion] = scratch
     if twin is None:
-        runs["scratch_full", emotion] = train(
-            f"scratch_full_{emotion}", make_model=untrained, runs_left=n_trainings - len(runs)
-        )
-names = {(kind, emotion): run.path.parent.name for (kind, emotion), run in runs.items()}
+        full = make(f"scratch_full_{emotion}", make_model=untrained, **recipe)
+        first["scratch_full", emotion] = full
+done = fit_all(step.training, first.values(), later=len(emotions) * len(tunings))
+
+# Second phase: everything that is not frozen, with the head that the first one has left.
+second = {}
+for emotion, (depth, kind) in itertools.product(emotions, tunings.items()):
+    name = kind.replace("transfer", f"transfer_{emotion}")
+    head = done[f"head_{emotion}"].model.heads
+    tuned = functools.partial(copied, frozen=depth, head=head)
+    second[kind, emotion] = Run(name, network, tuned, target=emotion, **from_genre, **TUNE)
+done |= fit_all(step.training, second.values())
+runs = {key: done[run.name] for key, run in (first | second).items()}
+names = {key: run.name for key, run in (first | second).items()}
 
 phases = {"head": "genre weights, new head", "scratch": "random weights"}
 table = {
     names[kind, emotion]: {
         "starts from": phases.get(kind.split("_")[0], "genre weights, head of `head`"),
-        "trained weights": sum(w.numel() for w in run.model.parameters() if w.requires_grad),
+        "trained weights": run.facts["trained_weights"],
         "epochs (kept)": epochs_kept(run),
         "highest rate": f"{run.facts['lr']:.1e}",
         "seconds": round(run.facts["train_seconds"]),
@@ -298,10 +292,10 @@ answers = {
 }
 shown = {kind: answers[kind] for kind in ("transfer", "head", "scratch")}
 full = "scratch_full" if twin is None else f"scratch_full = {twin} (step 8)"
-shown[full] = answers["scratch_full"] if twin is None else earlier[twin][list(emotions)]
+shown[full] = answers["scratch_full"] if twin is None else step8.answers[twin][list(emotions)]
 for kind in ("lstm", "cnn", "svr"):
-    if kind in earlier and kind != twin:
-        shown[f"{kind} (step 8)"] = earlier[kind][list(emotions)]
+    if kind in step8.answers and kind != twin:
+        shown[f"{kind} (step 8)"] = step8.answers[kind][list(emotions)]
 scores = {name: emotion_scores(true, table) for name, table in shown.items()}
 step.table(
     emotion_table(scores),

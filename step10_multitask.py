@@ -29,6 +29,7 @@ from common import (
     GENRE_RUNS,
     RegressionLoss,
     Regressor,
+    Run,
     Step,
     answer_unlabelled,
     average,
@@ -39,8 +40,8 @@ from common import (
     emotion_table,
     epochs_kept,
     find_emotion_leak,
-    fit_run,
-    genre_model,
+    fit_all,
+    genre_models,
     held_out_rows,
     load_backbone,
     load_data,
@@ -72,7 +73,7 @@ step = Step("step10_multitask", __doc__, training=True, add_flags=add_flags)
 cnn, lstm = GENRE_RUNS["cnn_mel"], GENRE_RUNS["fused"]
 
 
-def untrained(data, network):
+def untrained(network, data):
     """Regressor with random weights: one backbone, one head per emotion."""
     return Regressor(make_backbone(network), data.names, data.mean, data.std)
 
@@ -110,7 +111,7 @@ data = load_data(
     n_folds=step.args.folds,
 )
 seed_everything(step.args.seed)
-model, loss_fn = untrained(data, cnn).to(step.device), RegressionLoss(data.std)
+model, loss_fn = untrained(cnn, data).to(step.device), RegressionLoss(data.std)
 x, targets, lengths = next(iter(DataLoader(data.train, step.args.batch_size, shuffle=True)))
 with torch.no_grad():
     outputs = model.train()(x.to(step.device), lengths).float().cpu()  # (B, 3)
@@ -161,42 +162,33 @@ if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; e
 step.heading("10c. One backbone, three heads")
 for fold in range(step.args.folds):
     held_out = load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds).held_out
-    if leak := find_emotion_leak(step, held_out):
+    if leak := find_emotion_leak(step.source, held_out):
         step.text(f"**Warning:** {leak}.")
-genre = genre_model(step, "cnn_mel")
-genre_stats = genre.settings["stats"]
+genre = genre_models(step.training, ["cnn_mel"])["cnn_mel"]
+genre_path, genre_stats = genre.path, genre.settings["stats"]
 
 
-def from_genre(data, network):
+def from_genre(network, data):
     """Regressor on the genre network's backbone, with new heads; nothing is frozen."""
-    return Regressor(load_backbone(genre.path), data.names, data.mean, data.std)
+    return Regressor(load_backbone(genre_path), data.names, data.mean, data.std)
 
 
-starts = {
-    "multitask": (cnn, from_genre, genre_stats, False),
-    "multitask_scratch": (cnn, untrained, None, False),
-    "multitask_lstm": (lstm, untrained, None, False),
-}
+recipe = {"optimizer": torch.optim.AdamW, "target": "emotion", "n_folds": step.args.folds}
+summed = {"make_loss": lambda data: RegressionLoss(data.std)} | recipe
+weighted = {"make_loss": lambda data: RegressionLoss(data.std, learned=True)} | recipe
+trainings = [
+    Run("multitask", cnn, from_genre, stats=genre_stats, **summed),
+    Run("multitask_scratch", cnn, untrained, **summed),
+    Run("multitask_lstm", lstm, untrained, **summed),
+]
 if step.args.learned_weights:
-    starts["multitask_learned"] = (cnn, from_genre, genre_stats, True)
-runs = {}
-for name, (network, make_model, stats, learned) in starts.items():
-    runs[name] = fit_run(
-        step,
-        name,
-        network,
-        make_model=lambda data, make=make_model, network=network: make(data, network),
-        make_loss=lambda data, learned=learned: RegressionLoss(data.std, learned=learned),
-        optimizer=torch.optim.AdamW,
-        target="emotion",
-        n_folds=step.args.folds,
-        stats=stats,
-        runs_left=(len(starts) - len(runs)) * step.args.folds,
-    )
+    trainings.append(Run("multitask_learned", cnn, from_genre, stats=genre_stats, **weighted))
+runs = fit_all(step.training, trainings)
+plans = {run.name: run for run in trainings}
 table = {
     name: {
-        "network": f"{starts[name][0].kind}, {starts[name][0].features}",
-        "starts from": "genre weights" if starts[name][2] else "random weights",
+        "network": f"{plans[name].network.kind}, {plans[name].network.features}",
+        "starts from": f"{'random' if plans[name].make_model is untrained else 'genre'} weights",
         "training clips": run.facts["n_train"],
         "weights": run.facts["weights"],
         "epochs (kept)": epochs_kept(run),
@@ -235,7 +227,8 @@ if step.args.learned_weights:
 step.heading("10d. Together and alone")
 answers = {name: run.answers for name, run in runs.items()}
 true, folds = runs["multitask"].truth, runs["multitask"].folds
-single, single_runs = earlier_answers(step, "step08_regression", true.index, folds)
+single, single_runs, note = earlier_answers(step.training, "step08_regression", true.index, folds)
+step.text(note)
 rows = {"multitask_scratch": answers["multitask_scratch"]}
 keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
 alike = [
@@ -271,7 +264,8 @@ step.heading("10d. All models on the held-out clips")
 averaged = ("multitask", "multitask_lstm")
 answers["multitask_average"] = average(answers[name] for name in averaged)
 answers["svr"] = emotion_floors(step.source, step.args.folds)["svr"]
-transfer, _ = earlier_answers(step, "step09_transfer", true.index, folds)
+transfer, _, note = earlier_answers(step.training, "step09_transfer", true.index, folds)
+step.text(note)
 shown = dict(answers)
 shown |= {f"{name} (step 8)": single[name] for name in ("lstm", "cnn") if name in single}
 shown |= {f"{name} (step 9)": transfer[name] for name in ("transfer",) if name in transfer}
@@ -303,7 +297,7 @@ step.heading("Predictions for the unlabelled clips")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"`submission.csv`: {len(unlabelled)} clips, answered by `multitask_average`.")
 if unlabelled:
-    members = (answer_unlabelled(step, runs[name]) for name in averaged)
+    members = (answer_unlabelled(step.source, runs[name]) for name in averaged)
     write_submission(step.folder / "submission.csv", average(members))
 write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds))
 facts = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}

@@ -45,7 +45,7 @@ from common import (
     classification_scores,
     clip_ids,
     difference_line,
-    genre_model,
+    genre_models,
     load_test,
     model_spec,
     plot_scores,
@@ -65,7 +65,7 @@ step = Step("step11_latent", __doc__)
 # their checkpoints: the test scores belong to the very clips that are shown here. A model
 # trained on beats hears the same clips beat-synchronised, the only input it knows.
 step.heading("11a. The vectors before the output layer, with their genres")
-models = {name: genre_model(step, name) for name in [*LSTM_RUNS, "cnn_mel"]}
+models = genre_models(step.training, [*LSTM_RUNS, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
 worst, *_, best = sorted(LSTM_RUNS, key=val.get)
 roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}

@@ -743,6 +743,6 @@ def test_unlabelled_clips_are_answered_by_all_folds(monkeypatch):
         lambda model, *_: pd.DataFrame({"energy": [model, 2 * model]}, ["7", "10"]),
     )
     folds = [types.SimpleNamespace(model=model, settings={}) for model in (0.1, 0.2, 0.6)]
-    step = types.SimpleNamespace(source=None, device="cpu")
-    mean = common.answer_unlabelled(step, types.SimpleNamespace(members=folds))
+    source = types.SimpleNamespace(device="cpu")
+    mean = common.answer_unlabelled(source, types.SimpleNamespace(members=folds))
     assert mean["energy"].tolist() == pytest.approx([0.3, 0.6])

@@ -210,14 +210,14 @@ def test_earlier_scores_are_taken_from_the_same_clips_only(outputs, data_dir, ma
     for name in ("metrics.json", "predictions.csv"):
         (copy / name).write_bytes((outputs / STEPS[0] / name).read_bytes())
     same = make_step(data_dir, tmp_path, "--smoke")
-    answers, _ = common.earlier_answers(same, STEPS[0], ids)
+    answers, _, _ = common.earlier_answers(same.training, STEPS[0], ids)
     assert set(answers) >= {"lstm", "cnn", "svr"} and list(answers["cnn"].index) == ids
-    assert common.earlier_answers(same, STEPS[0], ids[:-1]) == ({}, {})
-    assert common.earlier_answers(same, "step11_latent", ids) == ({}, {})
+    assert common.earlier_answers(same.training, STEPS[0], ids[:-1])[:2] == ({}, {})
+    assert common.earlier_answers(same.training, "step11_latent", ids)[:2] == ({}, {})
     # A check is no result; another seed holds out other clips.
     for number, flags in enumerate(([], ["--smoke", "--seed", "7"])):
         other = make_step(data_dir, tmp_path, *flags, name=f"other{number}")
-        assert common.earlier_answers(other, STEPS[0], ids) == ({}, {})
+        assert common.earlier_answers(other.training, STEPS[0], ids)[:2] == ({}, {})
 
 
 def test_cross_validation_predicts_every_clip_once(data_dir, tmp_path):
@@ -373,12 +373,17 @@ def test_frozen_blocks_stay_as_they_were(data_dir, tmp_path, make_step, genre_ch
     step = make_step(data_dir, tmp_path, "--epochs", "2", "--batch-size", "8")
     n_blocks, before = len(model.backbone.blocks), model.backbone.state_dict()
     for frozen in {1, n_blocks}:
-        trained = common.fit_run(
-            step, f"frozen{frozen}", network,
-            lambda data, frozen=frozen: Regressor(
+        run = common.Run(
+            f"frozen{frozen}", network,
+            lambda _, data, frozen=frozen: Regressor(
                 common.load_backbone(path, frozen), data.names, data.mean, data.std),
             lambda data: RegressionLoss(data.std), torch.optim.AdamW, target="valence",
         )  # fmt: skip
+        trained = common.fit_all(step.training, [run])[run.name]
+        unfrozen = [w for block in model.backbone.blocks[frozen:] for w in block.parameters()]
+        stem = [] if frozen else [*model.backbone.stem.parameters()]
+        n_trained = sum(w.numel() for w in [*unfrozen, *stem, *trained.model.heads.parameters()])
+        assert trained.facts["trained_weights"] == n_trained
         after = trained.model.backbone.state_dict()
         changed = {
             name
@@ -419,7 +424,7 @@ def test_fine_tuning_goes_on_from_the_head_that_was_learned_first(outputs):
 
 def test_best_genre_model_is_chosen_by_validation_score(data_dir, tmp_path, make_step):
     step = make_step(data_dir, tmp_path)
-    assert common.genre_val_scores(step).empty
+    assert common.genre_val_scores(step.training).empty
     cases = {
         "mel": (0.3, {}),
         "beat_mel": (0.6, {}),
@@ -436,9 +441,10 @@ def test_best_genre_model_is_chosen_by_validation_score(data_dir, tmp_path, make
         settings = data.settings | {"run": name, "window": common.window_of(network)} | odd
         model = common.Classifier(common.make_backbone(network), len(data.names))
         path = tmp_path / folder / name / "best.pt"
-        common.save_checkpoint(path, model, settings, epoch=1, val_score=score)
+        facts = {"planned_epochs": 1, "n_val": 9}
+        common.save_checkpoint(path, model, settings, epoch=1, val_score=score, facts=facts)
     # Neither a smoke run's checkpoint nor one of other clips or another seed, whatever its score.
-    assert list(common.genre_val_scores(step).index) == ["beat_mel", "cnn_mel", "mel"]
+    assert list(common.genre_val_scores(step.training).index) == ["beat_mel", "cnn_mel", "mel"]
 
 
 def test_networks_on_beats_are_no_candidates_of_step_9(outputs, data_dir, tmp_path):
@@ -560,14 +566,23 @@ def test_a_difference_is_of_the_emotions_that_both_models_have():
     assert found == pytest.approx(expected)
 
 
+def train_beat_mel(step, learned=False, **options):
+    """A regressor of beats, trained by `fit_all`."""
+
+    def regressor(network, data):
+        return Regressor(common.make_backbone(network), data.names, data.mean, data.std)
+
+    def make_loss(data):
+        return RegressionLoss(data.std, learned=learned)
+
+    network = GENRE_RUNS["beat_mel"]
+    run = common.Run("run", network, regressor, make_loss, torch.optim.AdamW, **options)
+    return common.fit_all(step.training, [run])["run"]
+
+
 def test_a_run_of_several_folds_knows_which_fold_answered(data_dir, tmp_path, make_step):
     step = make_step(data_dir, tmp_path, "--epochs", "1", "--smoke")
-    run = common.fit_run(
-        step, "run", GENRE_RUNS["beat_mel"],
-        lambda data: Regressor(
-            common.make_backbone(GENRE_RUNS["beat_mel"]), data.names, data.mean, data.std),
-        lambda data: RegressionLoss(data.std), torch.optim.AdamW, target="energy", n_folds=2,
-    )  # fmt: skip
+    run = train_beat_mel(step, target="energy", n_folds=2)
     source = dataclasses.replace(step.source)
     for fold in range(2):
         data = common.load_data(source, "mel", True, "energy", fold=fold, n_folds=2)
@@ -577,13 +592,7 @@ def test_a_run_of_several_folds_knows_which_fold_answered(data_dir, tmp_path, ma
 def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(data_dir, tmp_path, make_step):
     """And the weights of the losses are learned on the way, at the lower rate that is asked for."""
     step = make_step(data_dir, tmp_path, "--epochs", "1", "--smoke")
-    run = common.fit_run(
-        step, "run", GENRE_RUNS["beat_mel"],
-        lambda data: Regressor(
-            common.make_backbone(GENRE_RUNS["beat_mel"]), data.names, data.mean, data.std),
-        lambda data: RegressionLoss(data.std, learned=True), torch.optim.AdamW,
-        target="emotion", n_folds=2, lr_factor=0.5,
-    )  # fmt: skip
+    run = train_beat_mel(step, learned=True, target="emotion", n_folds=2, lr_factor=0.5)
     for fold, member in enumerate(run.members):
         data = common.load_data(step.source, "mel", True, "emotion", fold=fold, n_folds=2)
         answers = common.answer(member.model, data.held_out, member.settings)

@@ -535,18 +535,18 @@ def test_a_checkpoint_of_something_else_is_passed_over_and_said_so(
     changes, word = ODD_CHECKPOINTS[odd]
     save_mel(step, folder, changes, **({"hidden_size": 16} if odd == "network" else {}))
     capsys.readouterr()
-    assert common.find_genre_checkpoint(step, "mel") is None
+    assert common.find_genre_checkpoint(step.training, "mel") is None
     said = capsys.readouterr().out
     assert str(folder / "best.pt") in said and f"another {word}" in said, said
     # The one beside it fits and is found, wherever it lies.
     save_mel(step, step.folder / "mel", {})
-    assert common.find_genre_checkpoint(step, "mel")[0] == step.folder / "mel" / "best.pt"
+    assert common.find_genre_checkpoint(step.training, "mel") == step.folder / "mel" / "best.pt"
     save_mel(step, folder, {})
-    path, checkpoint = common.find_genre_checkpoint(step, "mel")
-    assert path == folder / "best.pt" and checkpoint["val_score"] == 0.5
+    path = common.find_genre_checkpoint(step.training, "mel")
+    assert path == folder / "best.pt" and common.load_checkpoint(path)["val_score"] == 0.5
     for flags in (["--seed", "43"], ["--subset", "30"], ["--no-merge"]):  # and the other way round
         other = make_step(tiny_data, tmp_path, *flags, name="other")
-        assert common.find_genre_checkpoint(other, "mel") is None
+        assert common.find_genre_checkpoint(other.training, "mel") is None
 
 
 def test_a_check_of_a_later_step_may_go_on_from_any_checkpoint_of_these_clips(
@@ -557,20 +557,20 @@ def test_a_check_of_a_later_step_may_go_on_from_any_checkpoint_of_these_clips(
     folder = tmp_path / "step05_lstm" / "mel"
     for odd, found in (({}, True), ({"smoke": True, "subset": 64}, True), ({"seed": 1}, False)):
         save_mel(full, folder, odd)
-        assert bool(common.find_genre_checkpoint(smoke, "mel")) == found
+        assert bool(common.find_genre_checkpoint(smoke.training, "mel")) == found
 
 
 def test_changed_labels_make_an_old_checkpoint_no_longer_fit(tmp_path, make_step, capsys):
     data = write_data_set(tmp_path / "data", n_emotion=(2, 1), n_frames=40)
     step = make_step(data, tmp_path / "out")
     save_mel(step, tmp_path / "out" / "step05_lstm" / "mel", {})
-    assert common.find_genre_checkpoint(step, "mel")
+    assert common.find_genre_checkpoint(step.training, "mel")
     path = data / "fma_genre_spectrograms" / "train_labels.txt"
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([header, *rows[::-1]]) + "\n")
-    assert common.find_genre_checkpoint(step, "mel")  # the same labels in another order
+    assert common.find_genre_checkpoint(step.training, "mel")  # the same labels in another order
     path.write_text(path.read_text().replace("\tPunk", "\tMetal", 1))
-    assert common.find_genre_checkpoint(step, "mel") is None
+    assert common.find_genre_checkpoint(step.training, "mel") is None
     assert "fingerprint" in capsys.readouterr().out
 
 
@@ -578,7 +578,7 @@ def test_a_checkpoint_under_another_runs_name_is_an_error(tiny_data, tmp_path, m
     step = make_step(tiny_data, tmp_path)
     save_mel(step, tmp_path / "step05_lstm" / "beat_mel", {})
     with pytest.raises(InputError, match="model of run mel, not of beat_mel"):
-        common.find_genre_checkpoint(step, "beat_mel")
+        common.find_genre_checkpoint(step.training, "beat_mel")
 
 
 def write_earlier(folder, step, table, **changes):
@@ -592,8 +592,8 @@ def write_earlier(folder, step, table, **changes):
 
 def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path, make_step):
     step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
-    assert common.earlier_answers(step, folder.name, ["7"]) == ({}, {})
-    assert "missing here" in step.lines[-1]
+    answers, runs, note = common.earlier_answers(step.training, folder.name, ["7"])
+    assert (answers, runs) == ({}, {}) and "missing here" in note
     ids = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
     numbers = np.random.default_rng(0).random((3, 3)).round(3)
     full = pd.DataFrame(numbers, ids, common.EMOTIONS)
@@ -604,7 +604,8 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
     ]
     write_earlier(folder, step, rows)
     asked = ["9", "7", "010"]
-    answers, runs = common.earlier_answers(step, folder.name, asked)
+    answers, runs, note = common.earlier_answers(step.training, folder.name, asked)
+    assert folder.name in note and "missing" not in note
     assert set(answers) == set(tables) and runs == {"cnn": 1}
     for name, frame in answers.items():
         assert list(frame.index) == asked
@@ -612,16 +613,16 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
         wanted = tables[name].loc[asked].to_numpy()
         np.testing.assert_allclose(frame.to_numpy(), wanted, atol=1e-9)
     for clips in (asked[:2], [*asked, "11"], ["9", "7", "10"]):
-        assert common.earlier_answers(step, folder.name, clips) == ({}, {})
-        assert "other labels, held-out clips" in step.lines[-2]
+        answers, runs, note = common.earlier_answers(step.training, folder.name, clips)
+        assert (answers, runs) == ({}, {}) and "other labels, held-out clips" in note
     odd = {"fingerprint": {"emotion": "of other labels"}}
     for changes in ({"seed": 43}, {"smoke": True}, {"data": odd}):
         write_earlier(folder, step, rows, **changes)
-        assert common.earlier_answers(step, folder.name, asked) == ({}, {})
+        assert common.earlier_answers(step.training, folder.name, asked)[:2] == ({}, {})
     for text in ("{", "{}"):
         (folder / "metrics.json").write_text(text)
         with pytest.raises(InputError, match="step08_regression.*cannot be read"):
-            common.earlier_answers(step, folder.name, asked)
+            common.earlier_answers(step.training, folder.name, asked)
 
 
 class Watched(TensorDataset):
@@ -661,8 +662,9 @@ def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
     assert (result.facts["n_train"], result.facts["n_val"]) == (15, 3)
 
 
-def test_gradients_of_a_step_are_its_own(tmp_path):
+def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
     """Never set to zero, they would add up from step to step."""
+    monkeypatch.setattr(common, "fast_dtype", lambda kind: torch.float32)
     model, seen = classifier(), []
 
     class Small(nn.Module):
