@@ -28,6 +28,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import filelock
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -172,6 +174,10 @@ def make_parser(description, training=False) -> Parser:
         add("--overfit-batch", action="store_true", help=check)
         add("--resume", action="store_true", help="go on from the last finished epoch")
         add("--max-minutes", type=number(float, 0.01), help="stop training cleanly after this long")
+        workers = "processes that train side by side; else one per core or graphics card"
+        add("--workers", type=number(int, 1, 1024), metavar="N", help=workers)
+        scheduler = "train on the Dask cluster of this scheduler, e.g. tcp://HOST:8786"
+        add("--dask", metavar="ADDRESS", help=scheduler)
     return parser
 
 
@@ -187,11 +193,13 @@ def part_folder(root, part, beat=False) -> Path:
     return Path(root) / (FOLDERS[part] + ("_beat" if beat else ""))
 
 
-def find_data(data_dir=None) -> Path:
+def find_data(data_dir=None, parts=tuple(FOLDERS)) -> Path:
     """Find the folder that holds fma_genre_spectrograms and its three siblings.
 
     Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
-    scripts; as a last resort, and never on Kaggle, makes the synthesised demo set.
+    scripts; as a last resort, and never on Kaggle, synthesises the demo set.
+
+    parts : those that a step needs; of the demo set no others are synthesised
 
     Raises
     ------
@@ -208,13 +216,15 @@ def find_data(data_dir=None) -> Path:
         places += [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
     else:
         places = [here / "data", here / "data" / "demo"]
-    parts = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
+    names = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
     for place in places:
         # One level too high or too low is what people hand in most often: take it. Too low
         # only from one of the four folders: a mistyped data/song must not become data.
-        inside = place.is_dir() and place.resolve().name in parts
+        inside = place.is_dir() and place.resolve().name in names
         for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
-            if any(part_folder(root, part).is_dir() for part in FOLDERS):
+            there = [part for part in FOLDERS if part_folder(root, part).is_dir()]
+            is_demo = place == here / "data" / "demo"  # found without being named
+            if there and not (is_demo and set(parts) - set(there)):
                 return root.resolve()
     tried = ", ".join(map(str, places[:2]))
     if given:
@@ -229,7 +239,8 @@ def find_data(data_dir=None) -> Path:
     scores = "Scores on it say nothing about real music."
     print(f"No data set found: synthesising a demo set. {scores}", file=sys.stderr)
     # A separate process, so that this file imports no other of the project.
-    made = subprocess.run([sys.executable, str(maker), "--demo", "--out", str(places[-1])])
+    command = [sys.executable, str(maker), "--demo", "--parts", *parts, "--out", str(places[-1])]
+    made = subprocess.run(command)
     if made.returncode:
         fault = f"make_dataset.py could not write the demo set to {places[-1]}"
         raise InputError(f"{fault}; give --data-dir")
@@ -283,7 +294,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-@functools.cache
 def fast_dtype(device_type) -> torch.dtype:
     """Number format for matrix work: half precision only where the chip computes in it.
 
@@ -308,6 +318,94 @@ def environment(device) -> dict:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+# --------------------------------------------------------------------------------------
+# Work side by side: trainings here, audio files in make_dataset.py
+# --------------------------------------------------------------------------------------
+
+
+class WorkerDied(StepFailed):
+    """A worker process ended before its task did."""
+
+
+def side_by_side(function, tasks, workers, dask=None, order="generator"):
+    """Yield function(*task) for every task, from so many processes or from a Dask cluster.
+
+    The order is that of the tasks or, with "generator_unordered", in which they are done.
+    One worker without Dask is this very process.
+
+    Raises
+    ------
+    WorkerDied
+        One was killed; results that came before are good.
+    """
+    if workers == 1 and not dask:
+        yield from itertools.starmap(function, tasks)
+        return
+    parent = None if dask else os.getpid()
+    calls = [joblib.delayed(in_worker)(parent, function, *task) for task in tasks]
+    threads = max(joblib.cpu_count() // workers, 1)
+    local = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads}
+    with dask_cluster(dask) if dask else contextlib.nullcontext(local) as backend:
+        with joblib.parallel_config(**backend):
+            pool = joblib.Parallel(batch_size=1, return_as=order)
+        try:
+            yield from pool(calls)
+        except Exception as error:
+            if type(error).__name__ in ("TerminatedWorkerError", "KilledWorker"):  # loky's, Dask's
+                raise WorkerDied("a worker process was killed") from error
+            raise
+
+
+@contextlib.contextmanager
+def dask_cluster(address):
+    """What joblib.parallel_config needs to run tasks on the cluster of this Dask scheduler.
+
+    Its workers need the packages of requirements.txt, not this file, which travels with the
+    tasks, and see data, cache and output folder under the same paths.
+    """
+    try:
+        import cloudpickle
+        from distributed import Client
+    except ImportError:
+        fault = "--dask needs a package that is not installed"
+        raise InputError(f'{fault}; pip install "dask[distributed]"') from None
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(f"--dask {address}: no scheduler answers there ({error})") from None
+    module = sys.modules[__name__]
+    with client:
+        if __name__ != "__main__":  # what is defined there travels by value anyway
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            yield {"backend": "dask", "client": client}
+        finally:
+            if __name__ != "__main__":
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def in_worker(parent, function, *task):
+    """Call a function in a worker process that ends with its parent (None: with nobody).
+
+    A killed step must not leave behind what goes on writing into its folder.
+    """
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    name = "end with parent"
+    if all(thread.name != name for thread in threading.enumerate()):  # the first task
+        keep_freed_memory()
+        if parent == os.getppid():
+            threading.Thread(target=end_with_parent, daemon=True, name=name).start()
+        if parent and torch.cuda.device_count() > 1:  # LokyProcess-1, LokyProcess-2, ...
+            place = int(multiprocessing.current_process().name.rpartition("-")[2])
+            torch.cuda.set_device(place % torch.cuda.device_count())
+    return function(*task)
 
 
 # ======================================================================================
@@ -537,14 +635,12 @@ def label_file(entries) -> Path:
     return folder.with_name(f"{folder.name}_labels.txt")
 
 
-# NumPy parses a header with `ast`, which up to CPython 3.11.7 fails now and then while
-# another thread is in it too (python/cpython#106905): a sound clip would be called broken.
-# Only the header is read under the lock; the numbers are read when they are converted.
-parser_lock = threading.Lock()
-
-
-def read_array(path) -> np.ndarray:
+def read_array(path, lock=None) -> np.ndarray:
     """Read one array and check it.
+
+    lock : threading.Lock, which threads that read at the same time share. NumPy parses a
+        header with `ast`, which up to CPython 3.11.7 fails now and then while another
+        thread is in it too (python/cpython#106905): a sound clip would be called broken.
 
     Returns
     -------
@@ -556,7 +652,7 @@ def read_array(path) -> np.ndarray:
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     try:
-        with parser_lock:
+        with lock or contextlib.nullcontext():  # the numbers are read when they are converted
             # Takes .npy files only: no archive and no pickle, which may run code.
             array = np.lib.format.open_memmap(path, mode="r")
         fault = shape_fault(array)
@@ -639,6 +735,7 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
+    lock = threading.Lock()
     with ThreadPoolExecutor(threads) as pool:
         facts = list(pool.map(file_facts, entries))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
@@ -646,11 +743,11 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
         try:
             footer, frames = open_cache(cache)
             left_out = set(range(len(entries))) - set(footer["kept"])
-            if any(convert(entries[index])[0] is not None for index in left_out):
+            if any(convert(entries[index], lock)[0] is not None for index in left_out):
                 raise ValueError("a disk or a share that had failed for a moment")
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             # Not there yet, or cut short when the machine went down.
-            fill_cache(cache, entries, pool)
+            fill_cache(cache, entries, pool, lock)
             footer, frames = open_cache(cache)
     faults = footer["faults"]
     if faults and not skip_bad:
@@ -694,16 +791,16 @@ def file_facts(entry) -> tuple:
         return path, None, None
 
 
-def convert(entry) -> tuple[np.ndarray | None, str | None]:
+def convert(entry, lock=None) -> tuple[np.ndarray | None, str | None]:
     """Read one clip as (T, 140) float16, time first: a crop is one block. Or say what is wrong."""
     try:  # torch converts to half precision several times as fast as NumPy
-        array = torch.from_numpy(read_array(entry.path)).half().numpy()
+        array = torch.from_numpy(read_array(entry.path, lock)).half().numpy()
     except InputError as error:
         return None, str(error)
     return np.ascontiguousarray(array.T), None
 
 
-def fill_cache(cache, entries, pool) -> None:
+def fill_cache(cache, entries, pool, lock) -> None:
     """Write the cache file: all frames, then a JSON footer, then the footer's length."""
     footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
     for leftover in cache.parent.glob("*.clips.*.tmp"):  # of a killed run; none is filled for hours
@@ -715,7 +812,9 @@ def fill_cache(cache, entries, pool) -> None:
     try:
         with bar, open(partial, "wb") as file:
             for first in range(0, len(entries), 512):  # so that few arrays wait in memory
-                converted = pool.map(convert, entries[first : first + 512])
+                converted = pool.map(
+                    functools.partial(convert, lock=lock), entries[first : first + 512]
+                )
                 for index, (frames, fault) in enumerate(converted, start=first):
                     bar.update()
                     if fault:
@@ -1631,7 +1730,9 @@ class Training:
     batch_size: int = 32
     lr: float = 2e-3
     resume: bool = False
-    ends: float = math.inf  # when --max-minutes are over, on time.monotonic()
+    ends: float = math.inf  # when --max-minutes are over, as time.time() tells it
+    workers: int | None = None  # processes that train side by side; None: see `count_workers`
+    dask: str | None = None  # address of a Dask scheduler whose workers train instead
 
     smoke = property(lambda self: self.source.smoke)
 
@@ -1879,13 +1980,13 @@ def train_epoch(loader, parts, recipe, device, epoch) -> float:
     names = ("model", "loss", "optimizer", "schedule", "scaler")
     model, loss_fn, optimizer, schedule, scaler = (parts[name] for name in names)
     model.train()  # the caller may have left the network in evaluation mode
-    losses, rates = [], []
+    losses, rates, fast = [], [], half_precision(device)
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False)
     for x, targets, lengths in bar:  # x (B, T, F)
         x, targets = x.to(device), targets.to(device)
         if recipe.augment:
             x, targets = recipe.augment(x, targets)
-        with half_precision(device):
+        with fast:
             outputs = model(x, lengths)
         loss = loss_fn(outputs.float(), targets)
         optimizer.zero_grad(set_to_none=True)
@@ -1909,7 +2010,8 @@ def train_epoch(loader, parts, recipe, device, epoch) -> float:
 
 def show_bars() -> bool:
     """Progress bars belong on terminals and in notebooks; logs get a line per epoch."""
-    return in_notebook() or sys.stderr.isatty()
+    side_by_side = multiprocessing.current_process().name != "MainProcess"  # lines, then
+    return in_notebook() or (sys.stderr.isatty() and not side_by_side)
 
 
 def half_precision(device):
@@ -1938,7 +2040,7 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
     targets : torch.Tensor [shape=(N,) or (N, K)], on the CPU
     """
     model.eval()
-    outputs, targets = [], []
+    outputs, targets, fast = [], [], half_precision(device)
     for x, y, lengths in loader:
         x = x.to(device)
         n_clips = len(x)
@@ -1946,7 +2048,7 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
             x, lengths = cut_windows(x, lengths, window, overlap)
         # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower.
         batches = zip(x.split(128), lengths.split(128), strict=True)
-        with half_precision(device):
+        with fast:
             out = torch.cat([model(part, n).float() for part, n in batches])
         outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
         targets.append(y.cpu())
@@ -2181,22 +2283,67 @@ class Trained:
 
 
 def fit_all(training, runs, later=0) -> dict[str, Trained]:
-    """Train the networks of a step, genre or emotion; returns them by name.
+    """Train the networks of a step, genre or emotion, side by side; returns them by name.
+
+    Each training is a process with its share of the processor's cores, or with a graphics
+    card of its own; one alone trains in this process, with all of them. What a training
+    gives does not depend on what trains beside it.
 
     later : trainings still to come in this step, which share what is left of --max-minutes
+
+    Raises
+    ------
+    InputError, StepFailed
+        Of the first training that failed; the others are stopped, their finished epochs kept.
     """
     runs = list(runs)
     jobs = [(run, fold) for run in runs for fold in range(run.n_folds)]
-    left = later + len(jobs)
-    done = [fit_fold(training, *job, left - place) for place, job in enumerate(jobs)]
+    workers = count_workers(training, len(jobs))
+    if workers > 1 or training.dask:
+        # Here first: bad input is one line before anything is begun, and files are read once.
+        for part, beat in {(run.target == "genre", run.network.beat) for run in runs}:
+            name = "genre" if part else "emotion"
+            load_data(training.source, beat=beat, target=name)
+    rounds = [math.ceil((later + len(jobs) - place) / workers) for place in range(len(jobs))]
+    tasks = [(training, run, fold, left) for (run, fold), left in zip(jobs, rounds, strict=True)]
+    done = []
+    try:
+        for result in side_by_side(fit_fold, tasks, workers, training.dask):
+            done.append(result)
+            if training.dask:  # whose workers' lines are on other terminals
+                print(f"{len(done)} of {len(jobs)} trainings are done", flush=True)
+    except WorkerDied as error:
+        cure = "fewer --workers need less memory; --resume goes on from the finished epochs"
+        raise StepFailed(f"{error}; {cure}") from None
     results = iter(done)
-    return {run.name: join_folds(list(itertools.islice(results, run.n_folds))) for run in runs}
+    return {
+        run.name: join_folds(list(itertools.islice(results, run.n_folds)), training.source.device)
+        for run in runs
+    }
 
 
-def fit_fold(training, run, fold, jobs_left):
-    """Train a run on one fold; returns its Fit, and held-out answers and truth (emotion).
+def count_workers(training, n_jobs) -> int:
+    """How many trainings run at once: --workers, else one per core or graphics card."""
+    if training.workers:
+        most = training.workers
+    elif training.smoke:
+        most = 1  # two epochs are over before a process has begun
+    else:
+        kind = torch.device(training.source.device).type
+        most = {"cpu": joblib.cpu_count(), "cuda": torch.cuda.device_count()}.get(kind, 1)
+    return max(min(most, n_jobs), 1)
 
-    jobs_left : trainings that share what is left of --max-minutes, this one included
+
+def fit_fold(training, run, fold, rounds_left):
+    """Train a run on one fold.
+
+    rounds_left : trainings one after another, this one included, that share what is left of
+        --max-minutes
+
+    Returns
+    -------
+    path : Path of the checkpoint
+    answers, truth : pd.DataFrame, of the held-out clips; None for genre
     """
     network, source = run.network, training.source
     if run.seed is not None:
@@ -2216,32 +2363,31 @@ def fit_fold(training, run, fold, jobs_left):
     name = run.name if run.n_folds == 1 else f"{run.name}_fold{fold + 1}of{run.n_folds}"
     limits = {
         "resume": training.resume,
-        "max_seconds": max(0.0, training.ends - time.monotonic()) / jobs_left,
+        "max_seconds": max(0.0, training.ends - time.time()) / rounds_left,
     }
     folder = training.folder / name
     fitted = fit(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
     if run.target == "genre":
-        return fitted, None, None
-    held_out, settings = data.held_out, fitted.settings
-    answers = answer(fitted.model, held_out, settings, device)
-    return fitted, answers, truth(held_out, settings)
+        return fitted.path, None, None
+    answers = answer(fitted.model, data.held_out, fitted.settings, device)
+    return fitted.path, answers, truth(data.held_out, fitted.settings)
 
 
-def join_folds(folds) -> Trained:
+def join_folds(folds, device) -> Trained:
     """One Trained of what `fit_fold` returned for every fold of a run."""
-    members, answers, truths = zip(*folds, strict=True)
+    paths, answers, truths = zip(*folds, strict=True)
+    members = [load_fit(path, device) for path in paths]
     facts = dict(members[0].facts)
     for key in ("epochs", "train_seconds"):
         facts[key] = sum(member.facts[key] for member in members)
     vals = [member.facts["val"] for member in members]
     facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
     if answers[0] is None:
-        return Trained(list(members), facts)
+        return Trained(members, facts)
     numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
     answers = pd.concat(answers)
-    return Trained(
-        list(members), facts, answers, pd.concat(truths), pd.Series(numbers, answers.index)
-    )
+    folds = pd.Series(numbers, answers.index)
+    return Trained(members, facts, answers, pd.concat(truths), folds)
 
 
 def epochs_kept(run) -> str:
@@ -2283,6 +2429,8 @@ def find_genre_checkpoint(training, name) -> Path | None:
     smoke runs, only a --subset run those of its own N.
     """
     network, source = GENRE_RUNS[name], training.source
+    if not part_folder(source.root, "genre", network.beat).is_dir():
+        return None  # emotion clips alone, which step 8 can do with
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
     wanted = {
         "fingerprint": fingerprint(source.root, "genre", network.beat),
@@ -3140,6 +3288,7 @@ class Step:
     name : str, of the output folder, e.g. 'step05_lstm'
     description : str, the step's docstring, shown by --help
     training : bool, add the flags of steps that train
+    parts : of the data that the step needs; of the demo set no others are synthesised
     add_flags : callable, optional
         Gets the parser; adds flags of the step's own.
     flags : str
@@ -3152,7 +3301,16 @@ class Step:
     training : Training, what the flags of a training say
     """
 
-    def __init__(self, name, description, *, training=False, add_flags=None, flags=""):
+    def __init__(
+        self,
+        name,
+        description,
+        *,
+        training=False,
+        parts=tuple(FOLDERS),
+        add_flags=None,
+        flags="",
+    ):
         sys.excepthook = end_in_one_line
         parser = make_parser(description, training)
         if add_flags:
@@ -3165,7 +3323,7 @@ class Step:
         seed_everything(args.seed)
         keep_freed_memory()
         self.device = pick_device(args.device)
-        root = find_data(args.data_dir)
+        root = find_data(args.data_dir, parts)
         self.source = Source(
             root,
             args.seed,
@@ -3186,13 +3344,15 @@ class Step:
         minutes = math.inf if args.max_minutes is None else args.max_minutes
         self.training = Training(
             self.source,
-            self.out,
-            self.folder,
+            self.out.absolute(),  # a worker may have another working directory
+            self.folder.absolute(),
             args.epochs,
             args.batch_size,
             args.lr,
             args.resume,
-            ends=self.began + 60 * minutes,
+            time.time() + 60 * minutes,
+            args.workers,
+            args.dask,
         )
         self.demo = (root / "DEMO.txt").exists()
         if self.demo:

@@ -37,35 +37,39 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
+import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from common import (
     EMOTIONS,
+    FOLDERS,
     MERGE,
     N_FFT,
     SR,
     InputError,
     Parser,
     StepFailed,
+    WorkerDied,
+    cache_dir,
     end_in_one_line,
     extract_features,
     in_notebook,
+    number,
     part_folder,
     show_bars,
+    side_by_side,
     write_bytes,
     write_text,
 )
@@ -445,8 +449,8 @@ def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
             f"{path}: header {','.join(header)!r}; expected 'file,{','.join(EMOTIONS)}'"
         )
     known, emotions = set(files), {}
-    for number, cells in enumerate(rows[1:], start=2):
-        where = f"{path}, line {number}"
+    for line, cells in enumerate(rows[1:], start=2):
+        where = f"{path}, line {line}"
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
@@ -502,72 +506,100 @@ def array_path(root, clip, part, beat):
     return part_folder(root, part, beat) / clip.split / f"{clip.clip_id}.fused.full.npy"
 
 
-def make_arrays(root, clip) -> str | None:
-    """Compute and write the arrays of one clip; returns why there are none, or None."""
+def make_arrays(root, clip) -> tuple[int, str | None]:
+    """Compute and write the arrays of one clip; returns its id and why there are none, or None."""
     paths = [[array_path(root, clip, part, beat) for part in clip.parts] for beat in (False, True)]
     if all(path.exists() for path in paths[0] + paths[1]):
-        return None
+        return clip.clip_id, None
     import librosa
 
+    mark = begun(root, clip)
+    mark.touch()
     try:
-        arrays = extract_features(clip.waveform())
+        compile_librosa()
+        with threadpool_limits(1):  # there is a process per core
+            arrays = extract_features(clip.waveform())
+        if not all(np.isfinite(array).all() for array in arrays):
+            return clip.clip_id, "its spectrogram is not finite; are the samples within -1 and 1?"
+        for array, targets in zip(arrays, paths, strict=True):
+            for path in targets:
+                write_bytes(path, functools.partial(np.save, arr=array))
     except (UnusableAudio, librosa.ParameterError) as error:
-        return str(error)
-    if not all(np.isfinite(array).all() for array in arrays):
-        return "its spectrogram is not finite; are the samples within -1 and 1?"
-    for array, targets in zip(arrays, paths, strict=True):
-        for path in targets:
-            write_bytes(path, functools.partial(np.save, arr=array))
-    return None
+        return clip.clip_id, str(error)
+    finally:
+        mark.unlink(missing_ok=True)
+    return clip.clip_id, None
 
 
-def make_all(root, clips) -> dict[Clip, str]:
-    """Make the arrays of all clips, a process per core; returns the clips without, and why.
+def begun(root, clip) -> Path:
+    """The mark of a clip that is being made: it outlives a worker process that dies of it."""
+    return root / ".begun" / str(clip.clip_id)
 
-    Processes that compile librosa's numba functions at the same time into an empty cache
-    ruin the cache for good. So everything is compiled once, here, before any is started.
+
+def compile_librosa() -> None:
+    """Let librosa compile its numba functions, one process of a machine at a time.
+
+    Processes that compile them at once into an empty cache ruin it for good: every later run
+    dies of a segmentation fault (seen with numba 0.66 and 0.68).
+    """
+    if os.environ.get("PATREC_LIBROSA") == str(os.getpid()):  # this process has them
+        return
+    # Of silent or very short clips, which are meant to work.
+    warnings.filterwarnings("ignore", module="librosa")
+    with filelock.FileLock(cache_dir() / "librosa.lock"):
+        extract_features(np.random.default_rng(0).standard_normal(2 * SR).astype(np.float32))
+    os.environ["PATREC_LIBROSA"] = str(os.getpid())
+
+
+def make_all(root, clips, workers=None, dask=None) -> dict[Clip, str]:
+    """Make the arrays of all clips, side by side; returns the clips without, and why.
+
+    A clip that was being made when a worker process died is made again, alone: if the process
+    dies again, it is left out like a file that cannot be read.
+
+    workers : int, optional; else a process per core
+    dask : str, optional, address of a Dask scheduler whose workers do it
     """
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
-    warnings.filterwarnings(
-        "ignore", module="librosa"
-    )  # of silent or very short clips, which are meant to work
-    extract_features(np.random.default_rng(0).standard_normal(2 * SR).astype(np.float32))
-    n_workers = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        len(clips),
-    )
-    # fork shares what is compiled already; elsewhere (it is unsafe on a Mac) the disk cache does.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    failed, shown, began = {}, 0, time.monotonic()
-    pool = ProcessPoolExecutor(n_workers, context, start_worker)
-    try:
-        futures = {pool.submit(make_arrays, root, clip): clip for clip in clips}
-        for n_done, future in enumerate(
-            tqdm(as_completed(futures), total=len(clips), desc="clips", disable=not show_bars()),
-            start=1,
-        ):
-            if reason := future.result():
-                failed[futures[future]] = reason
+    shutil.rmtree(root / ".begun", ignore_errors=True)  # of a run that was killed as a whole
+    (root / ".begun").mkdir()
+    workers = workers or joblib.cpu_count()
+    failed, left, suspects = {}, {clip.clip_id: clip for clip in clips}, []
+    bar = tqdm(total=len(clips), desc="clips", disable=not show_bars())
+    shown, start = 0, time.monotonic()
+
+    def make(some, workers):
+        nonlocal shown
+        tasks = [(root, clip) for clip in some]
+        results = side_by_side(make_arrays, tasks, workers, dask, "generator_unordered")
+        for clip_id, reason in results:
+            bar.update()
+            clip = left.pop(clip_id)
+            if reason:
+                failed[clip] = reason
+            n_done = len(clips) - len(left)
             if not show_bars() and n_done * 10 // len(clips) > shown:
                 shown = n_done * 10 // len(clips)
-                print(
-                    f"{n_done} of {len(clips)} clips, {time.monotonic() - began:.0f} s", flush=True
-                )
-    except BrokenProcessPool:
-        raise StepFailed(
-            "a worker process died (out of memory, or a file that crashes the decoder); the same"
-            " command goes on from here"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+                seconds = time.monotonic() - start
+                print(f"{n_done} of {len(clips)} clips, {seconds:.0f} s", flush=True)
+
+    with bar:
+        while some := [clip for clip in left.values() if clip not in suspects]:
+            try:
+                make(some, min(workers, len(some)))
+            except WorkerDied:
+                new = [clip for clip in some if clip.clip_id in left and begun(root, clip).exists()]
+                if not new:  # it died before its first clip, or between two
+                    raise StepFailed("a worker process died; the same command goes on") from None
+                suspects += new
+        for clip in suspects:
+            try:
+                make([clip], 2)  # not in this process, which it may end
+            except WorkerDied:
+                failed[clip] = "its worker process died twice (out of memory, or a broken file)"
+                left.pop(clip.clip_id)
+    shutil.rmtree(root / ".begun", ignore_errors=True)
     return failed
-
-
-def start_worker():
-    """One thread per process, as there is a process per core; Ctrl-C is the parent's to handle."""
-    threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="librosa")
 
 
 def n_held_out(n_clips, fraction) -> int:
@@ -577,33 +609,27 @@ def n_held_out(n_clips, fraction) -> int:
 
 def write_labels(root, clips, seed) -> None:
     """Write the label files, each with the header and the form of names that the lab's has."""
-    order = np.random.default_rng(seed).permutation(len(clips))
-    shuffled = [clips[i] for i in order]
+
+    def rows_of(part, split, row):
+        """Lines of a label file, in an order that says nothing of the classes."""
+        some = [clip for clip in clips if part in clip.parts]
+        order = np.random.default_rng(seed).permutation(len(some))
+        return [row(some[i]) for i in order if some[i].split == split]
+
+    def write(path, lines):
+        if len(lines) > 1:
+            write_text(path, "\n".join(lines) + "\n")
+
     for beat in (False, True):
-        for split in ("train", "test"):
-            form = (
-                "beatsync.fused" if beat else {"train": "fused.full", "test": "full.fused"}[split]
-            )
-            rows = [
-                f"{clip.clip_id}.{form}.npy.gz\t{clip.genre}"
-                for clip in shuffled
-                if clip.genre and clip.split == split
-            ]
-            if rows:
-                write_text(
-                    part_folder(root, "genre", beat) / f"{split}_labels.txt",
-                    "\n".join(["Id\tGenre", *rows]) + "\n",
-                )
-        rows = [
-            ",".join(map(str, (clip.clip_id, *clip.emotions)))
-            for clip in shuffled
-            if clip.emotions and clip.split == "train"
-        ]
-        if rows:
-            write_text(
-                part_folder(root, "emotion", beat) / "train_labels.txt",
-                "\n".join([f"Id,{','.join(EMOTIONS)}", *rows]) + "\n",
-            )
+        folder = part_folder(root, "genre", beat)
+        for split, form in (("train", "fused.full"), ("test", "full.fused")):
+            ending = f"{'beatsync.fused' if beat else form}.npy.gz"
+            row = f"{{0.clip_id}}.{ending}\t{{0.genre}}"
+            lines = ["Id\tGenre", *rows_of("genre", split, row.format)]
+            write(folder / f"{split}_labels.txt", lines)
+        values = rows_of("emotion", "train", lambda c: ",".join(map(str, (c.clip_id, *c.emotions))))
+        path = part_folder(root, "emotion", beat) / "train_labels.txt"
+        write(path, [f"Id,{','.join(EMOTIONS)}", *values])
 
 
 SET_MARKERS = {  # what a finished set is known by; common looks for DEMO.txt
@@ -678,18 +704,25 @@ def begin(out, arguments, clips) -> None:
 
 
 def finish(out) -> None:
-    """Give the finished set its name: it is there whole or not at all."""
-    for path in unfinished(out).rglob(".*.tmp"):
+    """Give the finished set its name: it is there whole or not at all.
+
+    A part that is added to a set (demo) goes into its folder.
+    """
+    root = unfinished(out)
+    for path in root.rglob(".*.tmp"):
         path.unlink()  # half-written when an earlier run was killed
     try:
-        if out.exists():
-            out.rmdir()  # an empty folder that stood there before
-        os.replace(unfinished(out), out)
+        if out.is_dir() and any(out.iterdir()):
+            for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+                os.replace(folder, out / folder.name)
+            shutil.rmtree(root)
+        else:
+            if out.exists():
+                out.rmdir()  # an empty folder that stood there before
+            os.replace(root, out)
     except OSError as error:
-        raise InputError(
-            f"{out}: cannot be made ({error.strerror}); the set is complete in {unfinished(out)},"
-            " move it by hand"
-        ) from None
+        where = f"the set is complete in {root}, move it by hand"
+        raise InputError(f"{out}: cannot be made ({error.strerror}); {where}") from None
 
 
 def make_demo(args) -> None:
@@ -702,34 +735,32 @@ def make_demo(args) -> None:
         "seconds": args.seconds,
         "seed": seed,
     }
-    if check_folder(out, arguments):
-        print(f"{out}: made already")
-        return
+    parts = set(args.parts)
+    if check_folder(out, arguments):  # the folder of beats is the last one that a part gets
+        parts = {part for part in parts if not part_folder(out, part, beat=True).is_dir()}
+        if not parts:
+            print(f"{out}: made already")
+            return
     rng = np.random.default_rng(seed)
     clips = []
     for k, genre in enumerate(MERGE):
         ids = [1000 + i for i in range(k, args.clips, len(MERGE))]
         test = set(rng.permutation(ids)[: n_held_out(len(ids), 0.2)].tolist())
         for i in ids:
+            split, name = "test" if i in test else "train", f"{genre} {i}"
             waveform = functools.partial(demo_waveform, seed, i, genre, args.seconds)
-            clips.append(
-                Clip(i, f"{genre} {i}", genre, None, "test" if i in test else "train", waveform)
-            )
+            clips.append(Clip(i, name, genre, None, split, waveform))
     ids = [100_000_000 + i for i in range(args.emotion_clips)]  # far from those of the genre clips
     test = set(rng.permutation(ids)[: n_held_out(len(ids), 0.25)].tolist())
     for i in ids:
-        emotions = demo_emotion(clip_rng(seed, i))[1]
+        split, emotions = "test" if i in test else "train", demo_emotion(clip_rng(seed, i))[1]
         waveform = functools.partial(demo_waveform, seed, i, None, args.seconds)
-        clips.append(
-            Clip(i, f"emotion {i}", None, emotions, "test" if i in test else "train", waveform)
-        )
-    print(
-        f"synthesising {args.clips} genre and {args.emotion_clips} emotion clips of"
-        f" {args.seconds:g} s",
-        flush=True,
-    )
+        clips.append(Clip(i, f"emotion {i}", None, emotions, split, waveform))
+    clips = [clip for clip in clips if parts & set(clip.parts)]
+    what = " and ".join(sorted(parts))
+    print(f"synthesising {len(clips)} {what} clips of {args.seconds:g} s", flush=True)
     begin(out, arguments, clips)
-    failed = make_all(unfinished(out), clips)
+    failed = make_all(unfinished(out), clips, args.workers, args.dask)
     if failed:
         clip, reason = next(iter(failed.items()))
         raise StepFailed(f"demo clip {clip.name}: {reason}")
@@ -811,7 +842,7 @@ def make_audio(args) -> None:
     print(
         f"extracting {len(clips)} files of {len({clip.genre for clip in clips})} genres", flush=True
     )
-    failed = make_all(root, clips)
+    failed = make_all(root, clips, args.workers, args.dask)
 
     unreadable = root / "unreadable.csv"
     unreadable.unlink(missing_ok=True)
@@ -879,6 +910,12 @@ def main(argv=None) -> dict:
         type=Path,
         help="folder of the new set (default with --demo: data/demo beside this script)",
     )
+    parts = "demo: genre clips, emotion clips or (default) both; what is there is kept"
+    add("--parts", nargs="+", choices=FOLDERS, default=list(FOLDERS), help=parts)
+    workers = "processes that extract side by side (default: one per core)"
+    add("--workers", type=number(int, 1, 1024), metavar="N", help=workers)
+    scheduler = "extract on the Dask cluster of this scheduler, e.g. tcp://HOST:8786"
+    add("--dask", metavar="ADDRESS", help=scheduler)
     add("--seed", type=int, default=42, help="seed of the music and of the split (default: 42)")
     add("--clips", type=int, default=400, help="demo: genre clips, 40 or more (default: 400)")
     add(

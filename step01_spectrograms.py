@@ -80,7 +80,7 @@ def add_flags(parser):
     parser.add_argument("--audio", type=audio_file, metavar="FILE", help=own)
 
 
-step = Step("step01_spectrograms", __doc__, add_flags=add_flags)
+step = Step("step01_spectrograms", __doc__, parts=("genre",), add_flags=add_flags)
 smoke = step.args.smoke
 
 

@@ -44,7 +44,7 @@ from common import (
     share_within_beats,
 )
 
-step = Step("step02_beat_sync", __doc__)
+step = Step("step02_beat_sync", __doc__, parts=("genre",))
 smoke = step.args.smoke
 FORMS = ("full", "beat-synced")
 FRAME_S = HOP / SR  # seconds from one frame to the next

@@ -35,7 +35,7 @@ from common import (
     share_within_beats,
 )
 
-step = Step("step03_chroma", __doc__)
+step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke
 FORMS = ("full", "beat-synced")
 

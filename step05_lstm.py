@@ -61,7 +61,7 @@ def add_flags(parser):
     parser.add_argument("--plain", action="store_true", help=textbook)
 
 
-step = Step("step05_lstm", __doc__, training=True, add_flags=add_flags)
+step = Step("step05_lstm", __doc__, parts=("genre",), training=True, add_flags=add_flags)
 names = ["plain_mel"] if step.args.plain else step.args.features
 
 # %% 5a. An LSTM that reads the spectrograms of step 4's Dataset

@@ -56,7 +56,7 @@ def add_flags(parser):
     parser.add_argument("--ensemble", action="store_true", help=also)
 
 
-step = Step("step06_eval", __doc__, add_flags=add_flags)
+step = Step("step06_eval", __doc__, parts=("genre",), add_flags=add_flags)
 
 # %% The models of step 5 and the floors under them
 # All that is trained or fitted is made before a test clip is read. Which LSTM is called the

@@ -64,7 +64,7 @@ def add_flags(parser):
     )
 
 
-step = Step("step08_regression", __doc__, training=True, add_flags=add_flags)
+step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add_flags=add_flags)
 
 # %% 8a. From classifier to regressor, by another loss
 # The lab: the best model of step 5 and the one of step 7, adjusted for regression by

@@ -102,14 +102,14 @@ trained here.
 step.heading("9b. The model that is transferred")
 val = genre_val_scores(step.training)
 val = val.loc[[name for name in val.index if not GENRE_RUNS[name].beat]]
-genre_run = val.index[0] if len(val) else "cnn_mel"
-network = GENRE_RUNS[genre_run]
+genre_name = val.index[0] if len(val) else "cnn_mel"
+network = GENRE_RUNS[genre_name]
 n_blocks = len(make_backbone(network).blocks)
 if len(val):
     caption = "Genre networks on frames that earlier runs have left for these clips"
     step.table(val, f"{caption}; few hundredths are within chance on so few validation clips")
 step.text(f"""
-    Transferred: `{genre_run}`. Of the networks on frames that earlier runs have left, the
+    Transferred: `{genre_name}`. Of the networks on frames that earlier runs have left, the
     one with the highest validation macro-F1 is taken; where there is none, the CNN. Features
     that tell genres apart on clips that were not trained on are the likelier to carry over:
     a guess, since the transfer itself is measured for one network only. The test clips keep
@@ -117,7 +117,7 @@ step.text(f"""
 """)
 if step.args.freeze > n_blocks:
     raise InputError(
-        f"--freeze {step.args.freeze}: the chosen model, {genre_run}, has {n_blocks} blocks; "
+        f"--freeze {step.args.freeze}: the chosen model, {genre_name}, has {n_blocks} blocks; "
         "freeze at most that many"
     )
 
@@ -135,7 +135,7 @@ if leak := find_emotion_leak(step.source, data.held_out):
 # which metric, on which set, and why. Found where steps 5 and 7 have left it, else trained
 # here in the same way.
 step.heading("9c. Genre training, and the epoch that is kept")
-genre = genre_models(step.training, [genre_run])[genre_run]
+genre = genre_models(step.training, [genre_name])[genre_name]
 checkpoint = load_checkpoint(genre.path)
 step.text(f"""
 Kept: epoch {checkpoint["epoch"]}; {genre.facts["epochs"]} of {genre.facts["planned_epochs"]}
@@ -156,7 +156,7 @@ if genre.path.with_name("history.csv").exists():
     fig, ax = plt.subplots(figsize=(7, 3.8))
     ax.plot(history["epoch"], history["val_score"], color=COLORS[0])
     ax.plot(checkpoint["epoch"], checkpoint["val_score"], "o", color=COLORS[3], label="kept")
-    ax.set(xlabel="Epoch of genre training", ylabel="Validation macro-F1", title=genre_run)
+    ax.set(xlabel="Epoch of genre training", ylabel="Validation macro-F1", title=genre_name)
     ax.locator_params(axis="x", integer=True)
     ax.legend()
     caption = "Validation macro-F1 of the genre network; the dot is the epoch that is transferred"
@@ -197,7 +197,7 @@ def is_twin(kind):
     keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
     parts = [step8.runs.get(f"{kind}_{emotion}", {}) for emotion in emotions]
     same_recipe = all([part.get(key) for key in keys] == wanted for part in parts)
-    return same_recipe and step8.runs[kind].get("network") == genre_run
+    return same_recipe and step8.runs[kind].get("network") == genre_name
 
 
 # The twins. `scratch` has the budget of both phases together, at the full rate;
@@ -343,7 +343,7 @@ if len(emotions) == len(EMOTIONS):
         facts[kind] = together(parts, emotion_scores(true, table))
 step.finish(
     facts,
-    genre_model=genre_run,
+    genre_model=genre_name,
     frozen_blocks=step.args.freeze,
     fine_tuning={"head": HEAD, "tune": TUNE},
     differences=differences,

@@ -57,7 +57,7 @@ from common import (
 
 N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness looks at
 
-step = Step("step11_latent", __doc__)
+step = Step("step11_latent", __doc__, parts=("genre",))
 
 # %% 11a. The vectors before the output layer, with their genres
 # The lab: the best LSTM of step 5 and the CNN of step 7; one vector per clip of the genre

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from joblib.externals.loky import reusable_executor
 
 # Two test processes share the cores, so each computes with one thread. And each has a numba
 # cache of its own: processes that compile into one empty cache at once corrupt it, after
@@ -331,6 +332,7 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
                 for key, value in env.items():
                     os.environ.pop(key, None) if value is None else os.environ.update({key: value})
                 os.chdir(cwd or ".")
+                reusable_executor._executor = None  # its processes are the parent's
                 for name, module in list(sys.modules.items()):
                     if Path(getattr(module, "__file__", None) or "/").parent == ROOT:
                         del sys.modules[name]

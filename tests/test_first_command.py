@@ -9,6 +9,8 @@ import shutil
 import pytest
 from conftest import ROOT, assert_clean_error, read_metrics, run_script, write_data_set
 
+import common
+
 STEP = "step04_dataset"  # the quickest one
 # Stands in for make_dataset.py: notes how it was called, copies the set that lies beside it.
 MAKER = """import shutil, sys
@@ -61,7 +63,7 @@ def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_i
     result = first_command(project)
     demo = project / "data" / "demo"
     (call,) = (project / "calls.txt").read_text().splitlines()
-    assert call == f"--demo --out {demo}"
+    assert call == f"--demo --parts genre emotion --out {demo}"  # step 4 looks at both
     assert "demo" in result.stderr and "nothing about real music" in result.stderr
 
     folder = project.parent / "outputs" / STEP
@@ -78,6 +80,22 @@ def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_i
         and "synthesising" not in again.stderr
     )
     assert read_metrics(folder)["data"] == metrics["data"]
+
+
+def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(project, monkeypatch):
+    monkeypatch.setattr(common, "__file__", str(project / "common.py"))
+    monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(project / "no kaggle here"))
+    for part, other in (("genre", "emotion"), ("emotion", "genre")):
+        shutil.rmtree(project / "data", ignore_errors=True)
+        (project / "calls.txt").unlink(missing_ok=True)
+        demo = common.find_data(parts=(part,))
+        for folder in (common.part_folder(demo, other, beat) for beat in (False, True)):
+            shutil.rmtree(folder)  # which the real one would not have made
+        assert common.find_data(parts=(part,)) == demo
+        shutil.move(demo, project / "data" / "away")  # the stand-in makes whole sets only
+        assert common.find_data(parts=(part, other)) == demo
+        calls = (project / "calls.txt").read_text().splitlines()
+        assert calls == [f"--demo --parts {p} --out {demo}" for p in (part, f"{part} {other}")]
 
 
 def test_data_of_ones_own_are_no_demo_and_come_before_it(project, demo_set):

@@ -152,6 +152,51 @@ def test_the_same_seed_gives_the_same_bytes(demo):
             assert np.array_equal(full, np.load(entry.path)) is same, (part, seed)
 
 
+def test_the_parts_of_a_demo_set_are_made_one_after_the_other(demo, tmp_path):
+    """And hold the very bytes of a set that was made at once; what is there is kept."""
+    out, both = tmp_path / "set", demo[0]
+    assert make_here(*SMALL, "--parts", "emotion", "--out", out)["clips"]["genre train"] == 0
+    assert {path.name for path in out.iterdir()} == {*FOLDERS[2:], "DEMO.txt"}
+    before = {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
+    make_here(*SMALL, "--parts", "genre", "emotion", "--out", out)
+    assert {path.name for path in out.iterdir()} == {*FOLDERS, "DEMO.txt"}
+    assert not out.with_name("set.unfinished").exists()
+    now = arrays(out)
+    assert before.items() <= {name: path.stat().st_mtime_ns for name, path in now.items()}.items()
+    texts = [path.relative_to(both) for path in both.rglob("*.txt")]
+    for name in [*map(str, texts), *now]:
+        assert (out / name).read_bytes() == (both / name).read_bytes(), name
+
+
+DEADLY = """import os, soundfile
+
+class SoundFile(soundfile.SoundFile):
+    def __init__(self, file, *args, **options):
+        if "bomb" in str(file):
+            os.kill(os.getpid(), 9)
+        super().__init__(file, *args, **options)
+
+soundfile.SoundFile = SoundFile
+"""
+
+
+def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path):
+    """Twice: first beside others, then alone."""
+    songs, out = tmp_path / "songs", tmp_path / "set"
+    (songs / "Rock").mkdir(parents=True)
+    for name in ("a bomb", *(f"song {i}" for i in range(6)), "song bomb"):
+        soundfile.write(songs / "Rock" / f"{name}.wav", song(2, 200), SR)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)  # what every Python runs first
+    arguments = ("--audio-dir", songs, "--out", out, "--workers", 2)
+    result = run_script("make_dataset.py", *arguments, PYTHONPATH=str(tmp_path / "site"))
+    listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
+    assert set(listed) == {"Rock/a bomb.wav", "Rock/song bomb.wav"}, listed
+    assert all("died twice" in reason for reason in listed.values())
+    assert len(arrays(out)) == 2 * 6 and not (out / ".begun").exists()
+    assert "Traceback" not in result.stderr
+
+
 def test_every_genre_has_its_style():
     assert set(make_dataset.STYLES) == set(MERGE) == set(GENRES)
     assert {style.pattern for style in make_dataset.STYLES.values()} == set(make_dataset.PATTERNS)
