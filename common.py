@@ -315,6 +315,7 @@ def environment(device) -> dict:
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: importlib.metadata.version(name) for name in packages}
     facts |= {"device": str(device), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["matrix products"] = str(fast_dtype(device.type)).removeprefix("torch.")
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
@@ -1474,8 +1475,9 @@ class CNNBackbone(Backbone):
         FFT window spans anyway.
     first_pool : int
         Columns that the first block pools in time; bands, and all else later, are pooled
-        by 2. Its filters see onsets and flutter of single columns, the dearer blocks above
-        only how strong they were: a sixth more time than columns of 4 frames pooled by 2.
+        by 2. So the first block sees events of 46 ms, and the later, costlier blocks work on
+        a quarter of the columns. Training takes a sixth longer than with columns of 4 frames
+        pooled by 2.
     """
 
     def __init__(
@@ -1886,18 +1888,8 @@ def fit(
         optimizer, rates, total_steps=n_steps, pct_start=warm_up
     )
     decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
-    )
-    kind = torch.device(device).type
-    parts = {
-        "model": model,
-        "average": average,
-        "loss": loss_fn,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "scaler": torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16),
-    }
+    parts = training_parts(model, loss_fn, optimizer, schedule, decay, device)
+    average = parts["average"]
     first_settled = recipe.epochs - max(1, round(recipe.settled * recipe.epochs)) + 1
     history, best = [], (-math.inf, -math.inf)
     if resume and (folder / "last.pt").exists():
@@ -1928,7 +1920,8 @@ def fit(
                             epoch=epoch, val_score=score, facts=facts)  # fmt: skip
         seconds = time.monotonic() - epoch_began
         row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-        history.append(row | {"val_score": score, "kept": int(kept), "seconds": seconds})
+        row |= {"val_score": score, "settled": int(epoch >= first_settled), "kept": int(kept)}
+        history.append(row | {"seconds": seconds})
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
         # Last of the three: what it says is done is never missing from the others, whenever
         # the process is killed.
@@ -1944,6 +1937,22 @@ def fit(
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
     return fit_of(model, checkpoint, folder / "best.pt")
+
+
+def training_parts(model, loss_fn, optimizer, schedule, decay, device) -> dict:
+    """All that changes while a network is trained; decay : of the averaged weights."""
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
+    )
+    kind = torch.device(device).type
+    return {
+        "model": model,
+        "average": average,
+        "loss": loss_fn,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16),
+    }
 
 
 def fit_of(model, checkpoint, path) -> Fit:
@@ -2031,8 +2040,8 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
         Cut each clip into windows of this many frames and average their outputs; None:
         the whole clip at once.
     overlap : bool
-        Windows overlap by half or more, which takes twice as long; cross-validation showed
-        no gain that can be measured.
+        2 W - 1 windows that overlap by half or more instead of W; cross-validation showed no
+        gain that can be measured.
 
     Returns
     -------
@@ -2071,9 +2080,10 @@ def adjust_logits(logits, priors, strength=0.5):
     """Logit adjustment: subtract half the log of each class's share of the training clips.
 
     That raises rare classes most: a network answers a common class more readily because it
-    was common in training, which macro-F1 does not reward (Menon et al., 2021, Long-tail
-    learning via logit adjustment). In cross-validation it gained the CNNs .018 macro-F1 and
-    the LSTMs nothing (docs/experiments.md).
+    was common in training, which macro-F1 does not reward. Menon et al. (2021, Long-tail
+    learning via logit adjustment) subtract all of it, for the balanced error; half of it was
+    chosen in cross-validation, where it gained the CNNs .018 macro-F1 and the LSTMs nothing
+    (docs/experiments.md).
 
     logits (N, K); priors : sequence of K floats, of the training part
     """
@@ -2124,7 +2134,7 @@ def average(frames) -> pd.DataFrame:
 
 @dataclasses.dataclass
 class Check:
-    """What `overfit` found. facts: passes, loss, accuracy (None for regression)."""
+    """What `overfit` found. facts: batches, clips, passes, loss, accuracy (None: regression)."""
 
     learned: bool
     facts: dict
@@ -2139,39 +2149,44 @@ def overfit(
     Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
     or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
     Wrong labels it does not find: they can be learned by heart too. The batches are crops, as
-    in training, drawn once.
+    in training, drawn once; each pass is `train_epoch`, the loop of every training, with
+    plain Adam at a constant rate.
     """
     loader = DataLoader(data.train, batch_size, shuffle=True)
     batches = list(itertools.islice(loader, n_batches))
-    model.to(device).train()
+    model, loss_fn = model.to(device), loss_fn.to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, StripeMask):
             module.widest = 0
-    loss_fn = loss_fn.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    parts = training_parts(model, loss_fn, optimizer, schedule, 0.0, device)
+    recipe = Recipe(limit, lr, batch_size)
     history, learned = [], False
     while not learned and len(history) < limit:
-        losses, hits = [], []
-        for x, targets, lengths in batches:
-            targets = targets.to(device)
-            with advice_on_memory(device, batch_size):
-                outputs = model(x.to(device), lengths)
-                loss = loss_fn(outputs, targets)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            losses.append(loss.item())
-            if not targets.is_floating_point():
-                hits.append((outputs.argmax(1) == targets).float().mean().item())
-        facts = {"loss": float(np.mean(losses)), "accuracy": float(np.mean(hits)) if hits else None}
-        history.append({"pass": len(history) + 1} | facts)
-        learned = facts["loss"] < goal and facts["accuracy"] in (None, 1.0)
+        with advice_on_memory(device, batch_size):
+            loss = train_epoch(batches, parts, recipe, device, len(history) + 1)
+            right = hits(model, batches, device)
+        history.append({"pass": len(history) + 1, "loss": loss, "accuracy": right})
+        learned = loss < goal and right in (None, 1.0)
         if len(history) % 10 == 1 or learned:
-            print(f"overfit {len(batches)} batches, pass {len(history)}: {facts}", flush=True)
-    return Check(learned, {"passes": len(history)} | facts, pd.DataFrame(history))
+            print(f"overfit {len(batches)} batches, {history[-1]}", flush=True)
+    facts = {"batches": len(batches), "clips": sum(len(x) for x, *_ in batches)}
+    facts |= {"passes": len(history), "loss": loss, "accuracy": right}
+    return Check(learned, facts, pd.DataFrame(history))
+
+
+@torch.no_grad()
+def hits(model, batches, device) -> float | None:
+    """Share of right answers over some batches, in training mode; None for regression."""
+    if batches[0][1].is_floating_point():
+        return None
+    fast = half_precision(device)
+    with fast:
+        right = [model(x.to(device), n).argmax(1).cpu() == y.cpu() for x, y, n in batches]
+    return float(torch.cat(right).float().mean())
 
 
 def state_of(parts, recipe, settings, history, best) -> dict:
@@ -2492,6 +2507,8 @@ def genre_val_scores(training) -> pd.DataFrame:
 def find_emotion_leak(source, held_out) -> str | None:
     """What must not be: held-out emotion clips in the genre training split. None: there are none.
 
+    Found are equal ids and equal arrays, not other excerpts of a song.
+
     held_out : Subset of emotion clips
     Raises InputError, unless --allow-leak.
     """
@@ -2598,11 +2615,14 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
 
 
 def macro_f1(targets, predictions, n_classes) -> float:
-    """Mean F1 over the classes that occur in targets or predictions (arrays of ints)."""
+    """Mean of all classes' F1 (arrays of ints); 0 for one that neither occurs nor is predicted.
+
+    What scikit-learn's f1_score gives for these labels with zero_division=0.
+    """
     counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
     counts = counts.reshape(n_classes, n_classes)
     seen = counts.sum(0) + counts.sum(1)  # of class k: true + predicted = 2 TP + FP + FN
-    return float((2 * counts.diagonal()[seen > 0] / seen[seen > 0]).mean())
+    return float((2 * counts.diagonal() / np.maximum(seen, 1)).mean())
 
 
 def classification_scores(targets, predictions, classes) -> dict:
@@ -2803,13 +2823,20 @@ def band_features(store, indices=None) -> np.ndarray:
     return np.array(rows)
 
 
-def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
-    """Answers for the held-out emotion clips by methods that hear band statistics only.
+FLOORS = """
+`constant`, `ridge` and `svr` are what a network has to beat. `constant` is the mean training label
+(of several folds the first one's, for all). `ridge`, a linear regression, and `svr`, support vector
+regression, get the mean, spread, percentiles and mean change from frame to frame of each mel band
+over the clip: nothing of the order in time but that change. They are fitted on training and
+validation clips together, of which the networks use the latter only to choose the epoch: they have
+the larger training set.
+"""
 
-    `constant` is the mean training label, `ridge` linear and `svr` support vector
-    regression. They are fitted on training and validation part together, their parameters
-    chosen by cross-validation in there; the networks use the validation part only to choose
-    the epoch, so the floors have the larger training set.
+
+def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
+    """Answers for the held-out emotion clips by the methods that FLOORS describes.
+
+    Their parameters are chosen by cross-validation within training and validation part.
     """
     from sklearn.linear_model import Ridge
     from sklearn.metrics import make_scorer
@@ -2878,7 +2905,10 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
 
 
 def plot_history(ax, history, title="", score_name="score"):
-    """Loss (left axis) and validation score (right axis) against the epoch."""
+    """Loss (left axis) and validation score (right axis) against the epoch.
+
+    The epochs of which the best is kept are shaded, the kept one is marked.
+    """
     history = pd.DataFrame(history)
     epoch, score = history["epoch"], f"validation {score_name}"
     ax.plot(epoch, history["train_loss"], color=COLORS[0], label="train loss")
@@ -2887,6 +2917,9 @@ def plot_history(ax, history, title="", score_name="score"):
     right = ax.twinx()
     right.plot(epoch, history["val_score"], color=COLORS[2], linestyle="--", label=score)
     right.set_ylabel(score.capitalize())
+    if history["settled"].any():
+        first = epoch[history["settled"] == 1].min()
+        ax.axvspan(first - 0.5, epoch.max() + 0.5, color="0.92", zorder=0)
     best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
     lines = ax.get_lines() + right.get_lines()[:1]
@@ -2940,20 +2973,23 @@ def plot_scores(ax, names, values, intervals, xlabel):
     errors = np.abs(np.array(intervals, dtype=float).T - np.array(values))
     ax.barh(y, values, xerr=errors, color=COLORS[5], ecolor="black", capsize=3)
     ax.set_yticks(y, names)
-    ax.set(xlabel=xlabel, xlim=(min(0, np.min(np.array(intervals)) - 0.02), 1))
+    ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1.12))
+    ax.set_xticks(np.arange(0, 1.01, 0.2))
     for position, value, (_, high) in zip(y, values, intervals, strict=True):
-        ax.text(max(value, high) + 0.01, position, f"{value:.3f}", va="center", fontsize="small")
+        if not math.isnan(value):
+            place = (max(value, high) + 0.01, position)
+            ax.text(*place, f"{value:.3f}", va="center", fontsize="small")
 
 
 def plot_emotion_scores(scores):
     """One panel of `plot_scores` per emotion and for the mean: {model: `emotion_scores`}."""
-    size = (18, 0.42 * len(scores) + 1.3)
-    fig, axes = plt.subplots(1, 4, figsize=size, layout="constrained")
-    for ax, key in zip(axes, (*EMOTIONS, "mean_spearman"), strict=True):
-        found = {name: row for name, row in scores.items() if key in row}
-        values = [row[key] for row in found.values()]
-        intervals = [row[f"{key}_ci95"] for row in found.values()]
-        plot_scores(ax, list(found), values, intervals, "Spearman (line: 95% interval)")
+    names, height = list(scores), 0.3 * len(scores) + 0.9
+    fig, axes = plt.subplots(2, 2, figsize=(10, 2 * height), layout="constrained", sharey=True)
+    for ax, key in zip(axes.flat, (*EMOTIONS, "mean_spearman"), strict=True):
+        none = {key: math.nan, f"{key}_ci95": [math.nan] * 2}  # a model of one emotion: no bar
+        rows = [none | scores[name] for name in names]
+        values, intervals = [row[key] for row in rows], [row[f"{key}_ci95"] for row in rows]
+        plot_scores(ax, names, values, intervals, "Spearman (line: 95% interval)")
         ax.set_title(key.replace("_spearman", " of the three"))
     return fig
 
@@ -2976,7 +3012,8 @@ def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[C
     """Draw random lines of the genre training labels, at most `per_genre` of a genre.
 
     Genres are those of the label file, before any merge. The first two clips are the
-    lab's two random lines with different labels (steps 1 to 3 draw the same ones).
+    lab's two random lines with different labels (steps 1 to 3 draw the same ones, unless
+    --skip-bad leaves out one of them).
     """
     lines = read_entries(data_dir, "genre", "train")
     random.Random(seed).shuffle(lines)
@@ -3107,8 +3144,11 @@ def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
 
 
-def share_within_beats(rows, mel_db) -> float:
+def share_within_beats(rows, mel_db, offset=0.0) -> float:
     """Share of the variance over time of (F, T) rows that lies within a beat.
+
+    offset : move the beats by this share of their median distance; by .5 the cuts fall
+        between beats, which tells what any grid of that width would give
 
     The variance of frames is that of the beats' means plus that of the frames about the
     mean of their beat (law of total variance): the second part is what one value per beat
@@ -3122,7 +3162,10 @@ def share_within_beats(rows, mel_db) -> float:
     onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
     _, beats = librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)
     rows = np.asarray(rows, dtype=float)
-    spans = np.split(rows, np.unique(beats[beats > 0]), axis=1)  # each (F, frames of a beat)
+    width = np.median(np.diff(beats)) if len(beats) > 1 else 0
+    cuts = np.unique((beats + offset * width).astype(int))
+    cuts = cuts[(cuts > 0) & (cuts < rows.shape[1])]
+    spans = np.split(rows, cuts, axis=1)  # each (F, frames of a beat)
     within = sum(span.var(1) * span.shape[1] for span in spans).sum() / rows.shape[1]
     return float(within / max(rows.var(1).sum(), 1e-12))
 

@@ -104,8 +104,8 @@ def measure_table(measures, index_name) -> pd.DataFrame:
 # %% 0. Browse the data folder, try CPU and GPU
 # The lab: os.listdir over the data folder, the GPU switched on and off. Listing it part by
 # part shows at once whether arrays and label lines belong together. The product of two
-# matrices is most of a CNN's work, so its time tells the most that a GPU can gain; an LSTM
-# multiplies small ones, one after the other.
+# matrices is most of a CNN's work, so its time, in single precision, gives a first idea of
+# what a GPU can gain; an LSTM multiplies small ones, one after the other.
 step.heading("0. Data folder and device")
 root = step.source.root
 step.text(f"`os.listdir`: {', '.join(sorted(path.name for path in root.iterdir()))}")
@@ -183,8 +183,9 @@ step.text(
     """
     A spectrogram shows which frequencies sound, when and how loud. A held note is a
     horizontal line with its overtones above it, a drum hit a vertical stripe over many
-    bands; the rhythm is the spacing of the stripes, the colour loudness relative to the clip's
-    loudest cell. What is lost is the phase, and absolute loudness.
+    bands; the rhythm is the spacing of the stripes, the colour the level relative to the clip's
+    loudest cell. What is lost: the phase, the absolute level, detail finer than a band or a
+    frame, all above 11 kHz and all that is 80 dB below the loudest cell.
 
     - **Spectral centroid**: the power-weighted mean frequency, median over the frames;
       what is heard as bright or dark.
@@ -210,13 +211,18 @@ panels = [
     (f"{genre} ({len(group)} clips)", mean_spectrogram(group), False)
     for genre, group in groups.items()
 ]
-caption = "Mean mel spectrogram of every genre's drawn clips, highest spectral centroid first"
+caption = (
+    "Mean mel spectrogram of every genre's drawn clips, highest spectral centroid first. Clips are "
+    "excerpts that do not begin together: stripes in time are those of single clips, or fades"
+)
 step.figure(plot_panels(panels, 4, size=(3.6, 2.2)), "genre_means", caption)
 
-# Averaged over time and set against the mean of all genres, the differences stand out.
-spectra = np.array(  # (genres, 128)
-    [np.mean([mel.mean(1, dtype=float) for mel in group], axis=0) for group in groups.values()]
-)
+# Averaged over time and set against the mean of all genres, the differences stand out. Each
+# clip's own mean level is taken off first: what is left is the shape of its spectrum.
+shapes = [
+    [mel.mean(1, dtype=float) - mel.mean(dtype=float) for mel in group] for group in groups.values()
+]
+spectra = np.array([np.mean(group, axis=0) for group in shapes])  # (genres, 128)
 apart = spectra - spectra.mean(0)
 centres = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)[1:-1]
 fig, ax = plt.subplots(figsize=(9, 0.32 * len(mean) + 1.6), layout="constrained")
@@ -229,7 +235,10 @@ ax.set_xticks(np.interp(ticks_hz, centres, np.arange(N_MELS)), ticks_hz)
 ax.set_yticks(range(len(mean)), mean.index)
 ax.set(xlabel="Frequency (Hz, mel scale)", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Level against the mean\nof all genres (dB)")
-caption = "Time-averaged spectrum of every genre against the mean of all genres"
+caption = (
+    "Shape of every genre's time-averaged spectrum (each clip's mean level taken off) against the "
+    "mean of all genres. A sharp edge is a limit of the recordings' bandwidth, not of the music"
+)
 step.figure(fig, "genre_spectra", caption)
 
 n_clips = [len(group) for group in groups.values()]
@@ -248,8 +257,8 @@ step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
 step.text(
     """
     "Explained by genre" is the share of a measure's variance over clips that lies between
-    the genres (epsilon squared; where genre tells nothing it is 0 on average, so it may be
-    negative). The rest lies between clips of one genre.
+    the genres (epsilon squared, an estimate: where genre tells nothing it is 0 on average and
+    may be negative). The rest lies between clips of one genre.
     """
 )
 

@@ -11,9 +11,9 @@ Input: the genre training split, full and beat-synced. Output, in outputs/step02
 figures and tables (summary.md), their numbers (metrics.json).
 
 Measured on a small set of real music (see README), seed 42, one CPU thread, torch 2.13.0:
-1,292 steps cost 23 times the time of 57 beats. The gradient of the last output stays above
-1% over .3 s of a full clip before training and 1.5 s after; on beats over 6.4 s and the
-whole clip. 45% of the variance over time lies within a beat.
+1,292 steps cost 23 times the time of 57 beats. The gradient of an untrained LSTM's last
+output stays above 1% over .3 s of a full clip, on beats over 6.4 s. 45% of the variance over
+time lies within a beat.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
@@ -151,24 +151,30 @@ ax.set_xticks([], minor=True)
 ax.grid(alpha=0.3)
 ax.legend()
 device = step.device.type
-caption = f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}"
+caption = (
+    f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}; both "
+    "axes are logarithmic"
+)
 step.figure(fig, "lstm_cost", caption)
 epoch = {n: seconds[n] * len(n_steps["full"]) / n_batch for n in (n_full, n_beat)}
 step.text(
     f"""
-    A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at {n_full} steps and
-    {seconds[n_beat]:.3f} s at {n_beat}; fitted to all lengths, time grows like the number of
-    steps to the power {slope:.2f}. For an epoch over {len(n_steps["full"])} clips that is
-    {epoch[n_full]:.1f} s or {epoch[n_beat]:.1f} s.
+    An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed
+    at once, on no device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
+    {n_full} steps and {seconds[n_beat]:.3f} s at {n_beat}, a
+    {seconds[n_full] / seconds[n_beat]:.0f}th of it; fitted to all lengths, time grows like the
+    number of steps to the power {slope:.2f}. For an epoch over {len(n_steps["full"])} clips that
+    is {epoch[n_full]:.1f} s or {epoch[n_beat]:.1f} s.
     """
 )
 
 # %% 2a. And why? How far back the gradient of the last output reaches
 # What a step learns, it learns from the gradient that arrives there. On its way back from
 # the last step it is multiplied by one Jacobian per step; factors below 1 make it vanish
-# exponentially (Hochreiter, 1991; Bengio et al., 1994). The forget gate of an LSTM can hold
-# it up, if training opens the gate: so measured twice, before and after a short training on
-# the genre labels of the drawn clips, the same number of updates for both forms.
+# exponentially (Hochreiter, 1991; Bengio et al., 1994). The forget gate of an LSTM can
+# preserve it, where training has brought the gate close to 1: so measured twice, before and
+# after a short training on the genre labels of the drawn clips, the same number of updates
+# for both forms.
 genres = sorted({clip.genre for clip in clips})
 targets = torch.tensor([genres.index(clip.genre) for clip in clips])
 beat_s = FRAME_S * float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
@@ -196,7 +202,7 @@ for form, color in zip(FORMS, COLORS, strict=False):
             "steps above 1%": f"{far} of {len(norms)}",
             "seconds of music": f"{far * step_s[form]:.2f}",
             "share of the clip": f"{far / len(norms):.1%}",
-            "at the first step": f"{norms[-1]:.1e}",
+            "so many steps back": f"{norms[-1]:.1e}, {len(norms) - 1} back",
             "training loss": "-" if lstm is None else f"{np.mean(losses[-10:]):.2f}",
         }
 ax.axhline(0.01, color="grey", linestyle=":", label="1% of the last step's")
@@ -204,18 +210,24 @@ ax.set(xlabel="Time before the end of the clip (s)", ylabel="Gradient norm, last
 ax.set(xlim=(0, None), ylim=(1e-30, 10))
 ax.legend(fontsize="small")
 caption = (
-    "Gradient of the last output with respect to each time step's input, mean over "
-    f"{n_batch} clips, before and after {n_updates} updates on genre labels"
+    "Gradient of the last output with respect to each time step's input, mean over those of "
+    f"{n_batch} clips that are so long, before and after {n_updates} updates on genre labels; cut "
+    "off at 1e-30"
 )
 step.figure(fig, "lstm_gradient", caption)
 caption = "How far back the gradient of the last output stays above 1% of the last step's"
 step.table(pd.DataFrame(table).T.rename_axis("LSTM"), caption)
 step.text(
     f"""
-    Trained means: {n_updates} updates of Adam on batches of {min(16, len(clips))} of the
-    {len(clips)} drawn clips and their {len(genres)} genres, read at each clip's last step.
-    The loss is the mean of the last 10 updates; equal chances for all genres would give
-    {np.log(len(genres)):.2f}.
+    Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and
+    a product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al.,
+    1994). What arrives at a step is all that the step can teach. The forget gate of an LSTM can
+    preserve the gradient, where training has brought the gate close to 1.
+
+    Trained means, from one start: {n_updates} updates of Adam on batches of
+    {min(16, len(clips))} of the {len(clips)} drawn clips and their {len(genres)} genres, read at
+    each clip's last step. The loss is the mean of the last 10 updates; equal chances for all
+    genres would give {np.log(len(genres)):.2f}.
 
     Step 5 meets the length of full clips in three ways: it trains on crops of 15 s, eight frames
     are joined into one step, and the LSTM is read at all its steps, in both directions, so that a
@@ -263,6 +275,7 @@ changes = pd.DataFrame(
         "frames per beat": frames["full"] / frames["beat-synced"],
         "beats per minute": 60 * (frames["beat-synced"] - 1) / (frames["full"] * FRAME_S),
         "variance within beats (%)": [100 * share_within_beats(m, m) for m in mels["full"]],
+        "shifted grid (%)": [100 * share_within_beats(m, m, 0.5) for m in mels["full"]],
         "sd over time, full (dB)": sd["full"],
         "sd over time, beat-synced (dB)": sd["beat-synced"],
         "level change (dB)": level["beat-synced"] - level["full"],
@@ -288,14 +301,15 @@ middle = changes.median()
 step.text(
     f"""
     - One beat-synced step stands for {middle["frames per beat"]:.0f} frames (median),
-      {middle["frames per beat"] * FRAME_S:.2f} s. The number of steps is the number of
-      beats found: {middle["beats per minute"]:.0f} per minute of clip in the median, from
-      {changes["beats per minute"].min():.0f} to {changes["beats per minute"].max():.0f} (a beat
-      tracker leaves out weak beginnings and ends).
+      {middle["frames per beat"] * FRAME_S:.2f} s. n beats cut a clip into at most n + 1 steps:
+      {middle["beats per minute"]:.0f} beats per minute of clip in the median, from
+      {changes["beats per minute"].min():.0f} to {changes["beats per minute"].max():.0f}
+      (librosa's tracker drops weak beats at beginning and end).
     - "Variance within beats" is the share of the bands' variance over time that one value
-      per beat cannot hold: attacks, decays, notes shorter than a beat. It is
-      {changes["variance within beats (%)"].mean():.0f}% on average. The data set does not
-      store its beat times, so beats are tracked on each clip's own mel spectrogram.
+      per beat cannot hold, {changes["variance within beats (%)"].mean():.0f}% on average. With
+      all cuts moved by half a beat it would be {changes["shifted grid (%)"].mean():.0f}%. The
+      data set does not store its beat times, so beats are tracked on each clip's own mel
+      spectrogram.
     - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average: 0 dB is
       now the loudest cell among the medians, no longer among the frames.
     """

@@ -57,10 +57,10 @@ def chroma_measures(chroma) -> dict:
     }
 
 
-# %% 3, step 1a-b. The same two clips, their chromagrams
+# %% 3 (as 1a-b). The same two clips, their chromagrams
 # The lab: choose two random lines with different labels and read their files. The seed of
 # steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
-step.heading("3, step 1a-b. The same two clips")
+step.heading("3 (as 1a-b). The same two clips")
 clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 chroma = {  # each (12, T)
@@ -69,23 +69,23 @@ chroma = {  # each (12, T)
 }
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
-# %% 3, step 1c. What they show
+# %% 3 (as 1c). What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ.
 # Full and beat-synced lie side by side, since step 2 asks the same of both. Measured
 # besides: the strongest pitch class, how many share the energy, how fast they change.
-step.heading("3, step 1c. What they show")
+step.heading("3 (as 1c). What they show")
 cells = [(i, form) for i in (0, 1) for form in FORMS]
 panels = [(f"{titles[i]}, {form}", chroma[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
 step.text(
     f"""
-    A chromagram adds up the energy of each note over all octaves: harmony stays, and melody up
+    A chromagram adds up how strong each note is over all octaves: harmony stays, and melody up
     to its octave; the octave and most of the timbre are gone (overtones still reach other
-    rows: the third harmonic is a fifth). A horizontal line is a held note, a column with three
-    strong rows a triad, a column in which most rows are strong noise or a drum. Every frame
-    of a full chromagram is scaled so that its strongest pitch class is 1, so loudness is gone
-    as well.
+    rows: the third harmonic lies an octave and a fifth higher). A horizontal line is a held note,
+    a column with three strong rows a triad, a column in which most rows are strong noise or a
+    drum. Every frame of a full chromagram is scaled so that its strongest pitch class is 1:
+    quiet and loud frames count alike.
 
     - **Strongest pitch class**: the highest mean over time, often the key's tonic or fifth.
     - **Entropy** of the mean over time: 0 bits for a single note, {math.log2(N_CHROMA):.2f}
@@ -105,13 +105,16 @@ rows = [measures[form][i : i + 1].set_axis([f"{titles[i]}, {form}"]) for i, form
 table = pd.concat(rows).rename(columns=columns).rename_axis("clip")
 step.table(table, "The two clips, measured")
 
-# %% 3, step 1c. Two clips or two genres?
+# %% 3 (as 1c). Two clips or two genres?
 # Songs come in all keys, so a plain mean over a genre's clips blurs them. Turned so that
-# its strongest note is row 0, each clip shows the intervals that it is made of instead.
-step.heading("3, step 1c. Two clips or two genres?")
+# its strongest note is row 0, each clip shows the intervals that it is made of instead. As
+# shares of the clip's sum: without that, how flat a chromagram is would be compared too.
+step.heading("3 (as 1c). Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 classes = sorted(set(genres))
+levels = np.array([c.mean(dtype=float) for c in chroma["full"]])
 profiles = np.array([c.mean(1, dtype=float) for c in chroma["full"]])  # (clips, 12)
+profiles /= profiles.sum(1, keepdims=True)
 turned = np.array([np.roll(profile, -profile.argmax()) for profile in profiles])
 fig, axes = plt.subplots(
     1, 2, figsize=(12, 0.32 * len(classes) + 1.6), layout="constrained", sharey=True
@@ -124,10 +127,13 @@ for ax, rows, ticks, label in (
     image = ax.imshow(means, aspect="auto", cmap="viridis", interpolation="nearest")
     ax.set_xticks(range(N_CHROMA), ticks)
     ax.set(xlabel=label)
-    fig.colorbar(image, ax=ax, label="Mean chroma")
+    fig.colorbar(image, ax=ax, label="Share of the clip's chroma", location="top", aspect=40)
 axes[0].set_yticks(range(len(classes)), classes)
 axes[0].set_ylabel("Genre")
-caption = "Mean chroma of every genre: by note (left), relative to each clip's strongest (right)"
+caption = (
+    "Mean profile of every genre: by note (left), relative to each clip's strongest note (right); "
+    "two colour scales"
+)
 step.figure(fig, "genre_chroma", caption)
 
 values = pd.DataFrame(
@@ -141,18 +147,20 @@ by_genre = values.groupby(genres).mean().rename_axis("genre")
 n_clips = [int((genres == genre).sum()) for genre in classes]
 step.table(by_genre.assign(clips=n_clips), "Mean over each genre's drawn clips")
 explained = {column: genre_share(values[column], genres) for column in values}
-explained["mean of a pitch class, by note"] = np.mean([genre_share(c, genres) for c in profiles.T])
+explained["mean of all chroma values"] = genre_share(levels, genres)
+explained["share of a pitch class, by note"] = np.mean([genre_share(c, genres) for c in profiles.T])
 intervals = np.mean([genre_share(c, genres) for c in turned[:, 1:].T])
-explained["mean of a pitch class, from the strongest note"] = intervals
+explained["share of a pitch class, from the strongest note"] = intervals
 shares = {name: {"explained by genre": f"{share:.0%}"} for name, share in explained.items()}
 caption = f"Share of the variance over {len(clips)} clips that lies between the genres"
 step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
 
-# %% 3, step 2a. Dimensions, and is training an LSTM efficient?
+# %% 3 (as 2a). Dimensions, and is training an LSTM efficient?
 # The lab's questions of step 2 for chromagrams: 12 rows in place of 128, as many steps.
-# The same two measurements: what a training pass costs, and how far back the gradient of
-# an untrained LSTM's last output reaches; the mel rows stand below for comparison.
-step.heading("3, step 2a. Dimensions, and is training an LSTM efficient?")
+# Two of its measurements again: what a training pass costs, and how far back the gradient of
+# an untrained LSTM's last output reaches; the mel rows stand below for comparison (here the
+# clips of one batch are standardised, in step 2 all that were drawn).
+step.heading("3 (as 2a). Dimensions, and is training an LSTM efficient?")
 shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
 caption = "Pitch classes x time steps of the two clips"
 step.table(pd.DataFrame(shapes, titles[:2], FORMS).rename_axis("clip"), caption)
@@ -169,7 +177,7 @@ for kind in ("chroma", "mel"):
         lstm[f"{kind}, {form}"] = {
             "rows": x.shape[2],
             "steps": int(lengths.median()),
-            "pass (s)": lstm_seconds(x.to(step.device)),
+            "pass (s)": lstm_seconds(x[:, : int(lengths.median())].to(step.device)),
             "steps above 1%": far,
             "seconds of music": far * frames * HOP / SR,
         }
@@ -177,26 +185,27 @@ table = pd.DataFrame(lstm).T.rename_axis("input")
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int})
 caption = (
     f"One training pass of an LSTM of 128 units over {len(batch)} clips, and how far back the "
-    "gradient of its last output stays above 1% of the last step's"
+    "gradient of its last output stays above 1% of the last step's, before training"
 )
 step.table(table, caption)
 step.text(
     """
     The rows of a step are multiplied at once, the steps one after the other: fewer rows save
-    work inside a step, fewer steps save waiting.
+    work inside a step, fewer steps shorten the chain of computations that must wait for each
+    other, and with it the chain of factors that a gradient passes.
     """
 )
 
-# %% 3, step 2b. What beat synchronisation changes
+# %% 3 (as 2b). What beat synchronisation changes
 # The lab: what differs once the frames between two beats have become one, their median.
 # Measured as in step 2: how much of the variance over time lies within a beat, where a
 # median cannot hold it, and what becomes of step 1's measures.
-step.heading("3, step 2b. What beat synchronisation changes")
+step.heading("3 (as 2b). What beat synchronisation changes")
 full, beat = (measures[form] for form in FORMS)
-within = 100 * float(
-    np.mean(
-        [share_within_beats(clip.full[BANDS["chroma"]], clip.full[BANDS["mel"]]) for clip in clips]
-    )
+pairs = list(zip(chroma["full"], clips, strict=True))
+within, shifted = (
+    100 * np.mean([share_within_beats(c, clip.full[BANDS["mel"]], offset) for c, clip in pairs])
+    for offset in (0.0, 0.5)
 )
 same_strongest = float((full["strongest"] == beat["strongest"]).mean())
 means = {
@@ -211,8 +220,8 @@ caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
 step.table(pd.DataFrame(means).T.rename_axis("chromagrams"), caption)
 step.text(
     f"""
-    - {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2):
-      ornaments, passing notes, drum hits.
+    - {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2);
+      with all cuts moved by half a beat it would be {shifted:.0f}%.
     - The strongest pitch class is the same in both forms in {same_strongest:.0%} of
       {len(clips)} clips.
     - A beat-synced step stands for {frames_per_beat:.0f} frames (median); from one to the
@@ -227,7 +236,8 @@ pair = [
     for title in titles[:2]
 ]
 sync = {
-    "variance_within_beats_percent": within,
+    "variance_within_beats_percent": float(within),
+    "shifted_grid_percent": float(shifted),
     "same_strongest": same_strongest,
     "change": {form: measures[form]["change"].mean() for form in FORMS},
 }

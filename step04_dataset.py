@@ -3,7 +3,7 @@
 The lab asks: a) study the Dataset of the helper code and the values that it returns,
 comment on its operations; b) similar classes are merged, some are left out; c) two
 histograms of the number of samples per class, before and after b. Besides, an audit of
-every array, which the published data set never had.
+every array, for we found none published.
 
     python step04_dataset.py
     python step04_dataset.py --no-merge   # a data set with classes of its own
@@ -22,13 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from common import (
     COLORS,
     DB_FLOOR,
     FOLDERS,
+    GENRE_RUNS,
     MERGE,
     N_MELS,
     N_READERS,
@@ -42,6 +43,7 @@ from common import (
     read_entries,
     show_bars,
     time_mask,
+    window_of,
 )
 
 step = Step("step04_dataset", __doc__)
@@ -126,6 +128,10 @@ def follow(beat) -> tuple[dict, dict]:
     t, band = int(array[:N_MELS].max(0).argmax()), int(array[:N_MELS].max(1).argmax())
     xs, targets, lengths = next(iter(DataLoader(data.train, 8)))  # the batch
     mask = time_mask(lengths, xs.shape[1], xs.device)
+    crop = window_of(GENRE_RUNS["beat_mel" if beat else "mel"])
+    crops = Subset(whole.variant(crop=crop), data.train.indices)
+    shape = tuple(next(iter(DataLoader(crops, 8)))[0].shape)
+    cropped = f"random crops of {crop} frames: x {shape}" if crop else "whole clips, as here"
     mel, chroma = array[:N_MELS], array[N_MELS:]
     values = {
         "label line": f"`{line.replace(chr(9), '<TAB>')}`",
@@ -134,7 +140,7 @@ def follow(beat) -> tuple[dict, dict]:
         f"{mel.max():.1f} dB, chroma {chroma.min():.2f} to {chroma.max():.2f}",
         "class number": f"{entry.label} -> {int(target)} of {len(data.names)}",
         "stored": f"{kept.shape[0]} x {kept.shape[1]} {kept.dtype}, "
-        f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off",
+        f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off (dB, chroma)",
         "Subsets": f"{len(data.train)} training and {len(data.val)} validation clips",
         "standardised": f"loudest cell, band {band}: ({array[band, t]:.1f} - {mean[band]:.1f}) / "
         f"{std[band]:.1f} = {float(x[t, band]):.2f}",
@@ -142,6 +148,7 @@ def follow(beat) -> tuple[dict, dict]:
         f"{int(length)})",
         "batch of 8": f"x {tuple(xs.shape)}, targets {tuple(targets.shape)}, "
         f"lengths {tuple(lengths.shape)}",
+        "in step 5": cropped,
         "padding": f"{1 - float(mask.mean()):.1%} of the batch, its values "
         f"{float((xs * (1 - mask)).abs().max()):.0f}",
     }
@@ -159,7 +166,7 @@ for form in ("full", "beat-synced"):
 caption = "One training clip (mel rows): what each of our operations leaves"
 step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
 
-fig, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained", sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
 in_db = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
 in_sd = {"vmin": -3, "vmax": 3, "cmap": "RdBu_r"}
 for ax, name, look, label in (
@@ -170,7 +177,7 @@ for ax, name, look, label in (
     image = ax.imshow(short_clip[name], **look)
     ax.axvline(short_clip["n"] - 0.5, color="tab:green", linestyle="--", linewidth=2)
     ax.set(xlabel="Time (beats)", title=f"Padded as {name} does")
-    fig.colorbar(image, ax=ax, label=label)
+    fig.colorbar(image, ax=ax, label=label, location="bottom", aspect=40)
 axes[0].set_ylabel("Mel band")
 caption = (
     "The shortest clip of a beat-synced batch, padded with zeros as the helper does (in dB) and "
@@ -202,8 +209,8 @@ step.text(
     f"""
     Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
     {train.median():.0f} in the median. Afterwards {len(after)} classes share {kept} of the
-    {train.sum()} training clips. Which classes are merged and left out is the helper's choice
-    and no result of a count.
+    {train.sum()} training clips. The lab removes classes with few samples; its table is fixed,
+    whatever the counts of the data set at hand.
     """
 )
 
@@ -214,7 +221,7 @@ step.heading("4c. Number of samples per class, before and after")
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.3 * len(before) + 1.5), layout="constrained")
 merged = "After the merge" if merge else "Not merged (--no-merge)"
 for ax, when, frame in ((axes[0], "Before the merge", before), (axes[1], merged, after)):
-    frame = frame.sort_values("train")
+    frame = frame.sort_values("train", kind="stable")
     ax.barh(frame.index, frame["train"], color=COLORS[0], label="train")
     ax.barh(frame.index, frame["test"], left=frame["train"], color=COLORS[1], label="test")
     for y, (n_train, n_test) in enumerate(frame[["train", "test"]].to_numpy()):
@@ -232,15 +239,15 @@ step.text(
     f"""
     The largest class, {largest}, has {after["train"].max()} training clips,
     {after["train"].max() / after["train"].min():.1f} times those of {smallest}. A model that
-    always answers {largest} has an accuracy of {floor:.3f} on the test set, which a
-    model must exceed to have learned anything.
+    always answers {largest} has an accuracy of {floor:.3f} on the test set. A model near that
+    number may have learned nothing else: its macro-F1 tells (step 6).
     """
 )
 
 # %% Audit of the arrays
 # A network trains on broken clips, and scores well on leaked ones, without a word. So every
-# array that the labels name is read and checked, in all folders; equal digests are
-# identical arrays. A broken label file is a fault in the list too, not the end.
+# array that the labels name is read and checked, in all folders (with --smoke 20 in each);
+# equal digests are identical arrays. A broken label file is a fault in the list, not the end.
 step.heading("Audit of the arrays")
 FAULTS = {  # how a complaint of read_array begins -> column of the table
     "missing": "missing",
@@ -332,7 +339,8 @@ for where, rows in clips.groupby("where", sort=False):
     folders[where]["steps"] = f"{n.min():.0f} / {n.median():.0f} / {n.max():.0f}" if len(n) else "-"
 caption = "Clips, faults, and time steps (shortest / median / longest)"
 step.table(pd.DataFrame(folders).T.rename_axis("folder"), caption)
-step.table(pd.DataFrame(leaks).T.rename_axis("sets"), "Clips in two sets that should share none")
+caption = "Clips in two sets that should share none (other clips of one track are not detected)"
+step.table(pd.DataFrame(leaks).T.rename_axis("sets"), caption)
 problems = []
 for (where, kind), rows in faults.groupby(["where", "fault"], sort=False):
     examples = [f"{i}: {d}" for i, d in zip(rows["id"][:3], rows["detail"][:3], strict=True)]

@@ -11,9 +11,8 @@ Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06
 tables, reports per class, confusion matrices and the lab's questions (summary.md), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
 
-Measured on a small set of real music (see README), seed 42, one CPU thread, torch
-2.13.0: majority class .236 accuracy / .048 macro-F1, SVM .541/.521, LSTM on mel
-.637/.599, six LSTMs averaged .637/.595.
+Measured on a small set of real music: README, over three seeds, number format and processor
+with it.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
@@ -32,11 +31,14 @@ from common import (
     answer,
     average,
     band_features,
+    band_statistics,
+    difference_line,
     encode_labels,
     genre_models,
     genre_scores,
     load_clips,
     load_test,
+    paired_difference,
     part_folder,
     plot_confusion,
     plot_scores,
@@ -71,6 +73,7 @@ epochs = {
     for name, model in models.items()
 }
 best = max(val, key=val.get)
+facts = models[best].facts
 
 # Two floors. `majority` always answers the commonest training class. `svm` and `beat_svm`
 # are support vector machines on each mel band's mean, spread, percentiles and change over
@@ -92,27 +95,39 @@ for name, beat in (("svm", False), ("beat_svm", True)):
         commonest = classes[np.bincount(targets).argmax()]
 step.table(
     pd.DataFrame({"val macro-F1": val, "epochs": epochs}).fillna("").rename_axis("model"),
-    "Before the test. LSTMs: best of the last epochs on the validation clips; SVMs: best of six "
-    "settings, mean over the folds of all training clips; not comparable with each other",
+    f"Before the test. LSTMs, trained on {facts['n_train']} clips: best of the last epochs on "
+    f"{facts['n_val']} validation clips, so optimistic; SVMs, fitted on all of them: best of six "
+    "settings, mean over the folds of cross-validation. Not comparable with each other",
 )
 step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class: {commonest}.")
 
 # %% Answers to both test sets
 # The lab names two test sets, so every LSTM answers both: the one of its own kind of input
-# and the one it has never heard the like of. There, one column stands for as much time as
-# one step of the training input did, as nearly as can be: a beat is about 21 frames, so a
-# network of beats hears means of 21 frames, and a network of frames hears beats one by one.
+# and the other kind, on which it was not trained. That one is standardised by the training
+# clips of its own form (beats are some dB louder, see step 2), and one step stands for as
+# much time as in training, as nearly as can be: a network of beats gets means of as many
+# frames as a beat has, a network of frames gets beats one by one.
 tests, true, answers = {}, {}, {}
+forms = {}  # per form: training clips, for their statistics and lengths
+for set_name, beat in SETS.items():
+    entries = read_entries(step.source.root, "genre", "train", beat, step.source.merge)
+    forms[set_name] = load_clips(entries, step.source.skip_bad)
+frames_of = {set_name: store.lengths.float().median() for set_name, store in forms.items()}
+frames_per_beat = round(float(frames_of["full"] / frames_of["beat"]))
 for name, model in models.items():
     for set_name, beat in SETS.items():
         tests[set_name] = load_test(step.source, model.settings, beat=beat)
         true[set_name] = truth(tests[set_name], model.settings)
         settings, backbone = model.settings, model.model.backbone
         usual = backbone.frames_per_step
+        test = tests[set_name]
         if beat != settings["beat"]:
-            backbone.frames_per_step = 1 if beat else 21
+            backbone.frames_per_step = 1 if beat else frames_per_beat
             settings = settings | {"window": None}
-        answers[name, set_name] = answer(model.model, tests[set_name], settings, step.device)
+            store = forms[set_name]
+            stats = band_statistics(store, range(len(store.entries)), settings["features"])
+            test = test.variant(stats=stats)
+        answers[name, set_name] = answer(model.model, test, settings, step.device)
         backbone.frames_per_step = usual
 
 for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 for the one named
@@ -191,16 +206,17 @@ step.figure(
 )
 step.text("""
     `full` is fma_genre_spectrograms, `beat` is fma_genre_spectrograms_beat. Models named `beat_...`
-    were trained on beats, the other LSTMs on frames; on the other set each hears input that it was
-    not trained on. An LSTM of frames is told of every step the mean, the spread and the change
-    within its 8 frames; on beats a step is a single column, whose spread is 0, a value that
-    training steps hardly have and that the normalisation turns into one constant per band; the
-    change is from beat to beat, and the clip is heard whole, not in windows. `majority` answers the
+    were trained on beats, the other LSTMs on frames; on the other set each gets input that it was
+    not trained on, standardised by the training clips of that form. What such a row shows is in
+    part how the two forms are fed: an LSTM of frames receives, for each step, the mean, the spread
+    and the change within 8 frames; on beats a step is a single column, whose spread is 0, a value
+    that training steps hardly have, and the change is from beat to beat. `majority` answers the
     commonest training class; `svm` and `beat_svm` are support vector machines on statistics of the
-    bands, each tested on its own kind of input. The LSTMs' scores include label smoothing .1 in
-    training, a running average of the weights, answers averaged over overlapping windows (of
-    frames), and logit adjustment: half the log of each class's prior is subtracted from its logit
-    (Menon et al., 2021). The support vector machines have none of these.
+    bands, each tested on its own kind of input and fitted on the LSTMs' training and validation
+    clips together. The LSTMs' scores include label smoothing .1 in training, a running average of
+    the weights, answers averaged over overlapping windows (of frames), and logit adjustment: half
+    the log of each class's share is subtracted from its logit (after Menon et al., 2021). The
+    support vector machines have none of these.
 """)
 if step.args.ensemble:
     step.text("""
@@ -212,6 +228,11 @@ if step.args.ensemble:
 # The lab: sklearn's classification_report, for each model on each test set. It leaves out
 # the micro average where every clip has one label and prints accuracy, its equal (6d).
 step.heading("6b. Precision, recall and F1 of each class")
+step.text("""
+A precision without any answer of that class, 0/0, counts as 0. `weighted avg` weighs the classes by
+their number of test clips (`support`). Where a class has few of them, one clip moves its recall
+much.
+""")
 for (name, set_name), table in answers.items():
     report = classification_report(
         true[set_name][table.index],
@@ -239,6 +260,10 @@ step.figure(
 # %% 6c. Macro averages
 # The mean over the classes: each class counts the same, however few clips it has.
 step.heading("6c. Macro-averaged precision, recall and F1")
+step.text("""
+The mean over the classes: each class counts the same, however few clips it has. Macro-F1 is the
+mean of the classes' F1.
+""")
 step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
 step.figure(
     plot_both_sets("macro_f1", "Macro-F1"),
@@ -246,11 +271,30 @@ step.figure(
     f"Macro-F1 on the test sets; pale: input of the kind it was not trained on; {intervals_say}",
 )
 
+# The same on the same clips: do two models differ by more than the choice of test clips?
+pairs = [(best, name) for name in models if name != best]
+pairs += [(best, "beat_svm" if own_set[best] == "beat" else "svm")]
+lines = []
+for pair in pairs:
+    first, second = (answers[name, own_set[name]] for name in pair)
+    lines.append(
+        f"- {difference_line(*pair, paired_difference(true[own_set[best]], first, second))}"
+    )
+step.text("Paired differences on the same clips, each model on its own kind of input:")
+step.text("\n".join(lines))
+step.text("""
+The intervals cover the choice of test clips only, for one training seed; of so many intervals of
+95% some leave out 0 by chance.
+""")
+
 # %% 6d. Micro averages
-# All decisions are pooled before dividing: each clip counts the same. A clip has one label
-# and gets one answer, so every false positive of one class is a false negative of another,
-# and the three micro averages are one number, the accuracy.
+# All decisions are pooled before dividing: each clip counts the same.
 step.heading("6d. Micro-averaged precision, recall and F1")
+step.text("""
+All decisions are pooled before dividing: each clip counts the same. A clip has one label and gets
+one answer, so every false positive of one class is a false negative of another, and micro
+precision, recall and F1 are one number, the accuracy.
+""")
 step.table(both_sets(lambda s: {name: s[f"micro_{name}"] for name in METRICS}), "Micro averages")
 
 # %% 6. What the metrics mean
@@ -285,20 +329,22 @@ F1 all equal the accuracy: {one["micro_precision"]:.3f}, {one["micro_recall"]:.3
 **When do accuracy and F1 differ much?** Above all when a model serves large classes and neglects
 small ones: accuracy hardly notices, macro-F1 does. The extreme case, always answering {commonest},
 has accuracy {lowest["accuracy"]:.3f} and macro-F1 {lowest["macro_f1"]:.3f}. Among the LSTMs the two
-numbers lie furthest apart for `{widest}`: accuracy minus macro-F1 is {gaps[widest]:+.3f}.
+numbers lie furthest apart for `{widest}`: accuracy minus macro-F1 is {gaps[widest]:+.3f}. Macro-F1
+above accuracy means that small classes are recognised better than large ones. In a task with one
+rare class, its F1 may be near 0 while accuracy, full of true negatives, is near 1.
 
 **When do micro and macro F1 differ much?** Micro-F1 is accuracy here, so above all in the same
 case: class sizes are unequal (from {per_class["support"].min():.0f} to
-{per_class["support"].max():.0f} test clips) and F1 depends on the class. Large classes carry the
-micro average, all alike the macro average: micro minus macro is {
+{per_class["support"].max():.0f} test clips) and F1 depends on the class. In the micro average large
+classes count most, in the macro average all count alike: micro minus macro is {
     one["micro_f1"] - one["macro_f1"]:+.3f}.
 
 **Are there tasks where precision matters more than recall, or the opposite? Is a good accuracy or
-F1 then enough?** Yes, and no. A playlist by genre wants precision: one metal song among the
-lullabies is worse than a lullaby left out. A search for copyright infringements or for an illness
-wants recall: what is missed is the harm. One number that mixes both cannot choose the model then.
-One fixes the error that matters (say recall of at least .9) and compares the rest, or moves the
-decision threshold, and looks at the confusion matrix.
+F1 then enough?** Yes, there are, and no, it is not enough. A playlist by genre wants precision: one
+metal song among the lullabies is worse than a lullaby left out. A search for copyright
+infringements or for an illness wants recall: what is missed is the harm. One number that mixes both
+cannot choose the model then. One fixes the error that matters (say recall of at least .9) and
+compares the rest, or moves the decision threshold, and looks at the confusion matrix.
 
 **Which one for this task?** These scripts choose by macro-F1: the genres matter equally and their
 sizes differ, and it exposes the collapse onto common classes that accuracy hides.

@@ -83,8 +83,14 @@ def learn_by_heart(step, data):
     check = overfit(
         model, data, nn.CrossEntropyLoss(), lr=step.args.lr, batch_size=size, device=step.device
     )
-    step.table(pd.DataFrame([check.facts], index=["cnn_mel"]).rename_axis("CNN"))
-    caption = "Training loss on up to four fixed batches of training crops, regularisation off"
+    facts = check.facts
+    step.table(pd.DataFrame([facts], index=["cnn_mel"]).rename_axis("CNN"))
+    step.text(f"""
+    {facts["clips"]} clips in {facts["batches"]} fixed batches, Adam at a constant rate, no dropout,
+    augmentation or label smoothing, which are there to prevent this. Goal: a loss under .01 and
+    every clip right; after {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
+    """)
+    caption = "Training loss on fixed batches of training crops, regularisation off"
     step.figure(plot_overfit({"cnn_mel": check}), "overfit", caption)
     step.require(check.learned, f"four batches were not learned by heart: {check.facts}")
     return {"cnn_mel": check.facts}
@@ -109,7 +115,8 @@ step.text("""
 > <https://cs.stanford.edu/people/karpathy/convnetjs/demo/mnist.html>; it trains by itself as soon
 > as the digits are loaded.
 >
-> 1. The text field under the loss curve holds the network: convolution of 8 filters 5 x 5, ReLU,
+> 1. Paste the screenshots of 2. and 3. under this box. The network is in the text field under the
+>    loss curve (ConvNetJS has no batch normalisation): convolution of 8 filters 5 x 5, ReLU,
 >    pooling 2 x 2, convolution of 16 filters, ReLU, pooling 3 x 3, softmax. *change network*
 >    begins again with what it says.
 > 2. Press *pause* in the first seconds: screenshot of *Network Visualization*, and of *Training
@@ -186,15 +193,14 @@ digit_models, accuracy = train_digits(digits, step.args.seed, n_epochs)
 step.text(f"""
 The same experiment here: two blocks of convolution, batch normalisation, ReLU and max pooling and
 an output layer ({count_weights(digit_models[0])} weights), trained on {len(learnt)} of
-scikit-learn's digits. Accuracy on the other {len(tested)}: {accuracy[0]:.3f} untrained,
-{accuracy[1]:.3f} after one epoch, {accuracy[-1]:.3f} after {n_epochs}.
+scikit-learn's digits. Accuracy on the other {len(tested)}, for one seed: {accuracy[0]:.3f}
+untrained, {accuracy[1]:.3f} after one epoch, {accuracy[-1]:.3f} after {n_epochs}.
 """)
 
 
 # %% 7a. One digit through every layer
 # What to see: which strokes a filter answers to; what ReLU takes away; how pooling coarsens the
-# maps, and how sure the answer
-# becomes from column to column.
+# maps, and how sure the answer becomes from column to column.
 def in_a_row(maps):
     """Maps (C, h, w) side by side, with gaps: (h, C * (w + 1))."""
     gap = ((0, 0), (0, 0), (0, 1))
@@ -229,19 +235,21 @@ step.figure(fig, "digit_activations", caption)
 
 # %% 7b. The network and its training
 # The lab: four layers of convolution, batch normalisation, ReLU and max pooling on the
-# spectrogram as an image of one channel, trained with the training and validation sets. The
-# image is a random crop of 6 s. The frequency axis is not pooled away: where in frequency
-# something happens tells genres apart. Kernel and channels are the usual values, as the lab
-# advises.
-step.heading("7b. The network and its training")
+# spectrogram as an image of one channel, trained with the training and validation sets, scored
+# on the test set. Kernel and channels are usual values, as the lab advises.
+step.heading("7b. The network, its training, its test score")
+step.text("""
+The image is a random crop of 6 s; two frames are averaged into one of its columns. After the fourth
+block its channels are pooled over time, by mean and maximum, and not over frequency: where in
+frequency something happens tells genres apart. One dense layer gives an output (logit) per class.
+""")
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, Classifier)
 step.show_layers(model, data)
+
 # %% 7b. The training
-# Adam (lab) as AdamW, whose weight decay does not pass through the moving averages (Loshchilov &
-# Hutter, 2019); one-cycle rate; label smoothing .1; a running average of the weights is what is
-# scored. Of the last fifth of the epochs the best by validation macro-F1 is kept: an earlier
-# peak, the best of many while the rate is high, is partly chance. The test set is opened in 7e.
+# As in step 5, with the same words there: AdamW, one-cycle rate, label smoothing, averaged
+# weights, and of the last fifth of the epochs the best by validation macro-F1.
 seeds = [step.args.seed + i for i in range(3 if step.args.ensemble else 1)]
 recipe = {
     "make_model": lambda network, data: Classifier(CNNBackbone(), n_classes=len(data.names)),
@@ -255,32 +263,64 @@ runs = fit_all(step.training, trainings)
 cnn = runs["cnn_mel"]
 step.text(f"""
 Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
-{cnn.facts["planned_epochs"]} planned epochs with AdamW (highest rate {cnn.facts["lr"]:g}, batches
-of {cnn.facts["batch_size"]}), cross-entropy with label smoothing .1. Kept is the running average of
-the weights after epoch {cnn.facts["best_epoch"]}: macro-F1 {cnn.facts["val"]["macro_f1"]:.3f} on
-{cnn.facts["n_val"]} validation clips. The test scores stand under 7e.
+{cnn.facts["planned_epochs"]} planned epochs with AdamW (Adam with decoupled weight decay, .01;
+Loshchilov & Hutter, 2019), one-cycle rate of at most {cnn.facts["lr"]:g}, batches of
+{cnn.facts["batch_size"]}, cross-entropy with label smoothing .1 (Szegedy et al., 2016: the target
+is .9 plus a share of the rest, so certainty is not rewarded without end). Kept is the running
+average of the weights after epoch {cnn.facts["best_epoch"]}, of the last fifth of the epochs the
+one with the highest macro-F1 on the {cnn.facts["n_val"]} validation clips:
+{cnn.facts["val"]["macro_f1"]:.3f}, which as the best of several is optimistic.
 """)
 caption = (
-    "Loss and validation macro-F1 against the epoch; the dot marks the epoch that was kept. "
-    "Training loss is measured on mixed and masked crops with dropout, validation loss without"
+    "Loss and validation macro-F1 against the epoch; the dot marks the epoch that was kept, among "
+    "the shaded last fifth. Training loss is measured on mixed and masked crops with dropout, "
+    "validation loss without"
 )
 histories = {name: run.history for name, run in runs.items()}
 step.figure(plot_histories(histories, "macro-F1"), "learning_curve", caption)
 
+# %% 7b. Its performance on the test set
+# The lab: report it. The test set is opened now, when the network is finished; the LSTMs that
+# 7e may have to train do not depend on it. Answers: log-probabilities, a row per test clip.
+answers, truths, test_sets = {}, {}, {}
+
+
+def score_on_test(runs):
+    """Answers to the test set, and the truth, of some trained genre networks."""
+    for name, run in runs.items():
+        test = load_test(step.source, run.settings)
+        answers[name] = answer(run.model, test, run.settings, step.device)
+        truths[name] = truth(test, run.settings)
+        test_sets[name] = test.store.entries[0].path.parts[-3]
+
+
+score_on_test(runs)
+cnn_scores = genre_scores(truths["cnn_mel"], answers["cnn_mel"])
+step.text(f"""
+On the {cnn_scores["n_clips"]} test clips: accuracy {with_interval(cnn_scores, "accuracy")},
+macro-F1 {with_interval(cnn_scores, "macro_f1")} (95% intervals over test clips, for one training
+seed). What else stands behind these scores is listed under 7e, beside the LSTM's.
+""")
+
 # %% 7c. What the four operations do
 # The lab: function and role of convolution, batch normalisation, ReLU and max pooling. Each is
-# seen at work twice: in the small network of 7a, trained again with that one operation left
-# out, and in the trained genre network, whose blocks are followed from operation to operation.
+# seen at work twice: in the small network of 7a, trained again with that operation left out
+# (the convolution reduced to 1 x 1), and in the trained genre network, whose blocks are
+# followed from operation to operation.
 step.heading("7c. What the four operations do")
 left_out = {}
 variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
 variants |= {f"without {name}": name for name in OPERATIONS[1:]}
 for label, without in variants.items():
     twins = [train_digits(digits, step.args.seed + i, n_epochs, without) for i in range(n_seeds)]
-    curve = np.mean([scores for _, scores in twins], axis=0)
-    left_out[label] = {"after 1 epoch": curve[1], f"after {n_epochs} epochs": curve[-1]}
+    curves = np.array([scores for _, scores in twins])  # (seeds, epochs + 1)
+    mean, sd = curves.mean(0), curves.std(0, ddof=min(1, n_seeds - 1))
+    left_out[label] = {
+        f"after {epoch} epoch{'s' * (epoch > 1)}": f"{mean[epoch]:.3f} ± {sd[epoch]:.3f}"
+        for epoch in (1, n_epochs)
+    }
     left_out[label]["weights"] = str(count_weights(twins[0][0][0]))
-caption = f"Digits: test accuracy with one operation left out; seeds averaged: {n_seeds}"
+caption = f"Digits: test accuracy with one operation left out, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
 
 # %% 7c. The trained genre network at work
@@ -318,7 +358,10 @@ for block in range(1, len(backbone.blocks) + 1):
         ax = fig.add_subplot(grid[block, column])
         draw_map(ax, output[channel], f"block {block}, channel {channel}", cmap="magma", vmin=0)
         ax.label_outer()
-caption = "A clip after each of the four blocks: four of its livelier channels (bands x columns)"
+caption = (
+    "A clip after each of the four blocks: four of its livelier channels (bands x columns); black "
+    "is 0, white the panel's largest value"
+)
 step.figure(fig, "genre_activations", caption)
 
 # Within block 1, from operation to operation.
@@ -387,9 +430,9 @@ few weights do. A 1 x 1 convolution, in the table of digits, mixes channels but 
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
 all places, then scales and shifts it by two learned numbers, so that the spread after it is one
-that training chose; when scoring it uses averages kept from training. It keeps the size of
-activations and gradients in hand whatever the layers below do, so a higher learning rate can be
-used.
+that training chose; when scoring it uses averages kept from training. It keeps the size of the
+activations steady, and networks then stand a higher learning rate (Ioffe & Szegedy, 2015); why is
+still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel says where its pattern is and is silent elsewhere.
 It makes the network non-linear; convolutions stacked without it are one linear map, which only max
@@ -408,27 +451,19 @@ check_facts = learn_by_heart(step, data)
 
 # %% 7e. Genre recognition, compared with the LSTM of step 5a
 # The lab: scores on the test set, against the LSTM on the same input; the best by validation
-# macro-F1 of those that step 5 has left is shown too. The test set is opened only now, when no
-# choice is left to make. Differences are taken on the same clips: what makes a clip hard for both
-# models cancels, so they tell more than two intervals side by side.
+# macro-F1 of those that step 5 has left is shown too. Differences are taken on the same clips:
+# what makes a clip hard for both models cancels, so they tell more than two intervals side by side.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
 lstms = genre_models(step.training, ["mel"])
 best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_RUNS)
 lstms |= genre_models(step.training, {best_lstm} - {"mel"})
-
-# Answers are log-probabilities after logit adjustment, a row per test clip.
-answers, truths, test_sets = {}, {}, {}
-for name, run in (runs | lstms).items():
-    test = load_test(step.source, run.settings)
-    answers[name] = answer(run.model, test, run.settings, step.device)
-    truths[name] = truth(test, run.settings)
-    test_sets[name] = test.store.entries[0].path.parts[-3]
+score_on_test(lstms)
 members = {}
 if step.args.ensemble:  # log-probabilities are averaged, clip by clip
     members = {"cnn_ensemble": list(runs), "cnn_lstm_ensemble": [*runs, best_lstm]}
     answers["cnn_ensemble"] = average(answers[name] for name in runs)
     half_and_half = average([answers["cnn_ensemble"], answers[best_lstm]])
-    answers["cnn_lstm_ensemble"] = half_and_half.dropna()  # of clips that both have heard
+    answers["cnn_lstm_ensemble"] = half_and_half.dropna()  # of clips that both answered
     truths |= dict.fromkeys(members, truths["cnn_mel"])
     test_sets |= dict.fromkeys(members, test_sets["cnn_mel"])
 scores = {name: genre_scores(truths[name], given) for name, given in answers.items()}
@@ -447,10 +482,12 @@ table = {}
 for name, run in (runs | lstms).items():
     net = GENRE_RUNS.get(name, network)  # the further seeds are of the same network
     kinds = {"mixup": make_augment(net).mixup, "pitch": net.features != "chroma", "masks": True}
+    kinds |= {"crops": window_of(net)}
+    length = f"{window_of(net) * HOP / SR:.0f} s" if window_of(net) else "whole clips"
     table[name] = {
         "network": net.kind.upper(),
         "test set": test_sets[name],
-        "examples": f"{run.facts['epochs'] * run.facts['examples_per_epoch']:,}",
+        "examples": f"{run.facts['epochs'] * run.facts['examples_per_epoch']:,} ({length})",
         "augmentation": ", ".join(kind for kind, used in kinds.items() if used),
         "epochs (planned)": f"{run.facts['epochs']} ({run.facts['planned_epochs']})",
         "weights": f"{run.facts['weights']:,}",
@@ -459,21 +496,23 @@ for name, run in (runs | lstms).items():
 for name in scores:
     table.setdefault(name, {"network": "average", "test set": test_sets[name]})
     for key in ("accuracy", "macro_f1"):
-        table[name][f"test {key}"] = with_interval(scores[name], key)
+        title = {"accuracy": "test accuracy", "macro_f1": "test macro-F1"}[key]
+        table[name][title] = with_interval(scores[name], key)
 step.table(
     pd.DataFrame(table).T.fillna("-").rename_axis("model"),
-    f"{scores['cnn_mel']['n_clips']} test clips; 95% intervals over test clips, for one training "
-    "seed. Not like for like: CNN and LSTM differ in training examples and augmentation too",
+    f"{scores['cnn_mel']['n_clips']} test clips; 95% intervals over test clips, for the trainings "
+    "at hand. Not like for like: CNN and LSTM differ in training examples and augmentation too",
 )
 step.text("""
 Behind these scores, CNN and LSTMs alike, stand things that are not the network, above all: training
 with label smoothing .1; a running average of the weights, which is what is scored; answers averaged
-over overlapping windows of a clip; and logit adjustment, half the log of each class's share of the
-training clips subtracted from its logit, which raises rare classes most (Menon et al., 2021).
-*Examples*: those trained on in all. In cross-validation the CNN improved up to 100,000, the most
-that was tried; the LSTM's scores still rose at 40,000 while its log loss no longer fell, so it is
-given 30,000 (docs/experiments.md). *Augmentation*: mixup of two clips, mel bands shifted up or down
-(pitch), stripes masked.
+over overlapping windows of a clip (a network of beats answers from the whole clip at once); and
+logit adjustment, half the log of each class's share of the training clips subtracted from its
+logit, which raises rare classes most (after Menon et al., 2021, who subtract all of it). Validation
+macro-F1 is adjusted too, the validation loss is not. *Examples*: those trained on in all, and how
+long each is. How many was settled in cross-validation on the README's small set of music
+(docs/experiments.md). *Augmentation*: mixup of two clips (Zhang et al., 2018), mel bands shifted up
+or down (pitch), stripes masked (SpecAugment; Park et al., 2019), random crops.
 """)
 seed_spread = {}
 if step.args.ensemble:
@@ -497,8 +536,8 @@ for name in lstms:
     paired[name] = paired_difference(truths["cnn_mel"], answers["cnn_mel"], answers[name])
     only = (paired[name]["only_first"], paired[name]["only_second"])
     step.text(f"""
-    {difference_line("cnn_mel", name, paired[name])}; right in `cnn_mel` alone {only[0]} clips, in
-    `{name}` alone {only[1]}.
+    {difference_line("cnn_mel", name, paired[name])}; right only in `cnn_mel`: {only[0]} clips, only
+    in `{name}`: {only[1]}.
     """)
 
 shown = ["cnn_mel", *lstms]
@@ -513,7 +552,10 @@ f1.index = [f"{label} ({n})" for label, n in table["clips"].items()]
 f1.plot.bar(ax=ax, color=list(COLORS[: len(shown)]), width=0.8)
 ax.set(xlabel="Class (test clips)", ylabel="F1 on the test set", ylim=(0, 1))
 plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
-step.figure(fig, "per_class", "F1 per class, CNN and LSTM")
+caption = (
+    "F1 per class, CNN and LSTM; where a class has few test clips, one clip moves its bar much"
+)
+step.figure(fig, "per_class", caption)
 fig, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 5.4), layout="constrained")
 for ax, name in zip(axes, shown, strict=True):
     title = f"{name} (accuracy {scores[name]['accuracy']:.3f})"

@@ -15,7 +15,7 @@ any. Output, in outputs/step09_transfer/: a checkpoint and a history per run, cu
 (summary.md, metrics.json) and predictions.csv for the held-out clips. --epochs are those of
 a training from scratch; a fine-tuning gets its share of them.
 
-How the budget of the fine-tuning was chosen: docs/experiments.md.
+Measured on a small set of real music: MEASURED9
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--axis all --freeze 2").
@@ -30,6 +30,7 @@ import torch
 from common import (
     COLORS,
     EMOTIONS,
+    FLOORS,
     GENRE_RUNS,
     InputError,
     RegressionLoss,
@@ -89,7 +90,7 @@ for the other half, and froze or fine-tuned them. In short:
 4. Copied layers that are then fine-tuned generalise better than training from scratch, even with
    much data in the new task.
 
-What this step measures next to it: fine-tuning against training from scratch (4), and with
+Compared with the paper, this step measures: fine-tuning against training from scratch (4), and with
 `--compare-depths` the score against the number of frozen blocks. The latter does not tell the two
 reasons of (2) apart; the paper does so by networks copied onto their *own* task, which are not
 trained here.
@@ -106,14 +107,14 @@ genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_RUNS[genre_name]
 n_blocks = len(make_backbone(network).blocks)
 if len(val):
-    caption = "Genre networks on frames that earlier runs have left for these clips"
-    step.table(val, f"{caption}; few hundredths are within chance on so few validation clips")
+    caption = "Genre networks on full spectrograms that earlier runs have left for these clips"
+    step.table(val, f"{caption}; on so few clips a few hundredths may be chance")
 step.text(f"""
-    Transferred: `{genre_name}`. Of the networks on frames that earlier runs have left, the
-    one with the highest validation macro-F1 is taken; where there is none, the CNN. Features
-    that tell genres apart on clips that were not trained on are the likelier to carry over:
-    a guess, since the transfer itself is measured for one network only. The test clips keep
-    out of the choice, so that they can still judge.
+    Transferred: `{genre_name}`. Of the networks whose input is the full spectrogram and that
+    earlier runs have left, the one with the highest validation macro-F1 is taken; where there is
+    none, the CNN. Features that tell genres apart on clips that were not trained on are the
+    likelier to carry over: a guess, since the transfer itself is measured for one network only.
+    Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     raise InputError(
@@ -144,12 +145,13 @@ planned epochs were trained. Its macro-F1 on the {genre.facts["n_val"]} validati
 before it: the best so far).
 
 - *Which metric*: macro-F1, because genres are unequally common and accuracy would forgive a
-  network that neglects the rare ones; the loss would go on rewarding certainty about clips that
-  are right already.
-- *Which set*: the validation set. On training clips the last epoch looks best, overfitting
+  network that neglects the rare ones; the loss judges how sure the network is, which the lab's
+  scores do not ask.
+- *Which set*: the validation set. On training clips a later epoch tends to look better, overfitting
   included; chosen on test clips, the test score would be a score of the choice.
-- *Why only of the last fifth*: the learning rate has come down by then and the weights hardly
-  move, while an earlier peak, the best of many, is partly chance.
+- *Why only of the last fifth*: the learning rate has come down to about a tenth by then, while an
+  earlier peak, the best of many, is partly chance. So is the maximum of the last fifth, which makes
+  it optimistic.
 """)
 if genre.path.with_name("history.csv").exists():
     history = pd.read_csv(genre.path.with_name("history.csv"))
@@ -163,17 +165,23 @@ if genre.path.with_name("history.csv").exists():
     step.figure(fig, "genre_training", caption)
 
 # %% 9d. A short fine-tuning
-# The lab: start from these weights, train for few epochs on one axis. First the new head
-# alone, the whole backbone frozen: gradients of a new head carry little of the task yet and
-# can distort the copied features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained
-# Features). Then everything at a lower rate. Budget and rate of the second phase were
-# compared, among lower rates, in cross-validation without the clips held out under seed 42
-# (docs/experiments.md); the head's 5% was not varied. The input is standardised as in genre
-# training, since that is what the copied filters expect.
+# The lab: start from these weights, train for few epochs on one axis. Two phases, the new
+# head and then everything; the input is standardised as in genre training, since that is
+# what the copied filters expect.
 HEAD = {"share": 0.05, "lr_factor": 1.0}  # of the budget and the rate of a training from scratch
 TUNE = {"share": 0.25, "lr_factor": 0.3}
 step.heading("9d. A short fine-tuning")
 step.show_source(load_backbone)
+step.text(f"""
+First the new head alone, the whole backbone frozen ({HEAD["share"]:.0%} of the budget of a training
+from scratch): gradients of a new head carry little of the task yet and can distort the copied
+features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained Features and Underperform
+Out-of-Distribution, who gain by it most on data unlike the training data). Then everything that is
+not frozen, {TUNE["share"]:.0%} of the budget at {TUNE["lr_factor"]:g} times the rate; AdamW and
+one-cycle in both. Length and rate of the second phase were compared in cross-validation on the
+README's small set of music, without the clips held out under seed 42 (docs/experiments.md); the
+first phase and the short training from scratch, to which it is compared, were not tuned.
+""")
 
 
 def copied(network, data, frozen, head=None):
@@ -238,10 +246,15 @@ runs = {key: done[run.name] for key, run in (first | second).items()}
 names = {key: run.name for key, run in (first | second).items()}
 
 phases = {"head": "genre weights, new head", "scratch": "random weights"}
+frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
 table = {
     names[kind, emotion]: {
-        "starts from": phases.get(kind.split("_")[0], "genre weights, head of `head`"),
+        "starts from": phases.get(
+            kind.split("_")[0], f"genre weights, head from `{names['head', emotion]}`"
+        ),
+        "frozen blocks": frozen.get(kind, 0),
         "trained weights": run.facts["trained_weights"],
+        "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
         "epochs (kept)": epochs_kept(run),
         "highest rate": f"{run.facts['lr']:.1e}",
         "seconds": round(run.facts["train_seconds"]),
@@ -249,36 +262,40 @@ table = {
     }
     for (kind, emotion), run in runs.items()
 }
-step.table(pd.DataFrame(table).T.rename_axis("run"), f"{len(data.train)} training clips")
-step.text(f"""
-    `head`: the backbone as genre training left it, only the new head learns ({HEAD["share"]:.0%} of
-    the budget of a training from scratch). `transfer`: goes on from there with the first
-    {step.args.freeze} blocks frozen ({TUNE["share"]:.0%} of the budget, {TUNE["lr_factor"]:g} times
-    the rate; AdamW, one-cycle). `scratch`: random weights, the budget of both phases together, up
-    to rounding to whole epochs, at the full rate. `scratch_full`: random weights, the whole budget,
-    which is how step 8 trains: where it trained this very network with this recipe its answers are
-    taken, else it is trained here. Standardisation differs too: by genre training clips for the
-    copied network, by emotion training clips for the untrained one.
+caption = f"{len(data.train)} training clips; seconds are the clock's, other trainings beside it"
+step.table(pd.DataFrame(table).T.rename_axis("run"), caption)
+step.text("""
+    `head`: the first phase. `transfer`: the second, which goes on from it. `scratch`: random
+    weights, the budget of both phases together, up to rounding to whole epochs, at the full rate.
+    `scratch_full`: random weights, the whole budget, which is how step 8 trains: where it trained
+    this very network with this recipe its answers are taken, else it is trained here.
+    Standardisation differs too: by genre training clips for the copied network, by emotion training
+    clips for the untrained one.
 """)
 size = (5 * len(emotions) + 2, 4)
 fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
 for ax, emotion in zip(panels.flat, emotions, strict=True):
-    first, second, scratch = (
-        runs[kind, emotion].history["val_score"].to_numpy()
-        for kind in ("head", "transfer", "scratch")
-    )
-    both = np.concatenate([first, second])
-    ax.plot(range(1, len(both) + 1), both, ".-", color=COLORS[0], label="from the genre model")
-    ax.plot(range(1, len(scratch) + 1), scratch, ".--", color=COLORS[3], label="from scratch")
-    ax.axvline(len(first) + 0.5, color="grey", linestyle=":", label="head alone | free blocks too")
-    ax.set(xlabel="Epoch", ylabel="Validation Spearman", title=emotion)
-    ax.locator_params(axis="x", integer=True)
+    shown_after = {}  # training examples after each epoch
+    for kind in ("head", "transfer", "scratch"):
+        facts = runs[kind, emotion].facts
+        shown_after[kind] = facts["examples_per_epoch"] * np.arange(1, facts["epochs"] + 1)
+    end = shown_after["head"][-1]
+    shown_after["transfer"] = shown_after["transfer"] + end
+    for kinds, line, color, label in (
+        (("head", "transfer"), ".-", COLORS[0], "from the genre model"),
+        (("scratch",), ".--", COLORS[3], "from scratch"),
+    ):
+        scores = np.concatenate([runs[kind, emotion].history["val_score"] for kind in kinds])
+        ax.plot(np.concatenate([shown_after[kind] for kind in kinds]), scores, line, color=color)
+        ax.lines[-1].set_label(label)
+    ax.axvline(end, color="grey", linestyle=":", label="left: new head alone; right: second phase")
+    ax.set(xlabel="Training examples shown", ylabel="Validation Spearman", title=emotion)
 panels[0, 0].legend(fontsize="small", loc="lower right")
 step.figure(
     fig,
     "epochs",
-    "Spearman's correlation on validation clips against the epoch, for both starts with as many "
-    f"examples; {len(data.val)} validation clips",
+    "Spearman's correlation on validation clips against the training examples shown so far; "
+    f"{len(data.val)} validation clips",
 )
 
 # %% 9e. Against step 8
@@ -286,6 +303,7 @@ step.figure(
 # when both starts are given as little (`scratch`), and whether the short fine-tuning gets
 # as far as the whole training that step 8 spends (`scratch_full`).
 step.heading("9e. The results, and step 8's")
+step.text(FLOORS)
 answers = {
     kind: pd.concat([runs[kind, emotion].answers for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
@@ -309,8 +327,9 @@ differences = {
 }
 step.text("\n".join(f"- {difference_line('transfer', name, d)}" for name, d in differences.items()))
 step.text("""
-    Each interval covers which clips were held out. Another training seed moves the scores
-    too, by an amount that one run does not show.
+    Each interval reflects the choice of held-out clips only; of several intervals of 95% one may
+    leave out 0 by chance. Another training seed moves the scores too, by an amount that one run
+    does not show.
 """)
 
 # %% 9e. How many blocks to freeze (--compare-depths)

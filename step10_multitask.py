@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from common import (
     EMOTIONS,
+    FLOORS,
     GENRE_RUNS,
     RegressionLoss,
     Regressor,
@@ -87,8 +88,9 @@ captioning, speech, parsing, translation), with building blocks from several dom
 attention, a mixture of experts. In short:
 
 1. One architecture learns all of them reasonably well, below the best specialised systems.
-2. Tasks with little data gain much from being learned together with other, larger tasks;
-   tasks with much data lose little if anything.
+2. Tasks with little data gain much from being learned together with other, larger tasks (shown on
+   parsing; even ImageNet, an unrelated task, helped it); tasks with much data lose little if
+   anything.
 3. A block that a task does not seem to need does not harm it and mostly helps.
 
 (2) is about *other tasks' data*: a small task borrows from large ones. Here the three tasks have
@@ -120,6 +122,7 @@ with torch.no_grad():
 weights = 1 / np.square(loss_fn.std)
 losses = pd.DataFrame(
     {
+        "sd": loss_fn.std,
         "raw": squared,
         "weight": weights,
         "weighted": squared * weights,
@@ -129,6 +132,7 @@ losses = pd.DataFrame(
     index=list(EMOTIONS),
 ).astype(float)
 titles = [
+    "label sd",
     "squared error",
     "weight: 1 / label variance",
     "weighted squared error",
@@ -142,8 +146,8 @@ step.table(
 )
 step.text(f"""
     Largest over smallest squared error: {squared.max() / squared.min():.2f} raw,
-    {losses["weighted"].max() / losses["weighted"].min():.2f} weighted. Unweighted, an emotion
-    would count for more because its labels are spread wider. With the weight, a network that
+    {losses["weighted"].max() / losses["weighted"].min():.2f} weighted. Unweighted, emotions whose
+    labels are spread wider would count for more. With the weight, a network that
     knows no more than the mean label has a squared error of about 1 for each; on a single
     batch it varies by which clips are in it.
 """)
@@ -152,20 +156,30 @@ if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; e
     overfit_emotions(step, pair)
 
 # %% 10c. One backbone, three heads
-# The lab: train a model with this loss. The CNN of step 7 from random weights, which is what step
-# 8's single-task CNN can be compared with; the same from the genre network's weights, its input
-# standardised as in genre training (unlike step 9 no short fine-tuning: all weights learn from the
-# first batch, at the full rate for the whole budget, so that only start and standardisation
-# differ); and the LSTM on mel and chroma, another kind of network to average with. AdamW, one-cycle
-# rate, averaged weights as in step 8. Held-out clips are cut as in step 8; the genre network must
-# not have heard them, which is looked into before anything is trained.
+# The lab: train a model with this loss. Held-out clips are cut as in step 8; the genre network
+# must not have been trained on them, which is looked into before anything is trained.
 step.heading("10c. One backbone, three heads")
+step.text("""
+- `multitask_scratch`: the CNN of step 7 from random weights, which is what step 8's CNNs of one
+  emotion can be compared with.
+- `multitask`: the same from the genre network's weights, its input standardised as in genre
+  training. Unlike step 9 no short fine-tuning: all weights learn from the first batch, at the full
+  rate for the whole budget, so that only start and standardisation differ.
+- `multitask_lstm`: the LSTM on mel and chroma, another kind of network to average with.
+
+All with AdamW, one-cycle rate, averaged weights and augmentation as in step 8; of the last fifth of
+the epochs the one with the highest mean Spearman on the validation clips is kept.
+""")
 for fold in range(step.args.folds):
     held_out = load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds).held_out
     if leak := find_emotion_leak(step.source, held_out):
         step.text(f"**Warning:** {leak}.")
 genre = genre_models(step.training, ["cnn_mel"])["cnn_mel"]
 genre_path, genre_stats = genre.path, genre.settings["stats"]
+step.text(f"""
+    The genre network is `cnn_mel`, {genre.facts["epochs"]} of {genre.facts["planned_epochs"]}
+    planned epochs.
+""")
 
 
 def from_genre(network, data):
@@ -191,19 +205,24 @@ table = {
         "starts from": f"{'random' if plans[name].make_model is untrained else 'genre'} weights",
         "training clips": run.facts["n_train"],
         "weights": run.facts["weights"],
+        "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
         "epochs (kept)": epochs_kept(run),
         "seconds": round(run.facts["train_seconds"]),
         "val mean Spearman": run.facts["val"]["mean_spearman"],
     }
     for name, run in runs.items()
 }
-step.table(pd.DataFrame(table).T.rename_axis("run"))
+step.table(
+    pd.DataFrame(table).T.rename_axis("run"),
+    "Seconds are the clock's, other trainings beside it. Not like for like: CNN and LSTM differ in "
+    "training examples and augmentation too",
+)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
     "learning_curves",
-    "Loss and mean validation Spearman against the epoch; the dot marks the epoch that was kept "
-    "(of several folds: the first one's curves). Training loss is of augmented crops with dropout, "
-    "validation loss of whole clips with averaged weights",
+    "Loss and mean validation Spearman against the epoch; the dot marks the epoch that was kept, "
+    "among the shaded last fifth (of several folds: the first one's curves). Training loss is of "
+    "augmented crops with dropout, validation loss of whole clips with averaged weights",
 )
 if step.args.learned_weights:
     state = load_torch(runs["multitask_learned"].path.with_name("last.pt"))["loss"]
@@ -216,7 +235,7 @@ if step.args.learned_weights:
         factor exp(-s) / 2 began at .5 and ended (with several folds: in the first) at
         {factors}. Weight decay apart, exp(s) = L at the minimum: an emotion that is predicted
         worse gets a smaller factor (after Kendall et al., 2018, who derive it for squared
-        errors).
+        errors). The rate and the number of steps limit how far s can move.
     """)
 
 # %% 10d. Against step 8: together and alone
@@ -252,9 +271,8 @@ elif "cnn" in single:
         lines.append(f"- {title}: {difference_line(*rows, difference)}")
     step.text("\n".join(lines))
     step.text(f"""
-        Intervals cover which clips were held out, for one training seed. The shared network
-        has {shared["weights"]:,} weights and took {shared["train_seconds"]:.0f} s; step 8's
-        three have {alone["weights"]:,} and took {alone["train_seconds"]:.0f} s.
+        Intervals reflect the choice of held-out clips only, for one training seed. The shared
+        network has {shared["weights"]:,} weights, step 8's three have {alone["weights"]:,}.
     """)
 
 # %% 10d. All models on the same clips
@@ -275,27 +293,30 @@ step.table(
     f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
     "one training seed",
 )
+step.text(FLOORS)
 step.text("""
     `multitask_average` is the mean of the answers of `multitask` and `multitask_lstm`. That
-    these two are averaged, and the networks' budgets, were settled in cross-validation on all
-    labelled clips of the small set of real music that the README measures on
-    (docs/experiments.md). On that set all scores of networks are those of choices made on the
-    same clips, which tends to flatter them; on other data they are not. `lstm (step 8)` is
-    another LSTM than `multitask_lstm` where it hears something else: their difference is not
-    that of learning together.
+    these two are averaged, and the CNN's budget, were settled in cross-validation on all labelled
+    clips of the small set of real music that the README measures on (docs/experiments.md), the
+    LSTM's budget by judgement. On that set the networks' scores are therefore optimistic; on other
+    data these choices were made beforehand. `lstm (step 8)` may have another input than
+    `multitask_lstm`: their difference is not that of learning together alone.
 """)
 pairs = [("multitask", name) for name in ("multitask_scratch", "multitask_lstm", "svr")]
 pairs += [("multitask_average", name) for name in (*averaged, "svr")]
 differences = {pair: paired_difference(true, *(shown[name] for name in pair)) for pair in pairs}
 step.text("\n".join(f"- {difference_line(*pair, found)}" for pair, found in differences.items()))
-caption = "Spearman's correlation on the held-out clips"
+caption = "Spearman's correlation on the held-out clips; lines: 95% intervals over these clips"
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
 # %% Predictions for the unlabelled clips, in the competition's format
 # By the average, over all folds of both its members.
 step.heading("Predictions for the unlabelled clips")
 unlabelled = read_entries(step.source.root, "emotion", "test")
-step.text(f"`submission.csv`: {len(unlabelled)} clips, answered by `multitask_average`.")
+step.text(f"""
+    `submission.csv`: {len(unlabelled)} clips, answered by `multitask_average`, which was settled
+    beforehand (see above): no choice is made by the scores of this run.
+""")
 if unlabelled:
     members = (answer_unlabelled(step.source, runs[name]) for name in averaged)
     write_submission(step.folder / "submission.csv", average(members))

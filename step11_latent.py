@@ -12,9 +12,7 @@ set; the package umap-learn, where it is installed. Output, in outputs/step11_la
 latent_<run>.npz per model (vectors, labels, ids, classes), the maps, measures of
 separation (summary.md, metrics.json).
 
-Measured on a small set of real music (see README), seed 42, one CPU thread, torch
-2.13.0: k-NN accuracy in the latent space CNN .535, best LSTM .503, worst LSTM .325
-(untrained .27 to .34).
+Measured on a small set of real music: MEASURED11
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
@@ -25,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import mode
+from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, Isomap, trustworthiness
 from sklearn.metrics import silhouette_score
@@ -35,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from common import (
     COLORS,
+    GENRE_RUNS,
     LSTM_RUNS,
     MARKERS,
     InputError,
@@ -60,14 +59,15 @@ N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness loo
 step = Step("step11_latent", __doc__, parts=("genre",))
 
 # %% 11a. The vectors before the output layer, with their genres
-# The lab: the best LSTM of step 5 and the CNN of step 7; one vector per clip of the genre
-# test set and its label, as a new dataset. Best and worst LSTM go by the validation score in
-# their checkpoints: the test scores belong to the very clips that are shown here. A model
-# trained on beats hears the same clips beat-synchronised, the only input it knows.
+# The lab: the best LSTM of step 5 and the CNN of step 7; one vector per clip of the test set
+# of fma_genre_spectrograms and its label, as a new dataset. That set holds full spectrograms,
+# so the LSTMs to choose from are those trained on them. Best and worst go by the validation
+# score in their checkpoints: the test scores belong to the very clips that are shown here.
 step.heading("11a. The vectors before the output layer, with their genres")
-models = genre_models(step.training, [*LSTM_RUNS, "cnn_mel"])
+lstms = [name for name in LSTM_RUNS if not GENRE_RUNS[name].beat]
+models = genre_models(step.training, [*lstms, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
-worst, *_, best = sorted(LSTM_RUNS, key=val.get)
+worst, *_, best = sorted(lstms, key=val.get)
 roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}
 
 
@@ -78,20 +78,18 @@ def latent_vectors(model, settings):
     -------
     dict of np.ndarray
         vectors (N, feature_size), labels (N,) class numbers, ids (N,), classes (K,)
-    test_set : str, folder that the clips were read from
     """
     test = load_test(step.source, settings)
     loader = DataLoader(test, 64)
     vectors, labels = predict(model.backbone, loader, step.device, settings["window"])
     found = {"vectors": vectors.numpy(), "labels": labels.numpy()}
-    found |= {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
-    return found, test.store.entries[0].path.parts[-3]
+    return found | {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
 
 
 latent, runs, table = {}, {}, {}
 for name, role in roles.items():
-    model, settings = models[name].model, models[name].settings
-    latent[name], test_set = latent_vectors(model, settings)
+    model, settings, facts = models[name].model, models[name].settings, models[name].facts
+    latent[name] = latent_vectors(model, settings)
     labels, classes = latent[name]["labels"], list(latent[name]["classes"])
     n_classes = len(np.unique(labels))
     if not (len(labels) > 2 * N_NEIGHBOURS and 2 <= n_classes < len(labels)):
@@ -107,19 +105,20 @@ for name, role in roles.items():
     runs[name] = {"val": {"macro_f1": val[name]}, "test": scores}
     table[role] = {
         "run": name,
-        "test set": test_set,
+        "file": f"`{path.name}`",
         "clips": len(labels),
         "numbers per clip": latent[name]["vectors"].shape[1],
+        "epochs (planned)": f"{facts['epochs']} ({facts['planned_epochs']})",
         "val macro-F1": val[name],
         "accuracy of its output layer": with_interval(scores, "accuracy"),
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
-The test set that the lab names is `fma_genre_spectrograms`. A model trained on beats
-(`beat_...`) is shown the same clips from `fma_genre_spectrograms_beat`: it has never heard frames.
-Validation macro-F1 of all that were to choose from, each the best of its last epochs on
-{models[best].facts["n_val"]} validation clips: LSTMs that lie close may change places with the
-seed.
+A vector is the mean over overlapping windows of a clip of the fma_genre_spectrograms test set; the
+file holds vectors, class numbers, clip ids and class names (NumPy). LSTMs on beats do not know this
+set's input and are not among the candidates. Validation macro-F1 of all candidates, each the best
+of its last epochs on {models[best].facts["n_val"]} validation clips: those that lie close may
+change places with the seed.
 """)
 step.table(pd.Series(val, name="val macro-F1").sort_values().to_frame().rename_axis("run"))
 
@@ -148,12 +147,15 @@ def separation(points, labels):
 
     Returns
     -------
-    hits : np.ndarray of bool [shape=(N,)]
-        Whether the commonest class among a clip's nearest others, itself left out, is its own.
+    hits : np.ndarray of float [shape=(N,)]
+        1 where the commonest class among a clip's nearest others, itself left out, is its own;
+        where n classes are equally common, its own among them, 1 / n.
     facts : dict of knn_accuracy, knn_accuracy_ci95, silhouette
     """
     near = NearestNeighbors(n_neighbors=N_NEIGHBOURS).fit(points).kneighbors(return_distance=False)
-    hits = mode(labels[near], axis=1).mode == labels
+    counts = np.eye(labels.max() + 1, dtype=int)[labels[near]].sum(1)  # (N, classes)
+    commonest = counts == counts.max(1, keepdims=True)
+    hits = commonest[np.arange(len(labels)), labels] / commonest.sum(1)
     facts = {"knn_accuracy": hits.mean()}
     facts["knn_accuracy_ci95"] = bootstrap(lambda i: hits[i].mean(), len(hits))
     return hits, facts | {"silhouette": float(silhouette_score(points, labels))}
@@ -174,6 +176,7 @@ def plot_maps(panels, n_columns):
             rows = latent[run]["labels"] == k
             ax.scatter(*points[rows].T, s=24, edgecolor="black", linewidth=0.3, label=genre, **mark)
         ax.set(title=title, xlabel=x, ylabel=y)
+        ax.set_aspect("equal", "datalim")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
@@ -193,7 +196,7 @@ untrained, hits, kept = {}, {}, {}
 for name in roles:
     seed_everything(step.args.seed)
     twin = build_model(model_spec(models[name].model)).to(step.device)
-    untrained[name] = scaled(latent_vectors(twin, models[name].settings)[0]["vectors"])
+    untrained[name] = scaled(latent_vectors(twin, models[name].settings)["vectors"])
     shares = PCA(svd_solver="full").fit(spaces[name]).explained_variance_ratio_
     kept[name] = {"pca_variance_2d": shares[:2].sum()}
     kept[name]["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
@@ -202,7 +205,7 @@ for name in roles:
     _, kept[name]["PCA"] = separation(pca_panel("", name, spaces[name])[3], latent[name]["labels"])
 
 panels = [pca_panel(f"{roles[name]}, {name}", name, spaces[name]) for name in (best, "cnn_mel")]
-caption = "The test clips by genre on the first two PCA axes (beat models: beat test set)"
+caption = "The test clips by genre on the first two PCA axes"
 step.figure(plot_maps(panels, 2), "pca", caption)
 
 
@@ -244,10 +247,11 @@ commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel
 step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and the plane's share")
 step.text(f"""
 *5-NN accuracy*: share of clips whose own class is the commonest among their {N_NEIGHBOURS} nearest
-others, the clip itself left out (a class of few test clips is hardly ever that); always naming the
-commonest class gives {commonest:.3f}. *Silhouette*: the distance to the nearest other class against
-that to the own; 1 far apart, 0 touching, negative inside the other. *Untrained*: the same network
-with one draw of random weights, its normalisation layers having seen no clip. The vectors of two
+others, the clip itself left out; where n classes are equally common, a clip of one of them counts
+1/n. A class with few test clips is rarely the commonest among five. Always naming the commonest
+class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is a
+clip's mean distance to its own class, b to the nearest other one. *Untrained*: the same network
+with one draw of random weights, batch normalisation at mean 0 and variance 1. The vectors of two
 models differ in dimension, which alone changes silhouettes: compare each with its untrained twin
 first. Intervals (95%) are over test clips, for one training seed, and approximate: a clip counts
 once as itself and again as others' neighbour.
@@ -270,58 +274,68 @@ caption = "Share of each class's clips whose own class is the commonest among th
 step.table(class_table([best, worst]), caption)
 
 # %% 11d. More methods of dimensionality reduction
-# The lab: t-SNE and others; which works better for these data? So that this can be answered by
-# one number, the criterion is named before methods are compared, and it does not know the genres: a
-# map that pulls apart what the network does not separate would be no better.
+# The lab: t-SNE and others; which works better for these data? The criterion is named before
+# methods are compared, and it does not know the genres: a map that pulls apart what the network
+# does not separate would be no better.
 step.heading("11d. More methods of dimensionality reduction")
+n_clips = min(map(len, spaces.values()))
+near, far, perplexity = min(15, n_clips - 1), min(10, n_clips - 1), min(30, (n_clips - 1) / 3)
+seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
 Criterion, named in advance: *trustworthiness* (Venna & Kaski, 2001), how far a clip's
-{N_NEIGHBOURS} neighbours in the map are its neighbours in the full space; at best 1. PCA is linear
-and the same at every run. Isomap keeps distances along the graph of neighbours. t-SNE and UMAP keep
-who is near whom and give up large distances: groups can be looked for, but not how far apart or how
-large they are. The criterion rewards methods made to keep near neighbours and says nothing of large
-distances, which PCA keeps best. t-SNE and UMAP are shown for one random start. (Tenenbaum et al.,
-2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
+{N_NEIGHBOURS} neighbours in the map are its neighbours in the full space; at best 1. It says
+nothing of large distances. PCA is linear and the same at every run; of all projections onto a plane
+it keeps the largest share of the squared distances. Isomap ({far} neighbours) keeps distances along
+the graph of neighbours. t-SNE (perplexity {perplexity:.0f}) and UMAP ({near} neighbours) keep who
+is near whom and give up large distances: groups can be looked for, but not how far apart or how
+large they are. t-SNE starts from PCA, UMAP from a spectral layout; both go on at random, so they
+run with {len(seeds)} seeds, the first of which is shown. One setting of each method. (Tenenbaum et
+al., 2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
 warnings.filterwarnings("ignore", "The number of connected components")
-n_clips = min(map(len, spaces.values()))
 methods = {
-    "PCA": PCA(n_components=2, svd_solver="full"),
-    "Isomap": Isomap(n_neighbors=min(10, n_clips - 1), eigen_solver="dense"),
-    "t-SNE": TSNE(perplexity=min(30, (n_clips - 1) / 3), random_state=step.args.seed),
+    "PCA": [PCA(n_components=2, svd_solver="full")],
+    "Isomap": [Isomap(n_neighbors=far, eigen_solver="dense")],
+    "t-SNE": [TSNE(perplexity=perplexity, random_state=seed) for seed in seeds],
 }
 if importlib.util.find_spec("umap"):
     from umap import UMAP
 
-    near = min(15, n_clips - 1)
-    methods["UMAP"] = UMAP(n_neighbors=near, random_state=step.args.seed, n_jobs=1)
+    methods["UMAP"] = [UMAP(n_neighbors=near, random_state=seed, n_jobs=1) for seed in seeds]
 else:
     step.text("UMAP is missing from what follows: install `umap-learn` and run this step again.")
 
 # %% 11d. Every method on every model: the criterion, and what is left of the classes
-panels, trust, knn = [], {}, {}
+trust, knn, apart = {}, {}, {}
 for name, role in roles.items():
-    for method, estimator in methods.items():
-        points = estimator.fit_transform(spaces[name])
+    panels = []
+    for method, estimators in methods.items():
+        maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
         axes = (f"{method} axis 1", f"{method} axis 2")
-        panels.append((f"{role}, {name}: {method}", axes, name, points))
-        _, facts = separation(points, latent[name]["labels"])
-        faithful = trustworthiness(spaces[name], points, n_neighbors=N_NEIGHBOURS)
-        facts["trustworthiness"] = faithful
+        panels.append((f"{role}, {name}: {method}", axes, name, maps[0]))
+        _, facts = separation(maps[0], latent[name]["labels"])
+        values = [
+            trustworthiness(spaces[name], points, n_neighbors=N_NEIGHBOURS) for points in maps
+        ]
+        facts["trustworthiness"] = values[0]
+        facts["trustworthiness of all seeds"] = values
+        facts["distances"] = float(np.corrcoef(pdist(spaces[name]), pdist(maps[0]))[0, 1])
         kept[name][method] = facts
-        trust.setdefault(method, {})[role] = facts["trustworthiness"]
+        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        trust.setdefault(method, {})[role] = f"{np.mean(values):.3f}{spread}"
         knn.setdefault(method, {})[role] = facts["knn_accuracy"]
-table = pd.DataFrame(trust).T.rename_axis("method")
-table["mean"] = table.mean(axis=1)
-step.table(table, "The criterion: trustworthiness of the map")
-caption = "Besides, no criterion: 5-NN accuracy among the points of the map"
-step.table(pd.DataFrame(knn).T.rename_axis("method"), caption)
+        apart.setdefault(method, {})[role] = facts["distances"]
+    caption = f"The test clips by genre, {role} ({name}), by every method. The axes have no unit"
+    step.figure(plot_maps(panels, 2), f"maps_{name}", caption)
+caption = f"The criterion: trustworthiness, mean (lowest to highest) of {len(seeds)} seeds"
+step.table(pd.DataFrame(trust).T.rename_axis("method"), caption)
 caption = (
-    "The test clips by genre (beat models: beat test set). Rows: models; columns: methods. The "
-    "axes have no unit"
+    "For information only: correlation of the clips' distances in the map and in the full space"
 )
-step.figure(plot_maps(panels, len(methods)), "maps", caption)
+step.table(pd.DataFrame(apart).T.rename_axis("method"), caption)
+caption = "For information only: 5-NN accuracy among the points of the map"
+step.table(pd.DataFrame(knn).T.rename_axis("method"), caption)
 bars = {
     f"{name}: {space}": kept[name][space]
     for name in roles
@@ -331,5 +345,13 @@ fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
 values = [bar["knn_accuracy"] for bar in bars.values()]
 intervals = [bar["knn_accuracy_ci95"] for bar in bars.values()]
 plot_scores(ax, list(bars), values, intervals, "5-NN accuracy, leave-one-out (line: 95% interval)")
-step.figure(fig, "knn_accuracy", "How well a clip's neighbours tell its genre, in space and maps")
+ax.axvline(commonest, color="grey", linestyle=":")
+for place, bar in enumerate(ax.patches):
+    bar.set_color(COLORS[place // (2 + len(methods)) % 3 * 2])  # a colour per model
+    bar.set_alpha(0.5)
+caption = (
+    "How well a clip's neighbours tell its genre, in space and maps; dotted: always naming the "
+    "commonest class"
+)
+step.figure(fig, "knn_accuracy", caption)
 step.finish(runs, roles=roles, separation=kept, criterion="trustworthiness")

@@ -714,7 +714,9 @@ def test_knn_accuracy_is_that_of_the_latent_vectors(name, spoiled):
     for i in range(len(x)):
         others = np.arange(len(x)) != i
         nearest = KNeighborsClassifier(5).fit(x[others], labels[others])
-        hits.append(nearest.predict(x[i : i + 1])[0] == labels[i])
+        votes = nearest.predict_proba(x[i : i + 1])[0]
+        commonest = nearest.classes_[votes == votes.max()]  # several, where there is a tie
+        hits.append((labels[i] in commonest) / len(commonest))
     found = read_metrics(out / "step11_latent")["separation"][name]["full space"]["knn_accuracy"]
     # Equal distances may be ordered otherwise.
     assert found == pytest.approx(np.mean(hits), abs=2.5 / len(x))

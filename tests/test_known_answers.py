@@ -384,17 +384,17 @@ def test_share_of_a_budget_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("targets, predictions, by_hand", [
-    ([0, 0, 1, 1], [0, 1, 1, 1], (2 / 3 + 4 / 5) / 2),
-    # Class 2 occurs nowhere and does not count; class 3 was only answered.
-    ([0, 0, 1], [3, 3, 1], (0 + 1 + 0) / 3),
-    ([2, 2, 2], [2, 2, 2], 1.0),
+    ([0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 2, 3], (2 / 3 + 4 / 5 + 1 + 1) / 4),
+    # Class 2 occurs nowhere and counts as 0, as in a report on all classes; 3 was only answered.
+    ([0, 0, 1], [3, 3, 1], (0 + 1 + 0 + 0) / 4),
+    ([2, 2, 2], [2, 2, 2], 1 / 4),
     ([0, 1], [1, 0], 0.0),
 ])  # fmt: skip
 def test_macro_f1_by_hand_and_by_scikit_learn(targets, predictions, by_hand):
     targets, predictions = np.array(targets), np.array(predictions)
     assert common.macro_f1(targets, predictions, 4) == pytest.approx(by_hand)
     assert common.macro_f1(targets, predictions, 4) == pytest.approx(
-        f1_score(targets, predictions, average="macro")
+        f1_score(targets, predictions, labels=range(4), average="macro", zero_division=0)
     )
 
 
@@ -402,8 +402,21 @@ def test_macro_f1_is_scikit_learns_on_random_answers():
     rng = np.random.default_rng(0)
     for n in (1, 5, 30, 300):
         targets, predictions = rng.integers(0, 10, n), rng.integers(0, 10, n)
-        expected = f1_score(targets, predictions, average="macro", zero_division=0)
+        labels = {"labels": range(10), "average": "macro", "zero_division": 0}
+        expected = f1_score(targets, predictions, **labels)
         assert common.macro_f1(targets, predictions, 10) == pytest.approx(expected)
+
+
+def test_a_score_its_interval_and_the_validation_score_are_one_statistic():
+    """Over all classes: three of four occur, all right, so 3/4 and not 1."""
+    answers = np.repeat([0, 1, 2], 20)
+    scores = common.classification_scores(answers, answers, list("abcd"))
+    assert scores["macro_f1"] == 0.75 and scores["macro_f1_ci95"] == [0.75, 0.75]
+    frame = pd.DataFrame(np.eye(4)[answers], columns=list("abcd"))
+    true = pd.Series(np.array(list("abcd"))[answers])
+    other = pd.DataFrame(np.eye(4)[np.zeros(60, int)], columns=list("abcd"))
+    gain = common.paired_difference(true, frame, other)["macro_f1"]
+    assert gain == pytest.approx(0.75 - 2 * 20 / 80 / 4)
 
 
 def test_bootstrap_interval_of_coin_tosses():
