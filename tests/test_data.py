@@ -288,7 +288,9 @@ def test_long_clips_come_out_whole(tmp_path):
 def test_second_start_reads_the_cache_and_not_the_files(own_data, monkeypatch):
     entries = read_entries(own_data, "genre", "train")
     first = load_clips(entries)
-    monkeypatch.setattr(common, "read_array", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(
+        common, "read_array", lambda path, lock: pytest.fail(f"{path} was read again")
+    )
     again = load_clips(entries)
     assert (
         torch.equal(first.frames, again.frames)
@@ -344,10 +346,10 @@ def test_a_clip_that_failed_for_a_moment_is_read_again(own_data, monkeypatch, sk
     """A share that hangs once must not brand a clip as bad for as long as the cache lives."""
     entries = read_entries(own_data, "genre", "train")
 
-    def fails(path):
+    def fails(path, *lock):
         if path == entries[4].path:
             raise InputError(f"{path}: not a readable .npy array (Input/output error)")
-        return read_array(path)
+        return read_array(path, *lock)
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "read_array", fails)
