@@ -3215,6 +3215,12 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
 # ======================================================================================
 
 
+def output_folder(given=None) -> Path:
+    """Where the outputs of all steps go: --out-dir, else the working folder's outputs."""
+    outputs = kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"
+    return Path(given or outputs)
+
+
 def make_folder(folder) -> None:
     """Make an output folder, parents included; one that is there already is fine."""
     try:
@@ -3377,8 +3383,7 @@ class Step:
             args.subset or (64 if args.smoke else None),
             args.smoke,
         )
-        outputs = kaggle_root() / "working" / "outputs" if on_kaggle() else "outputs"
-        self.out = Path(args.out_dir or outputs)
+        self.out = output_folder(args.out_dir)
         self.folder = self.out / name
         if args.overfit_batch:  # a check must not replace the results of a full run
             self.folder = self.folder / "overfit_batch"

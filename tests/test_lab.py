@@ -1,0 +1,113 @@
+"""lab.py with stand-ins for the steps: what is run, with which flags, what happens on failure."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, assert_clean_error, run_script, write_data_set
+
+import common
+
+STEP = '''"""A stand-in, training={training}, that leaves what lab.py looks at."""
+import json, sys
+from pathlib import Path
+
+here, words, name = Path(__file__).parent, sys.argv[1:], {name!r}
+with open(here / "calls.txt", "a") as file:
+    file.write(json.dumps([name, words]) + "\\n")
+print("here is", name)
+if (here / (name + ".fails")).exists():
+    sys.exit("no, it fails")
+args = json.loads((here / "defaults.json").read_text())[{training}]
+for flag, value in zip(words[::2], words[1::2]):
+    args[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
+folder = Path("outputs", name)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "args.json").write_text(json.dumps(args))
+facts = {{"data": {{"root": args["data_dir"], "demo": False}}, "seconds": 1.0, "runs": {{}}}}
+facts["environment"] = {{"device": "cpu", "torch": "0", "librosa": "0"}}
+(folder / "metrics.json").write_text(json.dumps(facts))
+(folder / "summary.md").write_text("# " + name + "\\n")
+'''
+NAMES = ("step01_one", "step03_three", "step05_five", "step06_six", "step11_eleven")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data_set(
+        tmp_path_factory.mktemp("data"), per_class=(2, 1), n_emotion=(4, 2), n_frames=20
+    )
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("common.py", "lab.py", "handin.py"):
+        shutil.copy(ROOT / name, folder)
+    parsers = [common.make_parser("", training) for training in (False, True)]
+    defaults = [vars(parser.parse_args([])) for parser in parsers]
+    (folder / "defaults.json").write_text(json.dumps(defaults))
+    for name in NAMES:
+        training = name == "step05_five"
+        (folder / f"{name}.py").write_text(STEP.format(name=name, training=training))
+    return folder
+
+
+def lab(project, data, *flags, check=True):
+    """Run it in an empty folder beside the project; returns the result and what was called."""
+    (project / "calls.txt").unlink(missing_ok=True)
+    cwd = project.parent / "work"
+    cwd.mkdir(exist_ok=True)
+    result = run_script(project / "lab.py", "--data-dir", data, *flags, cwd=cwd, check=check)
+    calls = project / "calls.txt"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return result, dict(map(json.loads, lines))
+
+
+def test_all_steps_run_once_and_the_report_is_drafted(project, data):
+    result, calls = lab(project, data, "--epochs", 3, "--seed", 7)
+    assert set(calls) == set(NAMES)
+    assert list(calls)[2:] == list(NAMES[2:])  # those that train, in the lab's order
+    for name, words in calls.items():  # --epochs is for those that train
+        epochs = ["--epochs", "3"] if name == "step05_five" else []
+        assert words == ["--data-dir", str(data), "--seed", "7", *epochs]
+    out = project.parent / "work" / "outputs"
+    assert all((out / name / "metrics.json").exists() for name in NAMES)
+    assert (project.parent / "work" / "report_draft.md").exists()
+    assert "here is step05_five" in result.stdout and "here is step01_one" not in result.stdout
+    assert "here is step01_one" in (out / "step01_one.log").read_text()
+
+    result, calls = lab(project, data, "--epochs", 3, "--seed", 7, "--workers", 2)
+    assert not calls and all(name in result.stdout for name in NAMES)  # done already
+    _, calls = lab(project, data, "--epochs", 4, "--seed", 7)
+    assert set(calls) == {"step05_five"}  # for the others nothing has changed
+    _, calls = lab(project, data, "--epochs", 4, "--seed", 7, "--again")
+    assert set(calls) == set(NAMES)
+
+
+def test_another_data_set_is_not_done_yet(project, data, tmp_path):
+    lab(project, data)
+    other = shutil.copytree(data, tmp_path / "other")
+    _, calls = lab(project, other)
+    assert set(calls) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["step01_one", "step05_five"])
+def test_a_step_that_fails_is_named_and_the_others_go_on(project, data, name):
+    (project / f"{name}.fails").touch()
+    result, calls = lab(project, data, check=False)
+    assert set(calls) == set(NAMES) and result.returncode == 1
+    assert f"failed: {name};" in result.stderr.splitlines()[-1]
+    assert "no, it fails" in result.stderr  # why
+    assert "Traceback" not in result.stderr
+    (project / f"{name}.fails").unlink()
+    result, calls = lab(project, data)
+    assert set(calls) == {name} and result.returncode == 0
+
+
+def test_bad_input_is_one_line_and_nothing_is_run(project, data, tmp_path):
+    for flags in (("--epochs", "none"), ("--data-dir", tmp_path / "nowhere"), ("--mistyped",)):
+        result, calls = lab(project, data, *flags, check=False)
+        assert_clean_error(result)
+        assert not calls
