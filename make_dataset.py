@@ -917,12 +917,12 @@ def main(argv=None) -> dict:
     scheduler = "extract on the Dask cluster of this scheduler, e.g. tcp://HOST:8786"
     add("--dask", metavar="ADDRESS", help=scheduler)
     add("--seed", type=int, default=42, help="seed of the music and of the split (default: 42)")
-    add("--clips", type=int, default=400, help="demo: genre clips, 40 or more (default: 400)")
+    add("--clips", type=int, default=240, help="demo: genre clips, 40 or more (default: 240)")
     add(
         "--emotion-clips",
         type=int,
-        default=200,
-        help="demo: emotion clips, 4 or more (default: 200)",
+        default=120,
+        help="demo: emotion clips, 4 or more (default: 120)",
     )
     add(
         "--seconds",
