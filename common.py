@@ -447,6 +447,19 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     """
     import librosa
 
+    mel_power, chroma = mel_and_chroma(waveform)
+    _, beat_frames = librosa.beat.beat_track(y=percussive_part(waveform), sr=SR, hop_length=HOP)
+    if not len(beat_frames):  # silence, a held tone: the whole clip is one interval
+        beat_frames = np.array([0])
+
+    sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
+    return stack_rows(mel_power, chroma), stack_rows(sync(mel_power), sync(chroma))
+
+
+def mel_and_chroma(waveform) -> tuple[np.ndarray, np.ndarray]:
+    """Mel spectrogram, power (128, T), and chroma (12, T) of a mono waveform at SR."""
+    import librosa
+
     if waveform.ndim != 1 or len(waveform) < N_FFT:
         shape = f"waveform of shape {waveform.shape}"
         raise InputError(f"{shape}: one channel of at least {N_FFT} samples is needed")
@@ -456,19 +469,16 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     chroma = librosa.feature.chroma_cqt(y=waveform, sr=SR, hop_length=HOP)
     # mel and CQT may differ by a frame in odd cases; the common length keeps them aligned.
     n_frames = min(mel_power.shape[1], chroma.shape[1])
-    mel_power, chroma = mel_power[:, :n_frames], chroma[:, :n_frames]
+    return mel_power[:, :n_frames], chroma[:, :n_frames]
 
-    _, beat_frames = librosa.beat.beat_track(y=percussive_part(waveform), sr=SR, hop_length=HOP)
-    if not len(beat_frames):  # silence, a held tone: the whole clip is one interval
-        beat_frames = np.array([0])
 
-    def stack(power, pitch):
-        silent = power.max() <= 1e-10  # librosa's own lower limit
-        db = np.full_like(power, DB_FLOOR) if silent else librosa.power_to_db(power, ref=np.max)
-        return np.vstack([db, np.clip(pitch, 0, 1)]).astype(np.float64)
+def stack_rows(mel_power, chroma) -> np.ndarray:
+    """The 140 rows of an array: mel in dB below the loudest cell, then chroma; float64."""
+    import librosa
 
-    sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
-    return stack(mel_power, chroma), stack(sync(mel_power), sync(chroma))
+    silent = mel_power.max() <= 1e-10  # librosa's own lower limit
+    db = np.full_like(mel_power, DB_FLOOR) if silent else librosa.power_to_db(mel_power, ref=np.max)
+    return np.vstack([db, np.clip(chroma, 0, 1)]).astype(np.float64)
 
 
 def percussive_part(waveform, size=31) -> np.ndarray:
@@ -2968,11 +2978,33 @@ def patches(cells, frames=8, bands=4) -> torch.Tensor:
 
     Single cells of attributions are noise; what is seen and heard has an extent.
     """
-    *_, t, f = cells.shape
-    padded = nn.functional.pad(cells, (0, -f % bands, 0, -t % frames))
-    pooled = nn.functional.avg_pool2d(padded.flatten(0, -3)[:, None], (frames, bands))[:, 0]
-    spread = pooled.repeat_interleave(frames, 1).repeat_interleave(bands, 2)[:, :t, :f]
-    return spread.reshape(cells.shape) * frames * bands
+    t, f = cells.shape[-2:]
+    padded = nn.functional.pad(cells.reshape(-1, 1, t, f), (0, -f % bands, 0, -t % frames))
+    sums = nn.functional.avg_pool2d(padded, (frames, bands)) * frames * bands
+    spread = sums.repeat_interleave(frames, 2).repeat_interleave(bands, 3)
+    return spread[..., :t, :f].reshape(cells.shape)
+
+
+def ranks(values) -> torch.Tensor:
+    """Share of the cells that have a higher value: 0 for the highest; the shape of `values`."""
+    order = values.flatten().argsort(descending=True, stable=True).argsort()
+    return (order / order.numel()).view(values.shape)
+
+
+@torch.no_grad()
+def answer_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tensor:
+    """Probability of a class while the cells of a clip are put back, or taken away, by rank.
+
+    What is away is the mean of its band (0). The mean of the curve is the area under it.
+
+    x (T, F), rank (T, F) from `ranks`, number of the class -> (n_levels + 1,)
+
+    Source: insertion and deletion; Petsiuk et al., 2018, RISE.
+    """
+    levels = torch.linspace(0, 1, n_levels + 1)[:, None, None]
+    there = (rank < levels) if insert else (rank >= levels)
+    lengths = torch.full((len(levels),), len(x))
+    return model(x * there, lengths).softmax(1)[:, number]
 
 
 def fit_temperature(logits, targets) -> float:

@@ -31,7 +31,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from common import (
+    BANDS,
     COLORS,
+    DB_FLOOR,
     GENRE_RUNS,
     HOP,
     LSTM_RUNS,
@@ -41,26 +43,42 @@ from common import (
     CNNBackbone,
     Run,
     Step,
+    adjust_logits,
     answer,
+    answer_curve,
     average,
     average_frames,
+    bootstrap,
+    build_model,
+    calibration_error,
+    clip_attributions,
+    clip_ids,
     count_weights,
+    cut_windows,
     difference_line,
     fit_all,
+    fit_temperature,
     genre_models,
     genre_scores,
     genre_val_scores,
+    integrated_gradients,
     load_data,
     load_test,
     make_augment,
+    mel_to_waveform,
+    model_spec,
     overfit,
     paired_difference,
+    patches,
     plot_confusion,
     plot_histories,
     plot_overfit,
     plot_spectrogram,
     prediction_rows,
+    ranks,
+    sample_clips,
     seed_everything,
+    spearman,
     split_indices,
     truth,
     window_of,
@@ -563,6 +581,143 @@ for ax, name in zip(axes, shown, strict=True):
 caption = "Confusion matrices on the test set: colour is the share of the true class, numbers clips"
 step.figure(fig, "confusion", caption)
 
+# %% 7e, besides: how sure the network is
+# A probability of .9 should be right nine times out of ten. Whether it is, is measured by the
+# expected calibration error; temperature scaling (Guo et al., 2017), one number fitted on the
+# validation clips, mends what is off on average. listen.py uses it.
+step.heading("7e, besides. How sure the network is")
+logits = {}
+for split, dataset in (("validation", data.val), ("test", load_test(step.source, cnn.settings))):
+    table = answer(cnn.model, dataset, cnn.settings, step.device)
+    numbers = [data.names.index(name) for name in truth(dataset, cnn.settings)[table.index]]
+    logits[split] = torch.tensor(table.to_numpy()), torch.tensor(numbers)
+temperature = fit_temperature(*logits["validation"])
+sureness = {
+    f"{split} ({len(targets)} clips)": {
+        "accuracy": float((z.argmax(1) == targets).float().mean()),
+        "mean confidence": float(z.softmax(1).amax(1).mean()),
+        "at this temperature": float((z / temperature).softmax(1).amax(1).mean()),
+        "calibration error": calibration_error(z, targets),
+        "so scaled": calibration_error(z / temperature, targets),
+    }
+    for split, (z, targets) in logits.items()
+}
+caption = f"Confidence (the likeliest class's probability); temperature {temperature:.2f}"
+step.table(pd.DataFrame(sureness).T.rename_axis("clips"), caption)
+step.text("""
+The calibration error (expected calibration error, 10 bins) is the distance between confidence and
+accuracy, averaged over bins of clips; on few clips it is above 0 by chance alone. The temperature
+divides the logits, so which class is the likeliest stays. It is fitted on the validation clips,
+which also chose the epoch: only the test row tells whether it helps.
+""")
+
+# %% 7e, besides: which cells of the spectrogram decide
+# Integrated gradients (Sundararajan et al., 2017) share out the logit of a class among the
+# cells of the input. Whether the cells so named do decide is tested before they are shown:
+# put back or taken away in that order, they should change the answer faster than in a
+# random order (insertion and deletion; Petsiuk et al., 2018), and a network with random
+# weights should not name the same ones (Adebayo et al., 2018).
+step.heading("7e, besides. Which cells decide, and do they")
+window, test = cnn.settings["window"], load_test(step.source, cnn.settings)
+n_judged = min(8 if step.args.smoke else 60, len(test))
+rng = np.random.default_rng(step.args.seed)
+chosen = rng.permutation(len(test))[:n_judged]
+model = copy.deepcopy(cnn.model).cpu().eval()
+seed_everything(step.args.seed)
+random_twin = build_model(model_spec(model)).eval()
+
+
+def middle(x):
+    """The window in the middle of a clip (T, F)."""
+    size = min(window, len(x))
+    return x[(len(x) - size) // 2 :][:size]
+
+
+areas, agreement = [], []
+for index in chosen:
+    x = middle(test[int(index)][0].cpu())
+    lengths, one = torch.tensor([len(x)]), x[None]
+    with torch.no_grad():
+        number = int(model(one, lengths).argmax(1))
+    named, random_named = (
+        patches(integrated_gradients(network, one, lengths, torch.tensor([number]), 16)[0])
+        for network in (model, random_twin)
+    )
+    noise = patches(torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index))))
+    row = {}
+    for way in ("insertion", "deletion"):
+        for order, values in (("attribution", named), ("random", noise)):
+            curve = answer_curve(model, x, ranks(values), number, way == "insertion")
+            row[way, order] = float(curve.mean())
+    areas.append(row)
+    cells = slice(None, None, 8), slice(None, None, 4)  # one of each patch
+    agreement.append(spearman(named.abs()[cells].flatten(), random_named.abs()[cells].flatten()))
+areas = pd.DataFrame(areas)
+faithful = {}
+for way, sign in (("insertion", 1), ("deletion", -1)):
+    gain = sign * (areas[way, "attribution"] - areas[way, "random"]).to_numpy()
+    low, high = bootstrap(lambda i, gain=gain: gain[i].mean(), len(gain))
+    faithful[way] = {
+        "by attribution": areas[way, "attribution"].mean(),
+        "in random order": areas[way, "random"].mean(),
+        "better by": f"{gain.mean():.3f} [{low:.3f}, {high:.3f}]",
+    }
+caption = (
+    "Area under the class's probability while patches of 8 frames and 4 bands are put back "
+    f"(insertion, higher is better) or taken away (deletion, lower); {n_judged} test clips, the 6 "
+    "s in their middle"
+)
+step.table(pd.DataFrame(faithful).T.rename_axis("way"), caption)
+low, high = bootstrap(lambda i: np.array(agreement)[i].mean(), len(agreement))
+step.text(f"""
+Rank correlation between the patches' attributions (without sign) by the trained network and by the
+same network with random weights: {np.mean(agreement):.2f} [{low:.2f}, {high:.2f}], mean over the
+clips. It would be 1 if the weights played no part. Taking away a patch means setting it to each
+band's mean, which no music sounds like: part of a fall may come from that.
+""")
+
+# %% 7e, besides: to look at and to hear
+# The two clips of step 1, and the test clips that were most surely wrong: which patches spoke
+# for the answer, drawn beside the spectrogram, and heard: the sound of the fifth of them that
+# spoke most, all else 30 dB lower.
+mean, std = (value.cpu() for value in cnn.settings["stats"])
+looked_at = []  # title, mel spectrogram in dB (T, 128)
+for clip in sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False)[:2]:
+    mel = torch.from_numpy(clip.full[BANDS["mel"]]).float().T
+    looked_at.append((f"{clip.clip_id}, {clip.genre}, training split", mel))
+z, targets = logits["test"]
+sure, called = (z / temperature).softmax(1).max(1)
+for row in [int(i) for i in sure.argsort(descending=True) if called[i] != targets[i]][:2]:
+    title = f"{clip_ids(test)[row]}, {data.names[targets[row]]}, test set"
+    looked_at.append((title, test[row][0].cpu() * std + mean))
+fig, axes = plt.subplots(len(looked_at), 2, figsize=(12, 2.6 * len(looked_at)), squeeze=False)
+fig.subplots_adjust(hspace=0.55, wspace=0.17)
+for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), start=1):
+    x = (mel - mean) / std
+    windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
+    with torch.no_grad():
+        answered = adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
+    chance, number = (answered / temperature).softmax(0).max(0)
+    said = f"called {data.names[int(number)]} (probability {chance:.2f})"
+    named = patches(clip_attributions(model, x, window, int(number)))
+    plot_spectrogram(row[0], mel.T)
+    limit = float(named.abs().quantile(0.995)) or 1.0
+    draw_map(row[1], named, "", cmap="RdBu_r", vmin=-limit, vmax=limit)
+    row[1].images[0].set_extent((0, len(x) * HOP / SR, 0, N_MELS))
+    row[0].set_title(title, fontsize="medium")
+    row[1].set_title(said, fontsize="medium")
+    quieter = (mel - 30.0 * (ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
+    for name, sound in (("all", mel), ("deciding", quieter)):
+        waveform = mel_to_waveform(sound.T.numpy())
+        heard = {"all": "as it is", "deciding": "the fifth that spoke most for the answer"}[name]
+        step.sound(waveform, f"clip_{place}_{name}", f"{title}, {said}: {heard}")
+caption = (
+    "Left: mel spectrograms of the two clips of step 1 and of the test clips that were most surely "
+    "wrong. Right: what every patch added to the logit of the class that was called; red spoke for "
+    "it, blue against it"
+)
+step.figure(fig, "what_decides", caption)
+
 # %% What later steps and the report read
 results = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}
 results |= {name: {"members": of, "test": scores[name]} for name, of in members.items()}
@@ -577,4 +732,7 @@ step.finish(
     overfit=check_facts,
     digits={"accuracy": accuracy, "left_out": left_out, "n_seeds": n_seeds},
     operations=operations,
+    calibration=sureness | {"temperature": temperature},
+    faithfulness=faithful
+    | {"randomised_weights": {"mean": np.mean(agreement), "ci95": [low, high]}},
 )
