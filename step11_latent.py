@@ -16,9 +16,14 @@ Measured on a small set of real music: MEASURED11
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
+import base64
 import importlib.util
+import io
+import json
+import re
 import warnings
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -32,10 +37,13 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from common import (
+    BANDS,
     COLORS,
     GENRE_RUNS,
+    HOP,
     LSTM_RUNS,
     MARKERS,
+    SR,
     InputError,
     Step,
     adjust_logits,
@@ -46,14 +54,20 @@ from common import (
     difference_line,
     genre_models,
     load_test,
+    mel_to_waveform,
     model_spec,
     plot_scores,
     predict,
     seed_everything,
+    side_by_side,
     with_interval,
     write_bytes,
+    write_text,
 )
 
+# plotly's names of MARKERS
+SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond")
+SYMBOLS += ("cross", "x", "star", "triangle-left", "triangle-right")
 N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness looks at
 
 step = Step("step11_latent", __doc__, parts=("genre",))
@@ -86,7 +100,7 @@ def latent_vectors(model, settings):
     return found | {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
 
 
-latent, runs, table = {}, {}, {}
+latent, called, runs, table = {}, {}, {}, {}
 for name, role in roles.items():
     model, settings, facts = models[name].model, models[name].settings, models[name].facts
     latent[name] = latent_vectors(model, settings)
@@ -100,8 +114,9 @@ for name, role in roles.items():
     # The output layer is linear: what it says of a clip's mean vector is its mean answer.
     with torch.no_grad():
         logits = model.eval().head(torch.tensor(latent[name]["vectors"], device=step.device))
-    answers = adjust_logits(logits.cpu(), settings["priors"]).argmax(1).numpy()
-    scores = classification_scores(labels, answers, classes)
+    chances, answers = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
+    called[name] = {"called": answers.tolist(), "probability": chances.numpy().round(3).tolist()}
+    scores = classification_scores(labels, answers.numpy(), classes)
     runs[name] = {"val": {"macro_f1": val[name]}, "test": scores}
     table[role] = {
         "run": name,
@@ -307,9 +322,9 @@ else:
     step.text("UMAP is missing from what follows: install `umap-learn` and run this step again.")
 
 # %% 11d. Every method on every model: the criterion, and what is left of the classes
-trust, knn, apart = {}, {}, {}
+trust, knn, apart, drawn = {}, {}, {}, {}
 for name, role in roles.items():
-    panels = []
+    panels, drawn[name] = [], {}
     for method, estimators in methods.items():
         maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
         axes = (f"{method} axis 1", f"{method} axis 2")
@@ -321,7 +336,7 @@ for name, role in roles.items():
         facts["trustworthiness"] = values[0]
         facts["trustworthiness of all seeds"] = values
         facts["distances"] = float(np.corrcoef(pdist(spaces[name]), pdist(maps[0]))[0, 1])
-        kept[name][method] = facts
+        kept[name][method], drawn[name][method] = facts, maps[0].round(3).tolist()
         spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
         trust.setdefault(method, {})[role] = f"{np.mean(values):.3f}{spread}"
         knn.setdefault(method, {})[role] = facts["knn_accuracy"]
@@ -354,4 +369,130 @@ caption = (
     "commonest class"
 )
 step.figure(fig, "knn_accuracy", caption)
+
+# %% 11d, besides: the maps to walk in
+# A page to open in a browser: every model and method, a point per clip; what a clip is and
+# was called shows on hovering, clicking plays five seconds of it (made audible as in step 1).
+# plotly draws; it is no package of the lab's, so the step does without where it is missing.
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Maps of the test clips</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1300px }
+h1 { font-size: 1.3rem } #map { width: 100%; height: min(75vh, 800px) }
+#map:focus-visible { outline: 3px solid #0072B2 }
+fieldset { border: 0; padding: 0; margin: .4rem 0 }
+label { margin-right: 1rem; white-space: nowrap } #said { min-height: 3em }
+</style>
+<h1>The genre test clips as the networks see them</h1>
+<fieldset><label>model <select id="model"></select></label>
+<label>method <select id="method"></select></label></fieldset>
+<fieldset id="right"><label><input type="radio" name="right" value="all" checked> all</label>
+<label><input type="radio" name="right" value="right"> called right</label>
+<label><input type="radio" name="right" value="wrong"> called wrong</label></fieldset>
+<fieldset id="classes"></fieldset>
+<div id="map" tabindex="0" role="application" aria-label="Map: arrow keys go from clip to clip,
+ Enter plays"></div>
+<p id="said" aria-live="polite">Click a point, or focus the map and use the arrow keys and Enter:
+five seconds of the clip, made of its spectrogram.</p>
+<script>@PLOTLY@</script>
+<script>
+"use strict";
+const data = @DATA@, $ = id => document.getElementById(id), map = $("map");
+const audio = new Audio();
+let shown = [], chosen = -1;
+for (const name of Object.keys(data.models)) $("model").add(new Option(data.models[name], name));
+for (const name of data.methods) $("method").add(new Option(name));
+data.classes.forEach((name, k) => {
+  const label = document.createElement("label"), box = document.createElement("input");
+  box.type = "checkbox"; box.checked = true; box.value = k;
+  label.append(box, " " + name); $("classes").append(label);
+});
+function describe(i) {
+  const run = data.runs[$("model").value], k = run.called[i];
+  return "clip " + data.ids[i] + ", " + data.classes[data.labels[i]] + ", called " +
+    data.classes[k] + " (probability " + run.probability[i].toFixed(2) + ")";
+}
+function draw() {
+  const run = data.runs[$("model").value], points = run.points[$("method").value];
+  const right = document.querySelector("[name=right]:checked").value;
+  const on = new Set([...document.querySelectorAll("#classes :checked")].map(b => +b.value));
+  shown = data.ids.map((id, i) => i).filter(i => on.has(data.labels[i]) && (right === "all" ||
+    (run.called[i] === data.labels[i]) === (right === "right")));
+  if (!shown.includes(chosen)) chosen = -1;
+  const traces = data.classes.map((name, k) => {
+    const rows = shown.filter(i => data.labels[i] === k);
+    return {type: "scatter", mode: "markers", name, x: rows.map(i => points[i][0]),
+      y: rows.map(i => points[i][1]), customdata: rows, text: rows.map(describe),
+      hovertemplate: "%{text}<extra></extra>", marker: {color: data.colors[k % 10],
+      symbol: data.symbols[k % 10], size: 10, line: {width: 1, color: "#000"}}};
+  });
+  const ring = chosen < 0 ? [] : [points[chosen]];
+  traces.push({type: "scatter", mode: "markers", showlegend: false, hoverinfo: "skip",
+    x: ring.map(p => p[0]), y: ring.map(p => p[1]),
+    marker: {symbol: "circle-open", size: 24, color: "#d00", line: {width: 3}}});
+  const axis = {title: "", zeroline: false, showticklabels: false};
+  Plotly.react(map, traces, {margin: {l: 10, r: 10, t: 10, b: 10}, xaxis: axis, yaxis: axis,
+    hovermode: "closest", legend: {orientation: "h"}}, {responsive: true, displaylogo: false,
+    modeBarButtonsToRemove: ["toImage"]});
+}
+function choose(i, play) {
+  chosen = i; draw(); $("said").textContent = describe(i);
+  if (play) { audio.src = "data:audio/mpeg;base64," + data.sounds[i]; audio.play(); }
+}
+draw();
+map.on("plotly_click", event => choose(event.points[0].customdata, true));
+for (const id of ["model", "method", "right", "classes"]) $(id).addEventListener("change", draw);
+map.addEventListener("keydown", event => {
+  const points = data.runs[$("model").value].points[$("method").value];
+  const order = [...shown].sort((a, b) => points[a][0] - points[b][0]);
+  const at = order.indexOf(chosen), by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (by && order.length) choose(order[(at + by + order.length) % order.length], false);
+  else if (event.key === "Enter" && chosen >= 0) choose(chosen, true);
+  else return;
+  event.preventDefault();
+});
+</script>
+</html>
+"""
+
+
+def sound_of(mel) -> str:
+    """Five seconds of a mel spectrogram (128, T) as MP3, in base64."""
+    import soundfile
+
+    file = io.BytesIO()
+    quality = {"bitrate_mode": "VARIABLE", "compression_level": 0.99}
+    soundfile.write(file, mel_to_waveform(mel, n_iter=16), SR, format="MP3", **quality)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+step.heading("11d, besides. The maps to walk in")
+if importlib.util.find_spec("plotly"):
+    from plotly.offline import get_plotlyjs
+
+    test = load_test(step.source, models["cnn_mel"].settings)
+    store, n_heard = test.store, round(5 * SR / HOP)
+    middles = (store.starts + (store.lengths - n_heard).clamp(min=0) // 2).tolist()
+    heard = [store.frames[m : m + n_heard, BANDS["mel"]].float().cpu().T.numpy() for m in middles]
+    workers = 1 if step.args.smoke else joblib.cpu_count()
+    first = latent["cnn_mel"]
+    facts = {
+        "ids": first["ids"].tolist(),
+        "labels": first["labels"].tolist(),
+        "classes": first["classes"].tolist(),
+        "models": {name: f"{role} ({name})" for name, role in roles.items()},
+        "methods": list(methods),
+        "runs": {name: called[name] | {"points": drawn[name]} for name in roles},
+        "sounds": list(side_by_side(sound_of, [(mel,) for mel in heard], workers)),
+        "colors": COLORS,
+        "symbols": SYMBOLS,
+    }
+    parts = {"PLOTLY": get_plotlyjs(), "DATA": json.dumps(facts).replace("<", "\\u003c")}
+    page = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
+    write_text(step.folder / "maps.html", page)
+    step.text("[maps.html](maps.html): all of these maps in one page, to hover and to listen.")
+else:
+    step.text("For a page of these maps to hover and to listen: install `plotly`, run again.")
 step.finish(runs, roles=roles, separation=kept, criterion="trustworthiness")

@@ -390,3 +390,44 @@ def emotion_predictions(folder):
 def submission(folder):
     """submission.csv as a frame of the three emotions, indexed by clip id."""
     return pd.read_csv(Path(folder) / "submission.csv", dtype={0: str}, index_col=0)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; without it, or playwright, tests of pages are skipped, saying so."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not path:
+        pytest.skip("no chromium on this machine")
+    # None of its own calls home: a page that loads something from outside must be noticed.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    sound = ["--autoplay-policy=no-user-gesture-required"]
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox", *quiet, *sound])
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    """A page opened in a browser, and all that it complained of or asked from outside."""
+
+    def __init__(self, browser, path, width):
+        self.faults = []
+        self.page = page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda m: self.faults.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("request", lambda r: self.faults.append(r.url[:80]) if self.is_outside(r) else None)
+        page.goto(path.as_uri())
+
+    @staticmethod
+    def is_outside(request):
+        return not request.url.startswith(("file:", "data:", "blob:"))
+
+    def __call__(self, script):
+        return self.page.evaluate(script)
+
+    def wait(self, script):
+        self.page.wait_for_function(script, timeout=20_000)
+
+    def fits(self):
+        return self("document.documentElement.scrollWidth <= window.innerWidth")

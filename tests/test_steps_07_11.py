@@ -1,18 +1,23 @@
 """Steps 7 and 11: the CNN, its comparison with the LSTM, and the latent vectors."""
 
 import ast
+import base64
+import io
 import itertools
+import json
 import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 from conftest import (
     COUNTS,
     MERGED,
     ROOT,
+    Page,
     assert_clean_error,
     genre_predictions,
     labels_of,
@@ -27,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from common import (
     LSTM_RUNS,
+    SR,
     Classifier,
     CNNBackbone,
     Source,
@@ -85,7 +91,7 @@ def outputs(data_dir, tmp_path_factory):
             "step07_cnn",
             ["7a", "7b", "7c", "7d", "7e"],
             {"digit_activations", "genre_activations", "block_operations", "filters"}
-            | {"learning_curve", "overfit", "per_class", "confusion"},
+            | {"learning_curve", "overfit", "per_class", "confusion", "what_decides"},
         ),
         (
             "step11_latent",
@@ -350,6 +356,94 @@ def test_best_and_worst_lstm_by_validation(outputs):
     assert val[roles["best LSTM"]] == max(val.values())
     assert val[roles["worst LSTM"]] == min(val.values())
     assert roles["best LSTM"] != roles["worst LSTM"]
+
+
+def test_what_decides_is_tested_before_it_is_shown(outputs):
+    facts = read_metrics(outputs / "step07_cnn")
+    for way in ("insertion", "deletion"):
+        row = facts["faithfulness"][way]
+        assert 0 < row["by attribution"] < 1 and 0 < row["in random order"] < 1
+    mean, low, high = facts["faithfulness"]["randomised_weights"]
+    assert -1 <= low <= mean <= high < 0.95  # other weights name other cells
+    assert facts["calibration"]["temperature"] > 0
+    summary = (outputs / "step07_cnn" / "summary.md").read_text()
+    sounds = re.findall(r"\]\((clip_\d_\w+\.mp3)\)", summary)
+    kinds = {sound.split("_", 2)[2] for sound in sounds}
+    assert len(sounds) >= 4 and kinds == {"all.mp3", "deciding.mp3"}
+    for sound in sounds:
+        assert soundfile.info(outputs / "step07_cnn" / sound).samplerate == SR
+
+
+def maps_data(outputs):
+    text = (outputs / "step11_latent" / "maps.html").read_text()
+    return json.loads(re.search(r"^const data = (.*), \$ = id", text, re.MULTILINE)[1])
+
+
+def test_the_maps_hold_every_clip_model_and_method(outputs):
+    data, metrics = maps_data(outputs), read_metrics(outputs / "step11_latent")
+    assert set(data["runs"]) == set(metrics["roles"]) and set(data["methods"]) >= {"PCA", "t-SNE"}
+    clips = np.load(outputs / "step11_latent" / "latent_cnn_mel.npz")
+    assert data["ids"] == clips["ids"].tolist() and data["labels"] == clips["labels"].tolist()
+    for name, run in data["runs"].items():
+        for method in data["methods"]:
+            points = np.array(run["points"][method])
+            assert points.shape == (len(data["ids"]), 2) and points.std(0).min() > 0
+        right = np.mean(np.array(run["called"]) == data["labels"])
+        assert right == pytest.approx(metrics["runs"][name]["test"]["accuracy"])
+    sound = soundfile.info(io.BytesIO(base64.b64decode(data["sounds"][0])))
+    assert sound.duration == pytest.approx(5, abs=0.2)
+    assert len(set(data["sounds"])) > 0.9 * len(data["ids"])
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_maps_can_be_walked_in(browser, outputs, width):
+    page, data = Page(browser, outputs / "step11_latent" / "maps.html", width), maps_data(outputs)
+    page.wait("document.querySelectorAll('#map .points path').length > 5")
+    assert page("shown.length") == len(data["ids"])
+    page.page.check("[value=wrong]")
+    run = data["runs"][next(iter(data["models"]))]
+    wrong = sum(a != b for a, b in zip(run["called"], data["labels"], strict=True))
+    assert page("shown.length") == wrong
+    page.page.check("[value=all]")
+    page.page.uncheck("#classes input >> nth=0")
+    there = [i for i, label in enumerate(data["labels"]) if label != 0]
+    assert page("shown") == there
+    page.page.select_option("#model", "cnn_mel")
+    page.page.select_option("#method", "t-SNE")
+    page.page.focus("#map")
+    page.page.keyboard.press("ArrowRight")
+    points = np.array(data["runs"]["cnn_mel"]["points"]["t-SNE"])
+    first = page("chosen")
+    assert first == min(there, key=lambda i: points[i][0])
+    page.page.keyboard.press("Enter")
+    page.wait("audio.currentTime > 0.2")
+    said = page.page.inner_text("#said")
+    assert f"clip {data['ids'][first]}, {data['classes'][data['labels'][first]]}" in said
+    assert "probability" in said
+    # Hovering says the same of another clip; clicking plays it.
+    spot = page.page.locator("#map .points path").nth(3).bounding_box()
+    at = spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2
+    page.page.mouse.move(*at)
+    page.wait("document.querySelector('#map .hovertext')")
+    assert "clip " in page.page.text_content("#map .hoverlayer")
+    page.page.mouse.click(*at)
+    page.wait(f"chosen !== {first} && audio.currentTime > 0.2")
+    assert page.fits() and not page.faults
+
+
+def test_without_plotly_the_step_says_so_and_goes_on(outputs, data_dir, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'plotly' else find(name, *rest)\n"
+    )
+    out = tmp_path / "out"
+    for name in ("chroma", "fused", "mel", "cnn_mel"):
+        source = outputs / "step11_latent" / name
+        shutil.copytree(source, out / "step11_latent" / name)
+    flags = ("--smoke", "--data-dir", data_dir, "--out-dir", out)
+    run_script("step11_latent.py", *flags, PYTHONPATH=str(tmp_path))
+    assert not (out / "step11_latent" / "maps.html").exists()
+    assert "install `plotly`" in (out / "step11_latent" / "summary.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,577 @@
+"""Your own song: its genre and emotions over time, in the terminal and as a page to click in.
+
+    python listen.py song.mp3 another.wav     # tables, outputs/listen/listen.json, a page per song
+    python listen.py song.mp3 --train         # trains first what steps 5, 7 and 10 have not left
+
+Input: sound files of any length (wav, mp3, flac, ogg); the checkpoints of steps 5, 7 and 10.
+A song is cut into blocks of 30 s, each turned into a spectrogram as the lab's clips were; the
+CNN hears 6 s at a time, every 3 s. Output, in outputs/listen/: listen.json and one HTML page
+per song that needs no internet: player, mel spectrogram with a cursor, genre and emotion
+curves on the same time axis; click or arrow keys jump.
+"""
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import html
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from common import (
+    BANDS,
+    COLORS,
+    DB_FLOOR,
+    EMOTIONS,
+    HOP,
+    N_MELS,
+    SR,
+    InputError,
+    Parser,
+    Source,
+    adjust_logits,
+    clip_attributions,
+    clip_ids,
+    cut_windows,
+    end_in_one_line,
+    find_data,
+    fingerprint,
+    load_data,
+    load_model,
+    make_folder,
+    mel_and_chroma,
+    number,
+    output_folder,
+    patches,
+    pick_device,
+    predict,
+    show_bars,
+    stack_rows,
+    truth,
+    write_text,
+)
+
+HERE = Path(__file__).resolve().parent
+BLOCK_S, SHORTEST_S, EVERY_S = 30, 1.0, 3.0  # of a block, of a song, from window to window
+# What is asked of whom: the step that leaves the network, and its run.
+NETWORKS = {
+    "cnn": ("step07_cnn", "cnn_mel"),
+    "lstm": ("step05_lstm", "mel"),
+    "emotion": ("step10_multitask", "multitask"),
+    "emotion_lstm": ("step10_multitask", "multitask_lstm"),
+}
+
+
+# ======================================================================================
+# The networks that earlier steps have left
+# ======================================================================================
+
+
+@dataclasses.dataclass
+class Heard:
+    """One trained network: what it needs to answer for a stretch of sound."""
+
+    model: torch.nn.Module
+    settings: dict
+
+    def windows(self, rows, every=None):
+        """Cut (140, T) rows into its windows, standardised.
+
+        every : frames from window to window; else as few as cover the rows
+
+        Returns
+        -------
+        x : (W, frames, F); lengths : (W,); middles : (W,), in frames
+        """
+        mean, std = self.settings["stats"]
+        x = (torch.from_numpy(rows[BANDS[self.settings["features"]]]).float().T - mean) / std
+        size = min(self.settings["window"], len(x))
+        if every is None:
+            cut, lengths = cut_windows(x[None], torch.tensor([len(x)]), size, overlap=False)
+            starts = torch.linspace(0, len(x) - size, len(cut)).long()
+        else:
+            starts = torch.arange(0, max(len(x) - size, 0) + 1, every)
+            cut, lengths = torch.stack([x[s : s + size] for s in starts]), None
+        lengths = torch.full((len(cut),), size)
+        return cut, lengths, starts + size // 2
+
+    @torch.inference_mode()
+    def answer(self, rows, every=None):
+        """Outputs (W, K) for the windows of (140, T) rows, and the windows' middles."""
+        x, lengths, middles = self.windows(rows, every)
+        device = next(self.model.parameters()).device
+        return self.model(x.to(device), lengths).float().cpu(), middles
+
+
+def find_networks(out, args) -> dict[str, Heard]:
+    """Load the networks of NETWORKS; those that are missing are named, or trained (--train)."""
+    missing = [
+        step for step, run in NETWORKS.values() if not (out / step / run / "best.pt").exists()
+    ]
+    if missing and not args.train:
+        commands = " and ".join(f"python {step}.py" for step in dict.fromkeys(missing))
+        fault = f"{out}: no checkpoints of {', '.join(dict.fromkeys(missing))}"
+        raise InputError(f"{fault}; run {commands}, or pass --train")
+    for step in sorted(set(missing)):
+        command = [sys.executable, str(HERE / f"{step}.py"), "--out-dir", str(out)]
+        command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+        print(f"--train: {step}", flush=True)
+        if subprocess.run(command).returncode:
+            raise InputError(f"{step} could not be trained; see above")
+    device, networks = pick_device(args.device), {}
+    for role, (step, run) in NETWORKS.items():
+        path = out / step / run / "best.pt"
+        model, checkpoint = load_model(path, device)
+        settings, part = checkpoint["settings"], "emotion" if "emotion" in role else "genre"
+        features = "fused" if role == "emotion_lstm" else "mel"
+        kept = {"part": part, "features": features, "beat": False}
+        odd = [key for key, value in kept.items() if settings.get(key) != value]
+        if odd or not settings.get("window"):
+            fault = f"a network for other input ({', '.join(odd) or 'window'} differ)"
+            raise InputError(f"{path}: {fault}; train {step} again")
+        networks[role] = Heard(model, settings)
+    return networks
+
+
+def temperature_of(out) -> float:
+    """The temperature that step 7 has fitted on its validation clips; 1 where it has not."""
+    try:
+        facts = json.loads((out / "step07_cnn" / "metrics.json").read_text())
+        return float(facts["calibration"]["temperature"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1.0
+
+
+def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
+    """Latent vectors of the genre training clips, and their classes by id; None without them.
+
+    The data set must be the one that the network was trained on.
+    """
+    if not (args.data_dir or (HERE / "data").exists() or "PATREC_DATA" in os.environ):
+        return None  # without a data set at hand the demo set would be made, for nothing
+    root, settings = find_data(args.data_dir, ("genre",)), cnn.settings
+    if fingerprint(root, "genre") != settings["fingerprint"]:
+        return None
+    source = Source(root, settings["seed"], merge=settings["merge"], skip_bad=True)
+    data = load_data(source, stats=settings["stats"])
+    device = next(cnn.model.parameters()).device
+    loader = torch.utils.data.DataLoader(data.train, 64)
+    vectors, _ = predict(cnn.model.backbone, loader, device, settings["window"], overlap=False)
+    return vectors.numpy(), truth(data.train, settings).loc[clip_ids(data.train)]
+
+
+# ======================================================================================
+# Sound
+# ======================================================================================
+
+
+@contextlib.contextmanager
+def quiet_decoder():
+    """Keep what decoders written in C say of a broken file out of the terminal."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def read_blocks(path):
+    """Yield a song, mono at SR, in blocks of 30 s; the last one may be longer by up to 3 s.
+
+    Raises InputError where the file is no sound, or too short to say anything.
+    """
+    import librosa
+    import soundfile
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a wav, mp3, flac or ogg")
+    waiting, seconds = np.zeros(0, np.float32), 0.0
+    try:
+        with quiet_decoder():
+            sound = soundfile.SoundFile(path)
+        with sound:
+            while True:
+                with quiet_decoder():
+                    block = sound.read(BLOCK_S * sound.samplerate, "float32", always_2d=True)
+                if not len(block):
+                    break
+                seconds += len(block) / sound.samplerate
+                mono = np.nan_to_num(block.mean(1))
+                waveform = librosa.resample(mono, orig_sr=sound.samplerate, target_sr=SR)
+                if len(waveform) < 3 * SR:  # a tail that is no window of its own
+                    waiting = np.concatenate([waiting, waveform])
+                    continue
+                if len(waiting):
+                    yield waiting
+                waiting = waveform
+    except (RuntimeError, OSError, ValueError) as error:  # what a broken file makes decoders raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fault = f"not readable as sound ({reason.replace(str(path), path.name)})"
+        raise InputError(f"{path}: {fault}; convert it to wav, mp3, flac or ogg") from None
+    if seconds < SHORTEST_S:
+        fault = f"{seconds:.2f} s of sound is too short"
+        raise InputError(f"{path}: {fault}; at least {SHORTEST_S:g} s are needed")
+    yield waiting
+
+
+def listen(path, networks, temperature, known):
+    """Everything about one song: a dict for listen.json, and pictures and sound for its page."""
+    import soundfile
+
+    cnn, names = networks["cnn"], networks["cnn"].settings["names"]
+    every = round(EVERY_S * SR / HOP)
+    total, n_frames, loudest = 0, 0, 0.0
+    logits, times, vectors, feelings = [], [], [], []
+    lstm_logits, lstm_feelings, rows_of = [], [], []
+    encoded = io.BytesIO()
+    with soundfile.SoundFile(encoded, "w", SR, 1, format="MP3") as song:
+        bar = tqdm(read_blocks(path), desc=path.name, disable=not show_bars(), leave=False)
+        for waveform in bar:
+            song.write(np.clip(waveform, -1, 1))
+            loudest = max(loudest, float(np.ptp(waveform)))
+            rows = stack_rows(*mel_and_chroma(waveform)) if np.ptp(waveform) > 1e-5 else None
+            if rows is not None and rows.shape[1]:
+                answers, middles = cnn.answer(rows, every)
+                logits.append(adjust_logits(answers, cnn.settings["priors"]))
+                times.append((n_frames + middles.numpy()) * HOP / SR)
+                feelings.append(networks["emotion"].answer(rows, every)[0])
+                lstm = networks["lstm"]
+                found = adjust_logits(lstm.answer(rows)[0], lstm.settings["priors"])
+                lstm_logits.append(found.mean(0, keepdim=True))
+                lstm_feelings.append(networks["emotion_lstm"].answer(rows)[0].mean(0, keepdim=True))
+                x, lengths, _ = cnn.windows(rows)
+                with torch.inference_mode():
+                    device = next(cnn.model.parameters()).device
+                    vectors.append(cnn.model.backbone(x.to(device), lengths).float().cpu())
+            quiet = np.full((N_MELS, len(waveform) // HOP + 1), DB_FLOOR)
+            mel = quiet if rows is None else rows[:N_MELS]
+            rows_of.append(np.round(mel).astype(np.int8))  # dB fit into a byte: an hour is 20 MB
+            n_frames += mel.shape[1]
+            total += len(waveform)
+    if loudest <= 1e-5:
+        raise InputError(f"{path}: silence; nothing can be said about it")
+    logits, times = torch.cat(logits), np.concatenate(times)
+    overall = (logits.mean(0) / temperature).softmax(0)
+    called = int(overall.argmax())
+    emotion = (torch.cat(feelings).mean(0) + torch.cat(lstm_feelings).mean(0)) / 2
+    facts = {
+        "file": str(path),
+        "seconds": round(total / SR, 2),
+        "genre": dict(zip(names, overall.tolist(), strict=True)),
+        "genre_lstm": dict(
+            zip(names, torch.cat(lstm_logits).mean(0).softmax(0).tolist(), strict=True)
+        ),
+        "emotion": dict(zip(EMOTIONS, emotion.clamp(0, 1).tolist(), strict=True)),
+        "times_s": np.round(times, 2).tolist(),
+        "genre_over_time": (logits / temperature).softmax(1).round(decimals=4).T.tolist(),
+        "emotion_over_time": torch.cat(feelings).clamp(0, 1).round(decimals=4).T.tolist(),
+        "classes": names,
+        "nearest": nearest(torch.cat(vectors).mean(0).numpy(), known),
+    }
+    pictures = {"mel": picture(np.concatenate(rows_of, axis=1), "magma", DB_FLOOR, 0)}
+    named = np.concatenate([deciding(cnn, mel, called) for mel in rows_of], axis=1)
+    limit = float(np.quantile(np.abs(named), 0.995)) or 1.0
+    pictures["deciding"] = picture(named, "RdBu_r", -limit, limit)
+    return facts, pictures, encoded.getvalue()
+
+
+def deciding(cnn, mel, called) -> np.ndarray:
+    """What every patch of a block's mel spectrogram (128, T) added to the called class's logit."""
+    mean, std = cnn.settings["stats"]
+    x = (torch.from_numpy(mel.astype(np.float32)).T - mean) / std
+    return patches(clip_attributions(cnn.model, x, cnn.settings["window"], called)).T.numpy()
+
+
+def nearest(vector, known, n=5) -> list[dict]:
+    """The training clips whose latent vectors are nearest, dimensions standardised."""
+    if known is None:
+        return []
+    vectors, classes = known
+    mean, std = vectors.mean(0), vectors.std(0) + 1e-6
+    distances = np.linalg.norm((vectors - vector) / std, axis=1)
+    spread = np.median(np.linalg.norm((vectors - mean) / std, axis=1))
+    order = distances.argsort()[:n]
+    return [
+        {
+            "clip": classes.index[i],
+            "genre": classes.iloc[i],
+            "distance": round(float(distances[i] / spread), 3),
+        }
+        for i in order
+    ]
+
+
+def picture(values, cmap, low, high, width=1600) -> bytes:
+    """(128, T) as a PNG without axes, low bands below; at most `width` columns, by maximum."""
+    step = -(-values.shape[1] // width)
+    pad = -values.shape[1] % step
+    values = np.pad(values.astype(np.float32), ((0, 0), (0, pad)), mode="edge")
+    blocks = values.reshape(N_MELS, -1, step)
+    loudest = np.abs(blocks - low).argmax(2)[..., None] if cmap == "magma" else None
+    shown = blocks.mean(2) if loudest is None else np.take_along_axis(blocks, loudest, 2)[..., 0]
+    colors = matplotlib.colormaps[cmap]((shown[::-1] - low) / (high - low))
+    file = io.BytesIO()
+    plt.imsave(file, colors, format="png")
+    return file.getvalue()
+
+
+# ======================================================================================
+# The page
+# ======================================================================================
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@TITLE@</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1300px;
+  color: #111; background: #fff }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 1rem 0 .2rem }
+audio { width: 100% } table { border-collapse: collapse } td, th { padding: .1rem .8rem .1rem 0;
+  text-align: left; overflow-wrap: anywhere }
+.bar { background: #56B4E9; height: .8rem; display: inline-block; vertical-align: middle }
+.columns { display: flex; flex-wrap: wrap; gap: 1rem 3rem }
+.panel { position: relative; cursor: crosshair; user-select: none; touch-action: manipulation }
+.panel img, .panel svg { display: block; width: 100%; height: 160px }
+.panel svg { background: #fafafa; border: 1px solid #ccc; box-sizing: border-box }
+.cursor { position: absolute; top: 0; bottom: 0; width: 0; border-left: 2px solid #d00;
+  box-shadow: 0 0 0 1px #fff; pointer-events: none }
+#panels:focus-visible { outline: 3px solid #0072B2; outline-offset: 4px }
+.key { display: inline-block; margin-right: 1.2rem; white-space: nowrap }
+.key svg { width: 34px; height: 10px; vertical-align: middle }
+.note { background: #fff3cd; padding: .5rem .8rem } small { color: #444 }
+.ticks { display: flex; justify-content: space-between; font-size: .8rem; color: #444 }
+[hidden] { display: none !important }
+</style>
+<h1>@TITLE@</h1>
+<div class="columns">
+<div><h2>Genre</h2><table id="genre"></table></div>
+<div><h2>Emotion (0 to 1)</h2><table id="emotion"></table></div>
+<div><h2>Nearest training clips</h2><table id="nearest"></table></div>
+</div>
+<p><audio id="audio" controls preload="auto" src="data:audio/mpeg;base64,@AUDIO@"></audio></p>
+<p><small>Click a picture, or focus the pictures and use the arrow keys (5 s) and space.
+<span id="now" aria-live="off"></span></small></p>
+<div id="panels" tabindex="0" role="slider" aria-label="Position in the song"
+  aria-valuemin="0" aria-valuemax="@SECONDS@" aria-valuenow="0">
+<h2><label>Mel spectrogram, low frequencies below
+  <input type="checkbox" id="decide"> show what decided for <em id="called"></em></label></h2>
+<div class="panel"><img id="mel" alt="Mel spectrogram of the song over time"
+  src="data:image/png;base64,@MEL@"><img id="deciding" hidden
+  alt="What every patch added to the called class: red for it, blue against it"
+  src="data:image/png;base64,@DECIDING@"><div class="cursor"></div></div>
+<h2>Genre: probability (lines at 25, 50 and 75 %)</h2>
+<div class="panel"><svg id="genres" preserveAspectRatio="none"></svg>
+<div class="cursor"></div></div><div id="genrekeys"></div>
+<h2>Emotion: 0 (below) to 1</h2>
+<div class="panel"><svg id="emotions" preserveAspectRatio="none"></svg>
+<div class="cursor"></div></div><div class="ticks" id="ticks"></div><div id="emotionkeys"></div>
+</div>
+<h2>What this cannot know</h2>
+@LIMITS@
+<script>
+"use strict";
+const song = @DATA@;
+const $ = id => document.getElementById(id), audio = $("audio"), panels = $("panels");
+const dashes = ["", "8 4", "2 3", "12 3 2 3", "5 2"];
+function cell(row, text) { const c = row.insertCell(); c.textContent = text; return c; }
+function percent(value) { return (100 * value).toFixed(0) + " %"; }
+const order = song.classes.map((name, k) => k)
+  .sort((a, b) => song.genre[song.classes[b]] - song.genre[song.classes[a]]);
+for (const k of order) {
+  const row = $("genre").insertRow(), name = song.classes[k];
+  cell(row, name); cell(row, percent(song.genre[name]));
+  const bar = document.createElement("span");
+  bar.className = "bar"; bar.style.width = 120 * song.genre[name] + "px";
+  row.insertCell().append(bar);
+}
+for (const [name, value] of Object.entries(song.emotion)) {
+  const row = $("emotion").insertRow(); cell(row, name); cell(row, value.toFixed(2));
+}
+for (const clip of song.nearest) {
+  const row = $("nearest").insertRow(); cell(row, clip.genre); cell(row, clip.clip);
+}
+if (!song.nearest.length) cell($("nearest").insertRow(), "the training clips are not at hand");
+$("called").textContent = song.classes[order[0]];
+$("decide").addEventListener("change", event => {
+  $("deciding").hidden = !event.target.checked; $("mel").hidden = event.target.checked;
+});
+const ns = "http://www.w3.org/2000/svg";
+function element(name, attributes) {
+  const made = document.createElementNS(ns, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+function draw(id, keys, curves) {
+  const svg = $(id);
+  svg.setAttribute("viewBox", "0 0 1000 100");
+  for (const level of [25, 50, 75])
+    svg.append(element("line", {x1: 0, x2: 1000, y1: level, y2: level, stroke: "#ddd",
+      "vector-effect": "non-scaling-stroke"}));
+  curves.forEach(([name, values], i) => {
+    const style = {fill: "none", stroke: song.colors[i], "stroke-width": 2.5,
+      "stroke-dasharray": dashes[i % dashes.length], "vector-effect": "non-scaling-stroke"};
+    const points = values.map((v, j) =>
+      (1000 * song.times_s[j] / song.seconds).toFixed(2) + "," + (100 - 100 * v).toFixed(2));
+    if (points.length === 1) points.unshift("0," + points[0].split(",")[1]);
+    svg.append(element("polyline", {...style, points: points.join(" ")}));
+    const key = document.createElement("span"), sample = element("svg", {viewBox: "0 0 34 10"});
+    key.className = "key";
+    sample.append(element("line", {...style, x1: 0, x2: 34, y1: 5, y2: 5}));
+    key.append(sample, " " + name);
+    $(keys).append(key);
+  });
+}
+draw("genres", "genrekeys", order.slice(0, 5).map(k =>
+  [song.classes[k], song.genre_over_time[k]]));
+draw("emotions", "emotionkeys", Object.keys(song.emotion).map((name, k) =>
+  [name, song.emotion_over_time[k]]));
+function clock(t) {
+  return Math.floor(t / 60) + ":" + String(Math.floor(t % 60)).padStart(2, "0");
+}
+for (let i = 0; i <= 4; i++) {
+  const tick = document.createElement("span");
+  tick.textContent = clock(song.seconds * i / 4); $("ticks").append(tick);
+}
+const cursors = document.querySelectorAll(".cursor");
+function place() {
+  const t = audio.currentTime;
+  for (const cursor of cursors) cursor.style.left = 100 * t / song.seconds + "%";
+  panels.setAttribute("aria-valuenow", t.toFixed(1));
+  panels.setAttribute("aria-valuetext", clock(t));
+  $("now").textContent = clock(t);
+  if (!audio.paused) requestAnimationFrame(place);
+}
+for (const name of ["play", "seeked", "timeupdate", "loadedmetadata"])
+  audio.addEventListener(name, place);
+function jump(t) {
+  audio.currentTime = Math.min(Math.max(t, 0), (audio.duration || song.seconds) - 0.05);
+  place();
+}
+for (const panel of document.querySelectorAll(".panel"))
+  panel.addEventListener("click", event => {
+    const box = panel.getBoundingClientRect();
+    jump(song.seconds * (event.clientX - box.left) / box.width);
+  });
+panels.addEventListener("keydown", event => {
+  if (event.target !== panels) return;
+  const by = {ArrowLeft: -5, ArrowRight: 5}[event.key];
+  if (by) jump(audio.currentTime + by);
+  else if (event.key === "Home") jump(0);
+  else if (event.key === "End") jump(song.seconds);
+  else if (event.key === " ") audio.paused ? audio.play() : audio.pause();
+  else return;
+  event.preventDefault();
+});
+place();
+</script>
+</html>
+"""
+
+
+def make_page(facts, pictures, audio, limits) -> str:
+    """One song as a page that loads nothing from outside."""
+    data = facts | {"colors": COLORS}
+    parts = {
+        "TITLE": html.escape(Path(facts["file"]).name),
+        "SECONDS": facts["seconds"],
+        "LIMITS": limits,
+        "MEL": base64.b64encode(pictures["mel"]).decode(),
+        "DECIDING": base64.b64encode(pictures["deciding"]).decode(),
+        "AUDIO": base64.b64encode(audio).decode(),
+        # In a script element only this ends it; a name may hold anything.
+        "DATA": json.dumps(data).replace("<", "\\u003c"),
+    }
+    # One pass: what is put in is not looked at again.
+    return re.sub("@([A-Z]+)@", lambda match: str(parts[match[1]]), PAGE)
+
+
+def what_it_cannot_know(out, networks, temperature) -> str:
+    """The limits of the answers, as HTML."""
+    cnn, emotion = networks["cnn"].settings, networks["emotion"].settings
+    sure = "were not calibrated (run step 7)"
+    if temperature != 1.0:
+        sure = f"are calibrated on validation clips (temperature {temperature:.2f}; see step 7)"
+    demo = ""
+    for step, _ in NETWORKS.values():
+        metrics = out / step / "metrics.json"
+        if metrics.exists() and json.loads(metrics.read_text())["data"]["demo"]:
+            demo = """<p class="note"><b>Trained on synthesised demo music:</b> these answers show
+            that the pipeline runs; they say nothing about the song.</p>"""
+    genres = html.escape(", ".join(cnn["names"]))
+    return f"""{demo}<p>It knows {len(cnn["names"])} genres: {genres}. Whatever is played, speech or
+    noise included, is called one of them. Probabilities {sure}: for music like the training clips.
+    Genre curves and percentages are the CNN's, from 6 s at a time; the emotion curves are those of
+    the network of {len(emotion["names"])} emotions, the emotion table the mean of that and of an
+    LSTM. What decided (integrated gradients): red patches raised the called genre's score, blue
+    ones lowered it. The sound is a compressed copy, mono, 22 kHz.</p>"""
+
+
+def main(argv=None):
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.flag
+    parser.add_argument("songs", nargs="+", type=Path, help="sound files: wav, mp3, flac, ogg")
+    add("--data-dir", type=Path, help="the data set that was trained on, for its nearest clips")
+    add("--out-dir", type=Path, help="where the steps' outputs are, and where pages go")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--train", action="store_true", help="run the steps whose checkpoints are missing")
+    shown = "classes in the table"
+    add("--top", type=number(int, 1, 20), default=3, help=shown)
+    args = parser.parse_args(argv)
+    out = output_folder(args.out_dir)
+    networks = find_networks(out, args)
+    temperature, known = temperature_of(out), training_vectors(networks["cnn"], args)
+    folder = out / "listen"
+    make_folder(folder)
+    limits = what_it_cannot_know(out, networks, temperature)
+    found, table, failed = [], {}, []
+    for place, path in enumerate(args.songs, start=1):
+        try:
+            facts, pictures, audio = listen(path, networks, temperature, known)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(path)
+            continue
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem)[:80].strip("._") or "song"
+        page = folder / f"{place:02d}_{safe}.html"
+        write_text(page, make_page(facts, pictures, audio, limits))
+        found.append(facts | {"page": str(page)})
+        best = sorted(facts["genre"].items(), key=lambda pair: -pair[1])[: args.top]
+        table[path.name] = {
+            "length": f"{facts['seconds'] // 60:.0f}:{facts['seconds'] % 60:02.0f}",
+            "genre": ", ".join(f"{name} {value:.0%}" for name, value in best),
+            **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},
+            "nearest training clips": ", ".join(c["genre"] for c in facts["nearest"][:3]) or "-",
+            "page": str(page),
+        }
+    if table:
+        facts = {"songs": found, "temperature": temperature, "classes": found[0]["classes"]}
+        write_text(folder / "listen.json", json.dumps(facts, indent=1))
+        print(pd.DataFrame(table).T.to_string())
+    if failed:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_in_one_line
+    main()

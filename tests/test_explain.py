@@ -1,0 +1,141 @@
+"""What decides and how sure: attributions, insertion and deletion, calibration; sound back."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+import common
+import make_dataset
+from common import Classifier, CNNBackbone
+
+
+@pytest.fixture(scope="module")
+def model():
+    common.seed_everything(0)
+    return Classifier(CNNBackbone(), 3).eval()
+
+
+def clip(n_frames=256, seed=0):
+    return torch.randn(n_frames, 128, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model, x):
+    with torch.no_grad():
+        return model(x[None], torch.tensor([len(x)]))[0]
+
+
+def test_attributions_of_a_linear_model_are_weight_times_input():
+    """Where the gradient is the same everywhere there is one right answer."""
+    weights = torch.randn(3, 40, 128, generator=torch.Generator().manual_seed(1))
+
+    class Linear(nn.Module):
+        def forward(self, x, lengths):
+            return torch.einsum("btf,ktf->bk", x, weights) + 5
+
+    x, classes = torch.stack([clip(40, 2), clip(40, 3)]), torch.tensor([2, 0])
+    found = common.integrated_gradients(Linear(), x, torch.full((2,), 40), classes, n_steps=3)
+    torch.testing.assert_close(found, x * weights[classes], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_attributions_add_up_to_the_logit(model, number):
+    """Minus that of the mean clip: completeness (Sundararajan et al., 2017, proposition 1)."""
+    x = clip()
+    lengths, classes = torch.tensor([256]), torch.tensor([number])
+    found = common.integrated_gradients(model, x[None], lengths, classes, n_steps=300)
+    gain = (logits_of(model, x) - logits_of(model, torch.zeros_like(x)))[number]
+    assert float(found.sum()) == pytest.approx(float(gain), abs=0.05 * abs(float(gain)) + 0.01)
+
+
+@pytest.mark.parametrize("n_frames", [100, 256, 700])
+def test_a_clips_attributions_cover_it_window_by_window(model, n_frames):
+    x = clip(n_frames)
+    found = common.clip_attributions(model, x, 256, 1)
+    assert found.shape == x.shape
+    silent = (found.abs().sum(1) == 0).sum()  # what is left over when the blocks pool: their step
+    assert silent < 2 * 4 * 8
+    size = min(256, n_frames)
+    last = common.integrated_gradients(
+        model, x[None, -size:], torch.tensor([size]), torch.tensor([1])
+    )[0]
+    # The last frames lie in one window only, or in two that both count.
+    assert torch.allclose(found[-10:], last[-10:], atol=1e-5)
+
+
+def test_patches_are_sums_in_their_own_cells():
+    cells = torch.arange(20 * 6).float().view(20, 6)
+    found = common.patches(cells, frames=8, bands=4)
+    assert found.shape == cells.shape
+    assert (found[:8, :4] == cells[:8, :4].sum()).all()
+    assert (found[16:, 4:] == cells[16:, 4:].sum()).all()  # cut off at the edges
+    twice = common.patches(torch.stack([cells, 2 * cells]), frames=8, bands=4)
+    assert torch.equal(twice[0], found) and torch.equal(twice[1], 2 * found)
+
+
+def test_ranks_go_from_the_highest_down():
+    rank = common.ranks(torch.tensor([[0.1, 0.9], [0.5, -3.0]]))
+    assert rank.tolist() == [[0.5, 0.0], [0.25, 0.75]]
+
+
+@pytest.mark.parametrize("insert", [True, False])
+def test_a_curve_begins_and_ends_at_nothing_and_all(model, insert):
+    x, rank = clip(), common.ranks(clip(seed=5))
+    curve = common.answer_curve(model, x, rank, 1, insert)
+    whole, nothing = (logits_of(model, y).softmax(0)[1] for y in (x, torch.zeros_like(x)))
+    first, last = (nothing, whole) if insert else (whole, nothing)
+    torch.testing.assert_close(curve[0], first, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curve[-1], last, rtol=1e-3, atol=1e-4)
+    half = x * ((rank < 0.5) if insert else (rank >= 0.5))
+    expected = logits_of(model, half).softmax(0)[1]
+    torch.testing.assert_close(curve[10], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_temperature_that_was_put_in_is_found():
+    rng = np.random.default_rng(0)
+    z = torch.tensor(1.5 * rng.standard_normal((6000, 5)), dtype=torch.float32)
+    targets = torch.multinomial(z.softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    for factor in (0.4, 1.0, 3.0):
+        assert common.fit_temperature(factor * z, targets) == pytest.approx(factor, rel=0.08)
+    assert common.calibration_error(z, targets) < 0.02
+    assert common.calibration_error(3 * z, targets) > 0.1  # too sure
+
+
+def test_calibration_error_by_hand():
+    """Eight clips answered with .75, of which half are right; two with .95, both right."""
+    sure = torch.tensor([0.75] * 8 + [0.95] * 2)
+    logits = torch.stack([sure.log(), (1 - sure).log()], 1)
+    targets = torch.tensor([0, 1] * 4 + [0, 0])
+    expected = 0.8 * abs(0.75 - 0.5) + 0.2 * abs(0.95 - 1)
+    assert common.calibration_error(logits, targets) == pytest.approx(expected, abs=1e-6)
+
+
+# --- sound back from spectrograms -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mel():
+    sound = make_dataset.demo_waveform(0, 1000, "Rock", 3.0)
+    return common.extract_features(sound)[0][:128]
+
+
+def test_sound_comes_back_like_the_spectrogram_it_was_made_of(mel):
+    waveform = common.mel_to_waveform(mel)
+    assert waveform.dtype == np.float32 and np.abs(waveform).max() == pytest.approx(0.9)
+    assert len(waveform) == (mel.shape[1] - 1) * common.HOP
+    close = common.likeness(waveform, mel)
+    assert close["correlation"] > 0.95 and close["mean_distance_db"] < 4
+    other = common.likeness(waveform, mel[:, ::-1])
+    assert other["mean_distance_db"] > close["mean_distance_db"] + 1
+    noise = np.random.default_rng(1).standard_normal(len(waveform)).astype("f4")
+    assert common.likeness(noise, mel)["correlation"] < 0.7
+
+
+def test_the_same_seed_gives_the_same_sound(mel, tmp_path):
+    first, second = (common.mel_to_waveform(mel, n_iter=4, seed=seed) for seed in (0, 0))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, common.mel_to_waveform(mel, n_iter=4, seed=1))
+    common.write_sound(tmp_path / "sound.mp3", first)
+    assert soundfile.info(tmp_path / "sound.mp3").duration == pytest.approx(3, abs=0.2)
+    assert list(tmp_path.iterdir()) == [tmp_path / "sound.mp3"]

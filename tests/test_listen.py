@@ -1,0 +1,264 @@
+"""listen.py by its command line: what it says of a song, odd songs, and its page in a browser.
+
+The networks have random weights: what is tested is what is done with their answers.
+"""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from conftest import Page, assert_clean_error, run_script, write_data_set
+
+import common
+import listen
+from common import SR
+
+TEMPERATURE = 0.8
+ODD_NAME = "a <script>alert('x')<\\script> & \"quoted\"\nsong.wav"
+
+
+def tones(seconds, seed=0):
+    """Chords and clicks, unlike from second to second."""
+    rng, t = np.random.default_rng(seed), np.arange(round(SR * seconds)) / SR
+    pitch = np.repeat(rng.uniform(80, 2000, int(seconds) + 1), SR)[: len(t)]
+    return (0.3 * np.sin(2 * np.pi * pitch * t) + 0.02 * rng.standard_normal(len(t))).astype("f4")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return write_data_set(root, per_class=(3, 1), n_emotion=(24, 3), n_frames=(300, 320))
+
+
+def save_networks(out, data, **odd):
+    """Checkpoints as steps 5, 7 and 10 leave them; odd : settings of the CNN's that are changed."""
+    source = common.Source(data)
+    for role, (step, run) in listen.NETWORKS.items():
+        torch.manual_seed(len(role))
+        kind = "lstm" if "lstm" in role else "cnn"
+        features = "fused" if role == "emotion_lstm" else "mel"
+        network = common.Network(kind, features)
+        target = "emotion" if "emotion" in role else "genre"
+        cut = common.load_data(source, features, target=target)
+        backbone = common.make_backbone(network)
+        if target == "genre":
+            model = common.Classifier(backbone, len(cut.names))
+        else:
+            model = common.Regressor(backbone, cut.names, cut.mean, cut.std)
+        settings = cut.settings | {"run": run, "window": common.window_of(network)}
+        settings |= odd if role == "cnn" else {}
+        (out / step / run).mkdir(parents=True)
+        path = out / step / run / "best.pt"
+        common.save_checkpoint(path, model, settings, epoch=1, val_score=0.5, facts={})
+    facts = {"calibration": {"temperature": TEMPERATURE}, "data": {"demo": False}}
+    (out / "step07_cnn" / "metrics.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope="module")
+def outputs(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("outputs")
+    save_networks(out, data)
+    return out
+
+
+@pytest.fixture(scope="module")
+def heard(data, outputs, tmp_path_factory):
+    """Three songs of 29 s, 71 s and 2 s, two of them no lab clip's length."""
+    folder = tmp_path_factory.mktemp("songs")
+    soundfile.write(folder / "clip.wav", tones(29), SR, subtype="FLOAT")
+    soundfile.write(folder / "long.flac", np.stack([tones(71, 1)] * 2, 1), SR)
+    if os.name == "posix":  # a name may hold anything but / there
+        soundfile.write(folder / "plain.wav", tones(2, 2), SR)
+        (folder / "plain.wav").rename(folder / ODD_NAME.replace("/", "_"))
+    songs = sorted(folder.iterdir())
+    result = run_script("listen.py", *songs, "--out-dir", outputs, "--data-dir", data)
+    found = json.loads((outputs / "listen" / "listen.json").read_text())
+    return result, {os.path.basename(song["file"]): song for song in found["songs"]}, folder
+
+
+def test_a_song_is_answered_as_the_networks_answer_its_windows(heard, outputs):
+    """Computed here once more, from the lab's own extractor."""
+    _, songs, folder = heard
+    song = songs["clip.wav"]
+    rows, _ = common.extract_features(soundfile.read(folder / "clip.wav", dtype="float32")[0])
+    model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    settings, every = checkpoint["settings"], round(3 * SR / common.HOP)
+    mean, std = settings["stats"]
+    x = (torch.from_numpy(rows[:128]).float().T - mean) / std
+    starts = range(0, len(x) - 256 + 1, every)
+    with torch.no_grad():
+        windows = torch.stack([x[s : s + 256] for s in starts])
+        logits = model(windows, torch.full((len(windows),), 256))
+    logits = (logits - 0.5 * torch.tensor(settings["priors"]).log()) / TEMPERATURE
+    expected = logits.softmax(1).T
+    assert torch.allclose(torch.tensor(song["genre_over_time"]), expected, atol=2e-3)
+    assert song["classes"] == settings["names"]
+    overall = dict(zip(settings["names"], logits.mean(0).softmax(0).tolist(), strict=True))
+    assert song["genre"] == pytest.approx(overall, abs=2e-3)
+    middles = [(s + 128) * common.HOP / SR for s in starts]
+    assert song["times_s"] == pytest.approx(middles, abs=0.01)
+    for name in common.EMOTIONS:
+        assert 0 <= song["emotion"][name] <= 1
+
+
+def test_a_song_of_any_length_is_covered(heard):
+    _, songs, _ = heard
+    for name, seconds in (("clip.wav", 29), ("long.flac", 71)):
+        song = songs[name]
+        times = np.array(song["times_s"])
+        assert song["seconds"] == seconds and (np.diff(times) > 0).all()
+        assert times[0] < 4 and seconds - times[-1] < 7 and np.diff(times).max() < 9
+        curves = np.array(song["genre_over_time"])
+        assert curves.shape == (len(song["classes"]), len(times))
+        assert np.allclose(curves.sum(0), 1, atol=1e-2)
+        assert sum(song["genre"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_training_clip_is_nearest_to_itself(data, outputs):
+    """By its own latent vector; the other clips follow by distance."""
+    model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    args = type("Args", (), {"data_dir": data})
+    known = listen.training_vectors(listen.Heard(model, checkpoint["settings"]), args)
+    for place in (0, 5):
+        found = listen.nearest(known[0][place], known)
+        assert found[0]["clip"] == known[1].index[place] and found[0]["distance"] == 0
+        assert found[0]["genre"] == known[1].iloc[place]
+        distances = [clip["distance"] for clip in found]
+        assert len(found) == 5 and distances == sorted(distances)
+
+
+def test_nearest_clips_are_of_the_networks_own_data_set(heard, outputs, tmp_path):
+    _, songs, folder = heard
+    assert len(songs["clip.wav"]["nearest"]) == 5
+    other = write_data_set(tmp_path, per_class=(3, 1), n_emotion=(24, 3), n_frames=40, seed=9)
+    arguments = (folder / "clip.wav", "--data-dir", other, "--out-dir", tmp_path / "out")
+    shutil.copytree(outputs, tmp_path / "out", ignore=shutil.ignore_patterns("listen"))
+    result = run_script("listen.py", *arguments)
+    (song,) = json.loads((tmp_path / "out" / "listen" / "listen.json").read_text())["songs"]
+    assert song["nearest"] == [] and "clip.wav" in result.stdout
+
+
+def test_long_songs_are_read_in_blocks(tmp_path):
+    """So that an hour needs no more memory than a minute."""
+    sound = tones(95.0, 3)
+    soundfile.write(tmp_path / "song.wav", sound, SR, subtype="FLOAT")
+    blocks = list(listen.read_blocks(tmp_path / "song.wav"))
+    assert [len(block) / SR for block in blocks] == [30, 30, 30, 5]
+    assert np.allclose(np.concatenate(blocks), sound, atol=1e-6)
+    soundfile.write(tmp_path / "song.wav", tones(61.5), 8000)  # another rate, and a short tail
+    seconds = [len(block) / SR for block in listen.read_blocks(tmp_path / "song.wav")]
+    assert sum(seconds) == pytest.approx(61.5 * SR / 8000, abs=0.1) and min(seconds) >= 3
+
+
+# --- odd input --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(SR * 4), SR)
+    soundfile.write(tmp_path / "blip.wav", tones(1)[: SR // 3], SR)
+    (tmp_path / "text.mp3").write_text("no sound\n" * 50)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    return tmp_path
+
+
+def test_odd_songs_are_named_and_the_others_are_heard(odd, heard, data, outputs, tmp_path):
+    _, _, folder = heard
+    words = {
+        "silence.wav": "silence",
+        "blip.wav": "0.33 s of sound is too short",
+        "text.mp3": "not readable as sound",
+        "empty.wav": "not readable as sound",
+        "nowhere.wav": "no such file",
+    }
+    songs = [odd / name for name in words] + [folder / "clip.wav"]
+    arguments = ("--out-dir", outputs, "--data-dir", data)
+    result = run_script("listen.py", *songs, *arguments, check=False)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and len(lines) == len(words), result.stderr
+    for line, (name, word) in zip(lines, words.items(), strict=True):
+        assert line.startswith(f"error: {odd / name}: ") and word in line
+    assert "clip.wav" in result.stdout
+
+
+def test_missing_checkpoints_name_the_steps(heard, outputs, tmp_path):
+    _, _, folder = heard
+    shutil.copytree(outputs / "step07_cnn", tmp_path / "step07_cnn")
+    result = run_script("listen.py", folder / "clip.wav", "--out-dir", tmp_path, check=False)
+    assert_clean_error(result, "python step05_lstm.py", "python step10_multitask.py", "--train")
+    assert "step07" not in result.stderr
+
+
+@pytest.mark.parametrize("change", [{"features": "chroma"}, {"beat": True}, {"window": None}])
+def test_a_network_for_other_input_is_refused(heard, data, tmp_path, change):
+    save_networks(tmp_path, data, **change)
+    song = heard[2] / "clip.wav"
+    result = run_script("listen.py", song, "--out-dir", tmp_path, check=False)
+    assert_clean_error(result, "cnn_mel", "other input", "train step07_cnn again")
+
+
+# --- the page ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pages(heard, outputs):
+    result, songs, _ = heard
+    assert result.returncode == 0
+    return {name: outputs / "listen" / os.path.basename(s["page"]) for name, s in songs.items()}
+
+
+def test_a_name_never_becomes_markup(pages):
+    name = ODD_NAME.replace("/", "_")
+    assert re.fullmatch(r"\d\d_[A-Za-z0-9._-]+\.html", pages[name].name)
+    text = pages[name].read_text()
+    assert text.count("<script>") == 1 and text.count("</script>") == 1
+    assert "<script>alert" not in text
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_plays_follows_and_jumps(browser, pages, width):
+    page = Page(browser, pages["long.flac"], width)
+    page.wait("audio.readyState > 1")
+    assert page("audio.duration") == pytest.approx(71, abs=0.2)
+
+    def cursor():
+        return page("parseFloat(document.querySelector('.cursor').style.left)")
+
+    assert cursor() == 0
+    panel = page.page.locator(".panel").nth(1)
+    box = panel.bounding_box()
+    panel.click(position={"x": box["width"] / 2, "y": 20})  # half of the song
+    page.wait("Math.abs(audio.currentTime - 35.5) < 1")
+    assert cursor() == pytest.approx(50, abs=2)
+    page("audio.muted = true; audio.play(); 0")  # returns before the promise is kept
+    page.wait("audio.currentTime > 36.2")
+    page("audio.pause()")
+    assert cursor() > 50.5
+    page.page.focus("#panels")
+    for key, expected in (("Home", 0), ("ArrowRight", 5), ("ArrowRight", 10), ("ArrowLeft", 5)):
+        page.page.keyboard.press(key)
+        page.wait(f"Math.abs(audio.currentTime - {expected}) < 0.2")
+    assert page("document.querySelectorAll('#genres polyline').length") == 5
+    assert page("document.querySelectorAll('#emotions polyline').length") == 3
+    assert page("mel.getBoundingClientRect().height > 100 && deciding.hidden")
+    page.page.check("#decide")
+    assert page("deciding.getBoundingClientRect().height > 100 && mel.hidden")
+    dashes = page("[...document.querySelectorAll('#genres polyline')]"
+                  ".map(p => p.getAttribute('stroke-dasharray'))")  # fmt: skip
+    assert len(set(dashes)) == 5  # told apart without colours too
+    assert page.fits() and not page.faults
+
+
+def test_the_page_of_an_odd_name_shows_it_as_text(browser, pages):
+    name = ODD_NAME.replace("/", "_")
+    page = Page(browser, pages[name], 800)
+    title = page("document.querySelector('h1').textContent")
+    assert title == name and not page.faults
+    rows = pd.DataFrame(page("[...genre.rows].map(r => r.textContent)"))
+    assert len(rows) == len(json.loads(page("JSON.stringify(song.classes)")))
