@@ -363,7 +363,8 @@ def test_what_decides_is_tested_before_it_is_shown(outputs):
     for way in ("insertion", "deletion"):
         row = facts["faithfulness"][way]
         assert 0 < row["by attribution"] < 1 and 0 < row["in random order"] < 1
-    mean, low, high = facts["faithfulness"]["randomised_weights"]
+    agreement = facts["faithfulness"]["randomised_weights"]
+    mean, (low, high) = agreement["mean"], agreement["ci95"]
     assert -1 <= low <= mean <= high < 0.95  # other weights name other cells
     assert facts["calibration"]["temperature"] > 0
     summary = (outputs / "step07_cnn" / "summary.md").read_text()
