@@ -300,17 +300,16 @@ def letters_of(heading) -> list[str]:
 
 
 def place_figures(text, folder, base) -> str:
-    """Make the figures' paths relative to the draft; name those that are not there."""
+    """Make paths of figures, sounds and pages relative to the draft; name missing figures."""
 
     def place(match):
-        path = Path(os.path.relpath(folder / match[2], base)).as_posix()
-        return (
-            f"![{match[1]}](<{path}>)"
-            if (folder / match[2]).is_file()
-            else f"*(figure missing: {path})*"
-        )
+        mark, words, target = match.groups()
+        path = Path(os.path.relpath(folder / target, base)).as_posix()
+        if (folder / target).is_file():
+            return f"{mark}[{words}](<{path}>)"
+        return f"*(figure missing: {path})*" if mark else match[0]
 
-    return re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", place, text)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)]+)\)", place, text)
 
 
 def step_chapter(number, outputs, base) -> tuple[list[str], list[dict]]:

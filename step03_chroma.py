@@ -57,10 +57,10 @@ def chroma_measures(chroma) -> dict:
     }
 
 
-# %% 3 (as 1a-b). The same two clips, their chromagrams
+# %% 3, as 1a-b. The same two clips, their chromagrams
 # The lab: choose two random lines with different labels and read their files. The seed of
 # steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
-step.heading("3 (as 1a-b). The same two clips")
+step.heading("3, as 1a-b. The same two clips")
 clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 chroma = {  # each (12, T)
@@ -69,11 +69,11 @@ chroma = {  # each (12, T)
 }
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
-# %% 3 (as 1c). What they show
+# %% 3, as 1c. What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ.
 # Full and beat-synced lie side by side, since step 2 asks the same of both. Measured
 # besides: the strongest pitch class, how many share the energy, how fast they change.
-step.heading("3 (as 1c). What they show")
+step.heading("3, as 1c. What they show")
 cells = [(i, form) for i in (0, 1) for form in FORMS]
 panels = [(f"{titles[i]}, {form}", chroma[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
@@ -105,11 +105,11 @@ rows = [measures[form][i : i + 1].set_axis([f"{titles[i]}, {form}"]) for i, form
 table = pd.concat(rows).rename(columns=columns).rename_axis("clip")
 step.table(table, "The two clips, measured")
 
-# %% 3 (as 1c). Two clips or two genres?
+# %% 3, as 1c. Two clips or two genres?
 # Songs come in all keys, so a plain mean over a genre's clips blurs them. Turned so that
 # its strongest note is row 0, each clip shows the intervals that it is made of instead. As
 # shares of the clip's sum: without that, how flat a chromagram is would be compared too.
-step.heading("3 (as 1c). Two clips or two genres?")
+step.heading("3, as 1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 classes = sorted(set(genres))
 levels = np.array([c.mean(dtype=float) for c in chroma["full"]])
@@ -155,12 +155,12 @@ shares = {name: {"explained by genre": f"{share:.0%}"} for name, share in explai
 caption = f"Share of the variance over {len(clips)} clips that lies between the genres"
 step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
 
-# %% 3 (as 2a). Dimensions, and is training an LSTM efficient?
+# %% 3, as 2a. Dimensions, and is training an LSTM efficient?
 # The lab's questions of step 2 for chromagrams: 12 rows in place of 128, as many steps.
 # Two of its measurements again: what a training pass costs, and how far back the gradient of
 # an untrained LSTM's last output reaches; the mel rows stand below for comparison (here the
 # clips of one batch are standardised, in step 2 all that were drawn).
-step.heading("3 (as 2a). Dimensions, and is training an LSTM efficient?")
+step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
 shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
 caption = "Pitch classes x time steps of the two clips"
 step.table(pd.DataFrame(shapes, titles[:2], FORMS).rename_axis("clip"), caption)
@@ -196,11 +196,11 @@ step.text(
     """
 )
 
-# %% 3 (as 2b). What beat synchronisation changes
+# %% 3, as 2b. What beat synchronisation changes
 # The lab: what differs once the frames between two beats have become one, their median.
 # Measured as in step 2: how much of the variance over time lies within a beat, where a
 # median cannot hold it, and what becomes of step 1's measures.
-step.heading("3 (as 2b). What beat synchronisation changes")
+step.heading("3, as 2b. What beat synchronisation changes")
 full, beat = (measures[form] for form in FORMS)
 pairs = list(zip(chroma["full"], clips, strict=True))
 within, shifted = (

@@ -200,7 +200,7 @@ def outputs(tmp_path):
 
 ## Both test sets
 
-Sentence without a letter.
+Sentence without a letter. [A sound](sound.mp3), and https://example.org [.1, .2] (an interval).
 
 ## 6b. Per class
 
@@ -209,6 +209,7 @@ Sentence without a letter.
 ![Gone](gone.png)
 """,
     )
+    (folder / "sound.mp3").write_bytes(b"some sound")
     fig, ax = plt.subplots(figsize=(12, 30))  # taller than a page
     ax.plot([0, 1])
     fig.savefig(folder / "scores.png", dpi=60)
@@ -225,7 +226,7 @@ Sentence without a letter.
     )
     leave(
         "step03_chroma",
-        "# step03_chroma\n\nBefore all headings.\n\n## 3, step 2a. Dimensions\n\n12 rows.\n",
+        "# step03_chroma\n\nBefore all headings.\n\n## 3, as 2a. Dimensions\n\n12 rows.\n",
     )
     leave(
         "step05_lstm_overfit",
@@ -260,6 +261,8 @@ def test_draft_puts_measurements_under_the_labs_questions(outputs):
         "Before all headings."
     ) < text.index("### 3. ")
     assert "figure missing" in section(text, "6b")
+    assert "[A sound](<outputs/step06_eval/sound.mp3>)" in text
+    assert "https://example.org [.1, .2] (an interval)" in text
     assert "python step01_spectrograms.py" in text  # not run yet
     assert "python step06_eval.py" not in text
     assert (
