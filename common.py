@@ -2217,7 +2217,7 @@ def overfit(
     while not learned and len(history) < limit:
         with advice_on_memory(device, batch_size):
             loss = train_epoch(batches, parts, recipe, device, len(history) + 1)
-            right = hits(model, batches, device)
+            right = share_right(model, batches, device)
         history.append({"pass": len(history) + 1, "loss": loss, "accuracy": right})
         learned = loss < goal and right in (None, 1.0)
         if len(history) % 10 == 1 or learned:
@@ -2228,7 +2228,7 @@ def overfit(
 
 
 @torch.no_grad()
-def hits(model, batches, device) -> float | None:
+def share_right(model, batches, device) -> float | None:
     """Share of right answers over some batches, in training mode; None for regression."""
     if batches[0][1].is_floating_point():
         return None

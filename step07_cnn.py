@@ -638,16 +638,16 @@ for index in chosen:
     x = middle(test[int(index)][0].cpu())
     lengths, one = torch.tensor([len(x)]), x[None]
     with torch.no_grad():
-        number = int(model(one, lengths).argmax(1))
+        label = int(model(one, lengths).argmax(1))
     named, random_named = (
-        patches(integrated_gradients(network, one, lengths, torch.tensor([number]), 16)[0])
+        patches(integrated_gradients(network, one, lengths, torch.tensor([label]), 16)[0])
         for network in (model, random_twin)
     )
     noise = patches(torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index))))
     row = {}
     for way in ("insertion", "deletion"):
         for order, values in (("attribution", named), ("random", noise)):
-            curve = answer_curve(model, x, ranks(values), number, way == "insertion")
+            curve = answer_curve(model, x, ranks(values), label, way == "insertion")
             row[way, order] = float(curve.mean())
     areas.append(row)
     cells = slice(None, None, 8), slice(None, None, 4)  # one of each patch
@@ -697,9 +697,9 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
     windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
     with torch.no_grad():
         answered = adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
-    chance, number = (answered / temperature).softmax(0).max(0)
-    said = f"called {data.names[int(number)]} (probability {chance:.2f})"
-    named = patches(clip_attributions(model, x, window, int(number)))
+    chance, label = (answered / temperature).softmax(0).max(0)
+    said = f"called {data.names[int(label)]} (probability {chance:.2f})"
+    named = patches(clip_attributions(model, x, window, int(label)))
     plot_spectrogram(row[0], mel.T)
     limit = float(named.abs().quantile(0.995)) or 1.0
     draw_map(row[1], named, "", cmap="RdBu_r", vmin=-limit, vmax=limit)
