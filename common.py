@@ -373,7 +373,7 @@ def dask_cluster(address):
         fault = "--dask needs a package that is not installed"
         raise InputError(f'{fault}; pip install "dask[distributed]"') from None
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=5)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"--dask {address}: no scheduler answers there ({error})") from None
     module = sys.modules[__name__]

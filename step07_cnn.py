@@ -619,7 +619,7 @@ which also chose the epoch: only the test row tells whether it helps.
 # weights should not name the same ones (Adebayo et al., 2018).
 step.heading("7e, besides. Which cells decide, and do they")
 window, test = cnn.settings["window"], load_test(step.source, cnn.settings)
-n_judged = min(8 if step.args.smoke else 60, len(test))
+n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
 rng = np.random.default_rng(step.args.seed)
 chosen = rng.permutation(len(test))[:n_judged]
 model = copy.deepcopy(cnn.model).cpu().eval()
@@ -640,7 +640,7 @@ for index in chosen:
     with torch.no_grad():
         label = int(model(one, lengths).argmax(1))
     named, random_named = (
-        patches(integrated_gradients(network, one, lengths, torch.tensor([label]), 16)[0])
+        patches(integrated_gradients(network, one, lengths, torch.tensor([label]), n_steps)[0])
         for network in (model, random_twin)
     )
     noise = patches(torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index))))
@@ -690,6 +690,8 @@ sure, called = (z / temperature).softmax(1).max(1)
 for row in [int(i) for i in sure.argsort(descending=True) if called[i] != targets[i]][:2]:
     title = f"{clip_ids(test)[row]}, {data.names[targets[row]]}, test set"
     looked_at.append((title, test[row][0].cpu() * std + mean))
+if step.args.smoke:
+    looked_at = [(title, mel[:300]) for title, mel in looked_at]
 fig, axes = plt.subplots(len(looked_at), 2, figsize=(12, 2.6 * len(looked_at)), squeeze=False)
 fig.subplots_adjust(hspace=0.55, wspace=0.17)
 for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), start=1):

@@ -184,7 +184,7 @@ def plot_maps(panels, n_columns):
     n_rows = -(-len(panels) // n_columns)
     size = (5.4 * n_columns, 4.6 * n_rows + 0.5)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, (title, (x, y), run, points) in zip(axes.flat, panels, strict=True):
+    for ax, (title, (x, y), run, points) in zip(axes.flat, panels, strict=False):
         for k, genre in enumerate(latent[run]["classes"]):
             # More classes than colours (--no-merge): the second round has other marks.
             mark = {"color": COLORS[k % 10], "marker": MARKERS[(k + k // 10) % 10]}
@@ -192,6 +192,8 @@ def plot_maps(panels, n_columns):
             ax.scatter(*points[rows].T, s=24, edgecolor="black", linewidth=0.3, label=genre, **mark)
         ax.set(title=title, xlabel=x, ylabel=y)
         ax.set_aspect("equal", "datalim")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
@@ -473,7 +475,7 @@ if importlib.util.find_spec("plotly"):
     from plotly.offline import get_plotlyjs
 
     test = load_test(step.source, models["cnn_mel"].settings)
-    store, n_heard = test.store, round(5 * SR / HOP)
+    store, n_heard = test.store, round((1 if step.args.smoke else 5) * SR / HOP)
     middles = (store.starts + (store.lengths - n_heard).clamp(min=0) // 2).tolist()
     heard = [store.frames[m : m + n_heard, BANDS["mel"]].float().cpu().T.numpy() for m in middles]
     workers = 1 if step.args.smoke else joblib.cpu_count()

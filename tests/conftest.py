@@ -22,6 +22,7 @@ from joblib.externals.loky import reusable_executor
 # cache of its own: processes that compile into one empty cache at once corrupt it, after
 # which librosa dies of a segmentation fault. Both are read when torch and numba are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # joblib's: no worker processes unless a test asks for them
 warm = os.environ.get("NUMBA_CACHE_DIR", "")  # may hold what was compiled before
 os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="patrec-numba-")
 if os.path.isdir(warm):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import common
 
-FAST_DTYPE = common.fast_dtype.__wrapped__  # before a test replaces it
+FAST_DTYPE = common.fast_dtype  # before a test replaces it
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:for .*copying from a non-meta parameter"
