@@ -3076,7 +3076,7 @@ def plot_history(ax, history, title="", score_name="score"):
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right = ax.twinx()
     right.plot(epoch, history["val_score"], color=COLORS[2], linestyle="--", label=score)
-    right.set_ylabel(score.capitalize())
+    right.set(ylabel=f"Validation {score_name}", ylim=(min(0, history["val_score"].min()), 1))
     if history["settled"].any():
         first = epoch[history["settled"] == 1].min()
         ax.axvspan(first - 0.5, epoch.max() + 0.5, color="0.92", zorder=0)

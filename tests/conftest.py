@@ -261,6 +261,23 @@ def hidden_emotions(n_emotion=(64, 12), seed=0):
     )
 
 
+SLOW = (
+    "answers_genre",
+    "workers",
+    "steps_07_11",
+    "resume",
+    "make_dataset",
+    "steps_08_10",
+    "crashes",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the slowest files, lest one process waits for the other at the end."""
+    place = {f"test_{name}": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):
     os.environ["PATREC_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_clean_error, run_script, write_data_set
+from conftest import ROOT, assert_clean_error, run_forked, run_script, write_data_set
 from torch import nn
 
 import common
@@ -32,8 +32,8 @@ def data(tmp_path_factory):
     return write_data_set(root, per_class=(3, 1), n_emotion=(4, 2), n_frames=(90, 120))
 
 
-def run(data, out, *args, **options):
-    return run_script(f"{STEP}.py", *FLAGS, "--data-dir", data, "--out-dir", out, *args, **options)
+def run(data, out, *args, by=run_script, **options):
+    return by(f"{STEP}.py", *FLAGS, "--data-dir", data, "--out-dir", out, *args, **options)
 
 
 def results(out):
@@ -50,7 +50,7 @@ def results(out):
 def alone(data, tmp_path_factory):
     """The results of one training after another, with one thread."""
     out = tmp_path_factory.mktemp("alone")
-    run(data, out, "--workers", 1)
+    run(data, out, "--workers", 1, by=run_forked)
     return results(out)
 
 
@@ -125,7 +125,7 @@ def test_a_step_whose_worker_was_killed_goes_on_later(data, alone, tmp_path):
     assert process.returncode == 1 and len(line) == 1 and "--resume" in line[0], stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / STEP / "metrics.json").exists()
-    run(data, tmp_path, "--workers", 2, "--resume")
+    run(data, tmp_path, "--workers", 1, "--resume", by=run_forked)
     assert results(tmp_path) == alone
 
 
@@ -140,7 +140,7 @@ def test_nothing_goes_on_without_its_step(data, alone, tmp_path, number):
     if number == signal.SIGINT:
         assert process.returncode == 130 and "--resume goes on" in stderr
         assert "Traceback" not in stderr, stderr
-    run(data, tmp_path, "--workers", 2, "--resume")
+    run(data, tmp_path, "--workers", 1, "--resume", by=run_forked)
     assert results(tmp_path) == alone
 
 
