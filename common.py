@@ -3304,23 +3304,32 @@ def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
 
 
-def share_within_beats(rows, mel_db, offset=0.0) -> float:
-    """Share of the variance over time of (F, T) rows that lies within a beat.
+def track_beats(mel_db) -> np.ndarray:
+    """Frames of the beats of a mel spectrogram (128, T) in dB, tracked on its own onsets.
 
-    offset : move the beats by this share of their median distance; by .5 the cuts fall
-        between beats, which tells what any grid of that width would give
-
-    The variance of frames is that of the beats' means plus that of the frames about the
-    mean of their beat (law of total variance): the second part is what one value per beat
-    cannot hold. Beats are tracked on the onsets of the clip's own mel spectrogram, since
-    the data set does not store its beat times; without any, the clip is one beat.
+    The data set does not store the beat times of its beat-synchronised twin.
 
     Source: Ellis, 2007, Beat tracking by dynamic programming.
     """
     import librosa
 
     onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
-    _, beats = librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)
+    return librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)[1]
+
+
+def share_within_beats(rows, beats, offset=0.0) -> float:
+    """Share of the variance over time of (F, T) rows that lies within a beat.
+
+    The variance of frames is that of the beats' means plus that of the frames about the
+    mean of their beat (law of total variance): the second part is what one value per beat
+    cannot hold. Without any beats, the clip is one.
+
+    Parameters
+    ----------
+    beats : frames, see `track_beats`
+    offset : move the beats by this share of their median distance; by .5 the cuts fall
+        between beats, which tells what any grid of that width would give
+    """
     rows = np.asarray(rows, dtype=float)
     width = np.median(np.diff(beats)) if len(beats) > 1 else 0
     cuts = np.unique((beats + offset * width).astype(int))

@@ -516,7 +516,8 @@ def what_it_cannot_know(out, networks, temperature) -> str:
             that the pipeline runs; they say nothing about the song.</p>"""
     genres = html.escape(", ".join(cnn["names"]))
     return f"""{demo}<p>It knows {len(cnn["names"])} genres: {genres}. Whatever is played, speech or
-    noise included, is called one of them. Probabilities {sure}: for music like the training clips.
+    noise included, is called one of them. The percentages {sure}: for clips of 30 s and music like
+    the training clips, not for the 6 s behind each point of a curve.
     Genre curves and percentages are the CNN's, from 6 s at a time; the emotion curves are those of
     the network of {len(emotion["names"])} emotions, the emotion table the mean of that and of an
     LSTM. What decided (integrated gradients): red patches raised the called genre's score, blue
@@ -535,8 +536,7 @@ def main(argv=None):
     add("--out-dir", type=Path, help="where the steps' outputs are, and where pages go")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--train", action="store_true", help="run the steps whose checkpoints are missing")
-    shown = "classes in the table"
-    add("--top", type=number(int, 1, 20), default=3, help=shown)
+    add("--top", type=number(int, 1, 20), default=3, help="classes in the table")
     args = parser.parse_args(argv)
     out = output_folder(args.out_dir)
     networks = find_networks(out, args)

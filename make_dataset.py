@@ -286,18 +286,15 @@ def play_tone(f_hz, n, rolloff, even, sustain_s, rng) -> np.ndarray:
     if n < 64:
         return np.zeros(0, np.float32)
     k = np.arange(1, int(np.clip(0.45 * SR / f_hz, 1, 40)) + 1)
+    phases = np.exp(2j * np.pi * rng.random(len(k)))
     spectrum = np.zeros(TABLE // 2 + 1, np.complex64)
-    spectrum[k] = (
-        k ** -float(rolloff) * np.where(k % 2, 1, even) * np.exp(2j * np.pi * rng.random(len(k)))
-    )
+    spectrum[k] = k ** -float(rolloff) * np.where(k % 2, 1, even) * phases
     period = (np.fft.irfft(spectrum) * TABLE / 2).astype(np.float32)
     t = np.arange(n, dtype=np.float32)
-    tone = period[(t * np.float32(f_hz * TABLE / SR)).astype(np.int32) % TABLE] * np.exp(
-        t * np.float32(-1 / (sustain_s * SR))
-    )
-    ramp = np.linspace(
-        0, 1, min(n // 2, 110), dtype=np.float32
-    )  # 5 ms: without it a tone would click
+    place = (t * np.float32(f_hz * TABLE / SR)).astype(np.int32) % TABLE
+    tone = period[place] * np.exp(t * np.float32(-1 / (sustain_s * SR)))
+    # 5 ms: without it a tone would click
+    ramp = np.linspace(0, 1, min(n // 2, 110), dtype=np.float32)
     tone[: len(ramp)] *= ramp
     tone[-len(ramp) :] *= ramp[::-1]
     return tone
@@ -313,9 +310,8 @@ def shape(music, style, rng) -> np.ndarray:
     music = music * 10 ** (swell_db / 20)
     music += 10 ** (style.noise / 20) * rng.standard_normal(len(music), np.float32)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(len(music), 1 / SR), 30) / 1000)
-    return np.fft.irfft(np.fft.rfft(music) * 10 ** (style.tilt * octaves / 20), len(music)).astype(
-        np.float32
-    )
+    tilted = np.fft.rfft(music) * 10 ** (style.tilt * octaves / 20)
+    return np.fft.irfft(tilted, len(music)).astype(np.float32)
 
 
 def play_drums(style, n, beat_s, rng) -> np.ndarray:
@@ -326,18 +322,16 @@ def play_drums(style, n, beat_s, rng) -> np.ndarray:
     kit = (
         np.sin(2 * np.pi * np.cumsum(kick_hz) / SR) * np.exp(-t * 14),
         0.35 * (noise[1:] + np.sin(2 * np.pi * 190 * t)) * np.exp(-t * rng.uniform(16, 26)),
-        0.15
-        * np.diff(noise)
-        * np.exp(-t * rng.uniform(35, 70)),  # the difference takes the lows away
+        # The difference takes the lows away.
+        0.15 * np.diff(noise) * np.exp(-t * rng.uniform(35, 70)),
     )
     music = np.zeros(n + len(t), np.float32)
     sixteenth = beat_s / 4 * SR
     for stroke, pattern in zip(kit, PATTERNS[style.pattern], strict=True):
         for i in range(int(n / sixteenth)):
             if pattern[i % 16] == "x":
-                start = int(
-                    (i + 2 * style.swing * (i % 4 == 2)) * sixteenth
-                )  # every second eighth is late
+                late = 2 * style.swing * (i % 4 == 2)  # every second eighth
+                start = int((i + late) * sixteenth)
                 if start < n:
                     music[start : start + len(t)] += rng.uniform(0.7, 1) * stroke
     return music[:n]

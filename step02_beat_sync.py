@@ -42,6 +42,7 @@ from common import (
     sample_clips,
     seed_everything,
     share_within_beats,
+    track_beats,
 )
 
 step = Step("step02_beat_sync", __doc__, parts=("genre",))
@@ -268,14 +269,15 @@ step.figure(plot_panels(panels, 4, size=(3.4, 2.0)), "genre_means", caption)
 frames = pd.DataFrame({f: [mel.shape[1] for mel in mels[f]] for f in FORMS}, index=titles)
 sd = {f: [float(np.sqrt(mel.var(1, dtype=float).mean())) for mel in mels[f]] for f in FORMS}
 level = {f: np.array([mel.mean(dtype=float) for mel in mels[f]]) for f in FORMS}
+on_beat = [(mel, track_beats(mel)) for mel in mels["full"]]
 changes = pd.DataFrame(
     {
         "steps, full": frames["full"],
         "steps, beat-synced": frames["beat-synced"],
         "frames per beat": frames["full"] / frames["beat-synced"],
         "beats per minute": 60 * (frames["beat-synced"] - 1) / (frames["full"] * FRAME_S),
-        "variance within beats (%)": [100 * share_within_beats(m, m) for m in mels["full"]],
-        "shifted grid (%)": [100 * share_within_beats(m, m, 0.5) for m in mels["full"]],
+        "variance within beats (%)": [100 * share_within_beats(*pair) for pair in on_beat],
+        "shifted grid (%)": [100 * share_within_beats(*pair, offset=0.5) for pair in on_beat],
         "sd over time, full (dB)": sd["full"],
         "sd over time, beat-synced (dB)": sd["beat-synced"],
         "level change (dB)": level["beat-synced"] - level["full"],

@@ -33,6 +33,7 @@ from common import (
     sample_clips,
     seed_everything,
     share_within_beats,
+    track_beats,
 )
 
 step = Step("step03_chroma", __doc__, parts=("genre",))
@@ -202,10 +203,10 @@ step.text(
 # median cannot hold it, and what becomes of step 1's measures.
 step.heading("3, as 2b. What beat synchronisation changes")
 full, beat = (measures[form] for form in FORMS)
-pairs = list(zip(chroma["full"], clips, strict=True))
+beats = [track_beats(clip.full[BANDS["mel"]]) for clip in clips]
+on_beat = list(zip(chroma["full"], beats, strict=True))
 within, shifted = (
-    100 * np.mean([share_within_beats(c, clip.full[BANDS["mel"]], offset) for c, clip in pairs])
-    for offset in (0.0, 0.5)
+    100 * np.mean([share_within_beats(*pair, offset) for pair in on_beat]) for offset in (0.0, 0.5)
 )
 same_strongest = float((full["strongest"] == beat["strongest"]).mean())
 means = {

@@ -252,7 +252,7 @@ def test_step02_measures_the_gradient_after_training_too(runs):
 def test_variance_within_beats_is_what_one_value_per_beat_cannot_hold():
     """A click every half second: rows that are constant from click to click have no variance
     within a beat, rows that alternate from frame to frame have nearly nothing else."""
-    from common import share_within_beats
+    from common import share_within_beats, track_beats
 
     beats = np.arange(20, 1280, 20)  # in frames; 129 a minute
     mel = np.full((128, 1280), -60.0)
@@ -260,11 +260,14 @@ def test_variance_within_beats_is_what_one_value_per_beat_cannot_hold():
     levels = np.random.default_rng(0).random((12, 65))
     held = np.repeat(levels, 20, axis=1)[:, :1280]
     restless = np.tile([0.0, 1.0], (12, 640))
-    assert share_within_beats(restless, mel) > 0.95
-    assert share_within_beats(held, mel) < 0.35, "a tracked beat may be a frame or two off"
-    assert share_within_beats(held, mel) + 0.5 < share_within_beats(restless, mel)
+    tracked = track_beats(mel)
+    assert share_within_beats(restless, tracked) > 0.95
+    assert share_within_beats(held, tracked) < 0.35, "a tracked beat may be a frame or two off"
+    # Cut half a beat off, a span holds halves of two beats.
+    assert share_within_beats(held, tracked) + 0.1 < share_within_beats(held, tracked, 0.5)
     # No onset at all: the clip is one beat, and all variance lies within it.
-    assert share_within_beats(held, np.full((128, 1280), -60.0)) == pytest.approx(1)
+    none = track_beats(np.full((128, 1280), -60.0))
+    assert share_within_beats(held, none) == pytest.approx(1)
 
 
 def test_lstm_gradient_follows_each_clips_own_end():
