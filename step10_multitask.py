@@ -13,9 +13,9 @@ one, the scores of steps 8 and 9 if they were run. Output, in outputs/step10_mul
 checkpoint and a history per run, curves and scores (summary.md, metrics.json),
 predictions.csv for the held-out clips and submission.csv for the unlabelled ones.
 
-Measured on a small set of real music (see README), seed 42, --folds 5, torch 2.13.0:
-mean Spearman on 278 clips, average .657 [.600, .706], CNN from genre weights .653, LSTM
-.599, SVR .606 (over three seeds: README).
+Measured on a small set of real music (see README), seed 42, --folds 5, bf16, one thread
+per training, torch 2.13.0: mean Spearman on 278 clips, average .659 [.602, .706], CNN from
+genre weights .653, LSTM .606, SVR .606 (over three seeds: README).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --learned-weights").

