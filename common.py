@@ -193,13 +193,14 @@ def part_folder(root, part, beat=False) -> Path:
     return Path(root) / (FOLDERS[part] + ("_beat" if beat else ""))
 
 
-def find_data(data_dir=None, parts=tuple(FOLDERS)) -> Path:
+def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
     """Find the folder that holds fma_genre_spectrograms and its three siblings.
 
     Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
     scripts; as a last resort, and never on Kaggle, synthesises the demo set.
 
     parts : those that a step needs; of the demo set no others are synthesised
+    demo : False: synthesise none
 
     Raises
     ------
@@ -234,8 +235,8 @@ def find_data(data_dir=None, parts=tuple(FOLDERS)) -> Path:
         cure = "add geoparslp/patreco3-multitask-affective-music under Input"
         raise InputError(f"data set not attached (looked in {tried}); {cure}")
     maker = here / "make_dataset.py"
-    if not maker.exists():
-        raise InputError(f"no data in {tried}, no make_dataset.py for a demo set; give --data-dir")
+    if not demo or not maker.exists():
+        raise InputError(f"no data in {tried}, and no demo set can be made; give --data-dir")
     scores = "Scores on it say nothing about real music."
     print(f"No data set found: synthesising a demo set. {scores}", file=sys.stderr)
     # A separate process, so that this file imports no other of the project.
@@ -2221,7 +2222,8 @@ def overfit(
         history.append({"pass": len(history) + 1, "loss": loss, "accuracy": right})
         learned = loss < goal and right in (None, 1.0)
         if len(history) % 10 == 1 or learned:
-            print(f"overfit {len(batches)} batches, {history[-1]}", flush=True)
+            accuracy = "" if right is None else f"  accuracy {right:.3f}"
+            print(f"overfit pass {len(history):3d}  loss {loss:.4f}{accuracy}", flush=True)
     facts = {"batches": len(batches), "clips": sum(len(x) for x, *_ in batches)}
     facts |= {"passes": len(history), "loss": loss, "accuracy": right}
     return Check(learned, facts, pd.DataFrame(history))
@@ -2493,7 +2495,7 @@ def find_genre_checkpoint(training, name) -> Path | None:
     smoke runs, only a --subset run those of its own N.
     """
     network, source = GENRE_RUNS[name], training.source
-    if not part_folder(source.root, "genre", network.beat).is_dir():
+    if not (part_folder(source.root, "genre", network.beat) / "train_labels.txt").is_file():
         return None  # emotion clips alone, which step 8 can do with
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
     wanted = {
@@ -2925,7 +2927,7 @@ def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
 # --------------------------------------------------------------------------------------
 
 
-def integrated_gradients(model, x, lengths, classes, n_steps=32) -> torch.Tensor:
+def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor:
     """How much every cell of a spectrogram added to a class's logit.
 
     The gradient is averaged along the straight line from a clip that is the mean in every
@@ -2948,8 +2950,8 @@ def integrated_gradients(model, x, lengths, classes, n_steps=32) -> torch.Tensor
     for step in range(n_steps):
         point = (x * ((step + 0.5) / n_steps)).requires_grad_()
         logits = model(point, lengths).float()
-        logits.gather(1, classes[:, None].to(logits.device)).sum().backward()
-        total += point.grad
+        chosen = logits.gather(1, classes[:, None].to(logits.device)).sum()
+        total += torch.autograd.grad(chosen, point)[0]  # of the clip alone, not of the weights
     return (x * total / n_steps).cpu()
 
 
@@ -3136,9 +3138,9 @@ def plot_scores(ax, names, values, intervals, xlabel):
     ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1.12))
     ax.set_xticks(np.arange(0, 1.01, 0.2))
     for position, value, (_, high) in zip(y, values, intervals, strict=True):
-        if not math.isnan(value):
-            place = (max(value, high) + 0.01, position)
-            ax.text(*place, f"{value:.3f}", va="center", fontsize="small")
+        none = math.isnan(value)  # of a model that was not asked for this
+        place = (0.01 if none else max(value, high) + 0.01, position)
+        ax.text(*place, "none" if none else f"{value:.3f}", va="center", fontsize="small")
 
 
 def plot_emotion_scores(scores):
@@ -3267,7 +3269,7 @@ def lstm_seconds(x) -> float:
     """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
     times = []
-    for _ in range(4):
+    for _ in range(9):
         began = time.perf_counter()
         lstm(x)[0][:, -1].sum().backward()
         lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
@@ -3598,7 +3600,8 @@ class Step:
             display(Markdown(markdown))
 
     def heading(self, text):
-        print(f"\n--- {text}")
+        if not in_notebook():
+            print(f"\n--- {text}")
         self.show(f"## {text}")
 
     def text(self, markdown):
@@ -3776,8 +3779,8 @@ def markdown_table(frame) -> str:
             return "" if math.isnan(value) else f"{value:.3f}"
         return str(value).replace("|", "\\|")
 
-    header = [frame.index.name or "", *map(str, frame.columns)]
+    header = [cell(name) for name in (frame.index.name or "", *frame.columns)]
     pairs = zip(frame.index, frame.itertuples(index=False), strict=True)
-    rows = [[str(index), *map(cell, row)] for index, row in pairs]
+    rows = [[cell(str(index)), *map(cell, row)] for index, row in pairs]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

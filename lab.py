@@ -5,8 +5,9 @@
     python lab.py --data-dir DIR --seed 43    # flags go to every step that knows them
 
 A step that fails does not stop the others; it is named at the end, with exit code 1. A step
-is done when its outputs are there and were made with the same flags and the same data folder.
-Steps 1 to 4 train nothing and run side by side, what they print goes into OUT/<step>.log.
+is done when its outputs are there and were made with the same flags and the same data folder,
+and no step that it builds on is run anew. Steps 1 to 4 train nothing and run side by side,
+what they print goes into OUT/<step>.log.
 """
 
 import json
@@ -19,7 +20,15 @@ from pathlib import Path
 
 import joblib
 
-from common import end_in_one_line, find_data, make_folder, make_parser, output_folder
+from common import (
+    UNFINISHED,
+    end_in_one_line,
+    find_data,
+    make_folder,
+    make_parser,
+    output_folder,
+)
+from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
 TOGETHER = ("01", "02", "03", "04")
@@ -39,6 +48,8 @@ def flags_of(args, parser, known) -> list[str]:
 
 def is_done(folder, args, known) -> bool:
     """Whether a step's outputs are there and were made with these arguments."""
+    if (folder / UNFINISHED).exists():
+        return False
     try:
         made = json.loads((folder / "args.json").read_text())
         root = json.loads((folder / "metrics.json").read_text())["data"]["root"]
@@ -49,13 +60,16 @@ def is_done(folder, args, known) -> bool:
     return same and Path(root) == find_data(args.data_dir, parts=())
 
 
-def run(command, log=None) -> float | None:
-    """Run a command; its seconds, None if it failed.
+def run(command, folder, log=None) -> float | None:
+    """Run a step; its seconds, None if it failed.
 
-    log : file for its output, of a command that runs beside others: with one thread, for two
+    folder : of its outputs; while it runs, and when it has failed, they are marked
+    log : file for what it prints, of a step that runs beside others: with one thread, for two
         that have all cores each get in each other's way (103 s instead of 42 for step 2)
     """
     began = time.monotonic()
+    make_folder(folder)
+    (folder / UNFINISHED).touch()
     if log is None:
         code = subprocess.run(command).returncode
     else:
@@ -63,7 +77,10 @@ def run(command, log=None) -> float | None:
         with open(log, "w") as file:
             done = subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT)
         code = done.returncode
-    return None if code else time.monotonic() - began
+    if code:
+        return None
+    (folder / UNFINISHED).unlink()
+    return time.monotonic() - began
 
 
 def main():
@@ -78,7 +95,9 @@ def main():
     jobs, done = {}, []
     for script in sorted(HERE.glob("step[01][0-9]_*.py")):
         known = training if "training=True" in script.read_text(encoding="utf-8") else shared
-        if not args.again and is_done(out / script.stem, args, known):
+        builds_on = EARLIER.get(script.name[4:6], ())
+        again = args.again or any(name[4:6] in builds_on for name in jobs)
+        if not again and is_done(out / script.stem, args, known):
             done.append(script.stem)
         else:
             jobs[script.stem] = [sys.executable, str(script), *flags_of(args, parser, known)]
@@ -91,7 +110,7 @@ def main():
         logs = {name: out / f"{name}.log" for name in first}
         for name, log in logs.items():
             print(f"{name}: begun, see {log}", flush=True)
-        futures = {name: pool.submit(run, first[name], logs[name]) for name in first}
+        futures = {name: pool.submit(run, first[name], out / name, logs[name]) for name in first}
         for name, future in futures.items():
             seconds[name] = future.result()
             if seconds[name] is None:
@@ -99,17 +118,18 @@ def main():
     for name, command in jobs.items():
         if name not in first:
             print(f"\n=== {name}", flush=True)
-            seconds[name] = run(command)
+            seconds[name] = run(command, out / name)
 
     draft = [sys.executable, str(HERE / "handin.py"), "draft", "--out-dir", str(out)]
     print("\n=== report", flush=True)
-    seconds["handin draft"] = run(draft)
+    if subprocess.run(draft).returncode:
+        seconds["handin draft"] = None
     print(f"\n{'step':22}seconds")
     for name, spent in seconds.items():
         print(f"{name:22}{'failed' if spent is None else f'{spent:.0f}'}")
     failed = [name for name, spent in seconds.items() if spent is None]
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}; the same command runs only these again")
+        sys.exit(f"failed: {', '.join(failed)}; the same command tries again")
 
 
 if __name__ == "__main__":

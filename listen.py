@@ -38,6 +38,7 @@ from common import (
     HOP,
     N_MELS,
     SR,
+    UNFINISHED,
     InputError,
     Parser,
     Source,
@@ -48,12 +49,14 @@ from common import (
     end_in_one_line,
     find_data,
     fingerprint,
+    keep_freed_memory,
     load_data,
     load_model,
     make_folder,
     mel_and_chroma,
     number,
     output_folder,
+    part_folder,
     patches,
     pick_device,
     predict,
@@ -115,11 +118,16 @@ class Heard:
         return self.model(x.to(device), lengths).float().cpu(), middles
 
 
+def find_checkpoint(folder, run) -> Path | None:
+    """The finished network of a run in a step's folder; of a cross-validation the first fold's."""
+    runs = [folder / run, *sorted(folder.glob(f"{run}_fold1of*"))]
+    done = [r for r in runs if (r / "best.pt").exists() and not (r / UNFINISHED).exists()]
+    return done[0] / "best.pt" if done else None
+
+
 def find_networks(out, args) -> dict[str, Heard]:
     """Load the networks of NETWORKS; those that are missing are named, or trained (--train)."""
-    missing = [
-        step for step, run in NETWORKS.values() if not (out / step / run / "best.pt").exists()
-    ]
+    missing = [step for step, run in NETWORKS.values() if not find_checkpoint(out / step, run)]
     if missing and not args.train:
         commands = " and ".join(f"python {step}.py" for step in dict.fromkeys(missing))
         fault = f"{out}: no checkpoints of {', '.join(dict.fromkeys(missing))}"
@@ -132,7 +140,7 @@ def find_networks(out, args) -> dict[str, Heard]:
             raise InputError(f"{step} could not be trained; see above")
     device, networks = pick_device(args.device), {}
     for role, (step, run) in NETWORKS.items():
-        path = out / step / run / "best.pt"
+        path = find_checkpoint(out / step, run)
         model, checkpoint = load_model(path, device)
         settings, part = checkpoint["settings"], "emotion" if "emotion" in role else "genre"
         features = "fused" if role == "emotion_lstm" else "mel"
@@ -159,10 +167,15 @@ def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
 
     The data set must be the one that the network was trained on.
     """
-    if not (args.data_dir or (HERE / "data").exists() or "PATREC_DATA" in os.environ):
-        return None  # without a data set at hand the demo set would be made, for nothing
-    root, settings = find_data(args.data_dir, ("genre",)), cnn.settings
-    if fingerprint(root, "genre") != settings["fingerprint"]:
+    settings = cnn.settings
+    try:
+        root = find_data(args.data_dir, ("genre",), demo=False)
+    except InputError:
+        if args.data_dir:
+            raise
+        return None
+    labels = part_folder(root, "genre") / "train_labels.txt"
+    if not labels.is_file() or fingerprint(root, "genre") != settings["fingerprint"]:
         return None
     source = Source(root, settings["seed"], merge=settings["merge"], skip_bad=True)
     data = load_data(source, stats=settings["stats"])
@@ -234,7 +247,7 @@ def listen(path, networks, temperature, known):
     """Everything about one song: a dict for listen.json, and pictures and sound for its page."""
     import soundfile
 
-    cnn, names = networks["cnn"], networks["cnn"].settings["names"]
+    cnn, lstm, names = networks["cnn"], networks["lstm"], networks["cnn"].settings["names"]
     every = round(EVERY_S * SR / HOP)
     total, n_frames, loudest = 0, 0, 0.0
     logits, times, vectors, feelings = [], [], [], []
@@ -251,7 +264,6 @@ def listen(path, networks, temperature, known):
                 logits.append(adjust_logits(answers, cnn.settings["priors"]))
                 times.append((n_frames + middles.numpy()) * HOP / SR)
                 feelings.append(networks["emotion"].answer(rows, every)[0])
-                lstm = networks["lstm"]
                 found = adjust_logits(lstm.answer(rows)[0], lstm.settings["priors"])
                 lstm_logits.append(found.mean(0, keepdim=True))
                 lstm_feelings.append(networks["emotion_lstm"].answer(rows)[0].mean(0, keepdim=True))
@@ -268,15 +280,14 @@ def listen(path, networks, temperature, known):
         raise InputError(f"{path}: silence; nothing can be said about it")
     logits, times = torch.cat(logits), np.concatenate(times)
     overall = (logits.mean(0) / temperature).softmax(0)
+    by_lstm = torch.cat(lstm_logits).mean(0).softmax(0)
     called = int(overall.argmax())
     emotion = (torch.cat(feelings).mean(0) + torch.cat(lstm_feelings).mean(0)) / 2
     facts = {
         "file": str(path),
         "seconds": round(total / SR, 2),
         "genre": dict(zip(names, overall.tolist(), strict=True)),
-        "genre_lstm": dict(
-            zip(names, torch.cat(lstm_logits).mean(0).softmax(0).tolist(), strict=True)
-        ),
+        "genre_lstm": dict(zip(lstm.settings["names"], by_lstm.tolist(), strict=True)),
         "emotion": dict(zip(EMOTIONS, emotion.clamp(0, 1).tolist(), strict=True)),
         "times_s": np.round(times, 2).tolist(),
         "genre_over_time": (logits / temperature).softmax(1).round(decimals=4).T.tolist(),
@@ -376,7 +387,7 @@ audio { width: 100% } table { border-collapse: collapse } td, th { padding: .1re
   src="data:image/png;base64,@MEL@"><img id="deciding" hidden
   alt="What every patch added to the called class: red for it, blue against it"
   src="data:image/png;base64,@DECIDING@"><div class="cursor"></div></div>
-<h2>Genre: probability (lines at 25, 50 and 75 %)</h2>
+<h2>Genre: probability of the likeliest six (lines at 25, 50 and 75 %)</h2>
 <div class="panel"><svg id="genres" preserveAspectRatio="none"></svg>
 <div class="cursor"></div></div><div id="genrekeys"></div>
 <h2>Emotion: 0 (below) to 1</h2>
@@ -389,7 +400,7 @@ audio { width: 100% } table { border-collapse: collapse } td, th { padding: .1re
 "use strict";
 const song = @DATA@;
 const $ = id => document.getElementById(id), audio = $("audio"), panels = $("panels");
-const dashes = ["", "8 4", "2 3", "12 3 2 3", "5 2"];
+const dashes = ["", "8 4", "2 3", "12 3 2 3", "5 2", "10 3 2 3 2 3"];
 function cell(row, text) { const c = row.insertCell(); c.textContent = text; return c; }
 function percent(value) { return (100 * value).toFixed(0) + " %"; }
 const order = song.classes.map((name, k) => k)
@@ -438,7 +449,9 @@ function draw(id, keys, curves) {
     $(keys).append(key);
   });
 }
-draw("genres", "genrekeys", order.slice(0, 5).map(k =>
+// Not by the song's answer: of a medley each part's genre is to be seen.
+const total = k => song.genre_over_time[k].reduce((sum, value) => sum + value, 0);
+draw("genres", "genrekeys", [...order].sort((a, b) => total(b) - total(a)).slice(0, 6).map(k =>
   [song.classes[k], song.genre_over_time[k]]));
 draw("emotions", "emotionkeys", Object.keys(song.emotion).map((name, k) =>
   [name, song.emotion_over_time[k]]));
@@ -538,13 +551,14 @@ def main(argv=None):
     add("--train", action="store_true", help="run the steps whose checkpoints are missing")
     add("--top", type=number(int, 1, 20), default=3, help="classes in the table")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     out = output_folder(args.out_dir)
     networks = find_networks(out, args)
     temperature, known = temperature_of(out), training_vectors(networks["cnn"], args)
     folder = out / "listen"
     make_folder(folder)
     limits = what_it_cannot_know(out, networks, temperature)
-    found, table, failed = [], {}, []
+    found, table, failed = [], [], []
     for place, path in enumerate(args.songs, start=1):
         try:
             facts, pictures, audio = listen(path, networks, temperature, known)
@@ -557,17 +571,19 @@ def main(argv=None):
         write_text(page, make_page(facts, pictures, audio, limits))
         found.append(facts | {"page": str(page)})
         best = sorted(facts["genre"].items(), key=lambda pair: -pair[1])[: args.top]
-        table[path.name] = {
-            "length": f"{facts['seconds'] // 60:.0f}:{facts['seconds'] % 60:02.0f}",
+        row = {
+            "song": path.name,
+            "length": "{}:{:02d}".format(*divmod(round(facts["seconds"]), 60)),
             "genre": ", ".join(f"{name} {value:.0%}" for name, value in best),
             **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},
             "nearest training clips": ", ".join(c["genre"] for c in facts["nearest"][:3]) or "-",
             "page": str(page),
         }
+        table.append(row)
     if table:
         facts = {"songs": found, "temperature": temperature, "classes": found[0]["classes"]}
         write_text(folder / "listen.json", json.dumps(facts, indent=1))
-        print(pd.DataFrame(table).T.to_string())
+        print(pd.DataFrame(table).to_string(index=False))
     if failed:
         sys.exit(2)
 

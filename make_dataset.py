@@ -548,17 +548,17 @@ def compile_librosa() -> None:
 def make_all(root, clips, workers=None, dask=None) -> dict[Clip, str]:
     """Make the arrays of all clips, side by side; returns the clips without, and why.
 
-    A clip that was being made when a worker process died is made again, alone: if the process
-    dies again, it is left out like a file that cannot be read.
+    A clip that was being made when a worker process died, or this one in an earlier run, is made
+    again, alone: if the process dies again, it is left out like a file that cannot be read.
 
     workers : int, optional; else a process per core
     dask : str, optional, address of a Dask scheduler whose workers do it
     """
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
-    shutil.rmtree(root / ".begun", ignore_errors=True)  # of a run that was killed as a whole
-    (root / ".begun").mkdir()
+    (root / ".begun").mkdir(exist_ok=True)
     workers = workers or joblib.cpu_count()
-    failed, left, suspects = {}, {clip.clip_id: clip for clip in clips}, []
+    failed, left = {}, {clip.clip_id: clip for clip in clips}
+    suspects = [clip for clip in clips if begun(root, clip).exists()]
     bar = tqdm(total=len(clips), desc="clips", disable=not show_bars())
     shown, start = 0, time.monotonic()
 
@@ -580,7 +580,8 @@ def make_all(root, clips, workers=None, dask=None) -> dict[Clip, str]:
     with bar:
         while some := [clip for clip in left.values() if clip not in suspects]:
             try:
-                make(some, min(workers, len(some)))
+                # One worker is this very process, which a suspect may end.
+                make(some, min(workers, max(len(some), 2)))
             except WorkerDied:
                 new = [clip for clip in some if clip.clip_id in left and begun(root, clip).exists()]
                 if not new:  # it died before its first clip, or between two
@@ -588,7 +589,7 @@ def make_all(root, clips, workers=None, dask=None) -> dict[Clip, str]:
                 suspects += new
         for clip in suspects:
             try:
-                make([clip], 2)  # not in this process, which it may end
+                make([clip], 2)
             except WorkerDied:
                 failed[clip] = "its worker process died twice (out of memory, or a broken file)"
                 left.pop(clip.clip_id)

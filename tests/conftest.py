@@ -13,14 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-from joblib.externals.loky import reusable_executor
-
 # Two test processes share the cores, so each computes with one thread. And each has a numba
 # cache of its own: processes that compile into one empty cache at once corrupt it, after
-# which librosa dies of a segmentation fault. Both are read when torch and numba are imported.
+# which librosa dies of a segmentation fault. Both are read when numpy, torch and numba are
+# imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # joblib's: no worker processes unless a test asks for them
 warm = os.environ.get("NUMBA_CACHE_DIR", "")  # may hold what was compiled before
@@ -28,6 +24,11 @@ os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="patrec-numba-")
 if os.path.isdir(warm):
     shutil.copytree(warm, os.environ["NUMBA_CACHE_DIR"], dirs_exist_ok=True)
 atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+
+import numpy as np
+import pandas as pd
+import pytest
+from joblib.externals.loky import reusable_executor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -748,6 +748,12 @@ def test_submission_by_hand(tmp_path):
     ]
 
 
+def test_a_bar_in_a_name_does_not_end_a_cell():
+    frame = pd.DataFrame({"a|b": [1.0]}, pd.Index(["Drum|Bass"], name="class"))
+    header, _, row = common.markdown_table(frame).splitlines()
+    assert (header, row) == (r"| class | a\|b |", r"| Drum\|Bass | 1.000 |")
+
+
 def test_unlabelled_clips_are_answered_by_all_folds(monkeypatch):
     monkeypatch.setattr(common, "load_test", lambda source, settings: settings)
     monkeypatch.setattr(

@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 def project(tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("common.py", "lab.py", "handin.py"):
+    for name in ("common.py", "lab.py", "handin.py", "kaggle_kernel.py"):
         shutil.copy(ROOT / name, folder)
     parsers = [common.make_parser("", training) for training in (False, True)]
     defaults = [vars(parser.parse_args([])) for parser in parsers]
@@ -81,7 +81,8 @@ def test_all_steps_run_once_and_the_report_is_drafted(project, data):
     result, calls = lab(project, data, "--epochs", 3, "--seed", 7, "--workers", 2)
     assert not calls and all(name in result.stdout for name in NAMES)  # done already
     _, calls = lab(project, data, "--epochs", 4, "--seed", 7)
-    assert set(calls) == {"step05_five"}  # for the others nothing has changed
+    # Those that score what step 5 trains are run too; for the others nothing has changed.
+    assert set(calls) == {"step05_five", "step06_six", "step11_eleven"}
     _, calls = lab(project, data, "--epochs", 4, "--seed", 7, "--again")
     assert set(calls) == set(NAMES)
 
@@ -103,7 +104,17 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(project, data, name):
     assert "Traceback" not in result.stderr
     (project / f"{name}.fails").unlink()
     result, calls = lab(project, data)
-    assert set(calls) == {name} and result.returncode == 0
+    build_on_it = {"step06_six", "step11_eleven"} if name == "step05_five" else set()
+    assert set(calls) == {name} | build_on_it and result.returncode == 0
+    assert not lab(project, data)[1]
+
+
+def test_a_step_that_failed_when_run_again_is_not_done(project, data):
+    lab(project, data)
+    (project / "step03_three.fails").touch()
+    lab(project, data, "--again", check=False)
+    (project / "step03_three.fails").unlink()
+    assert set(lab(project, data)[1]) == {"step03_three"}
 
 
 def test_bad_input_is_one_line_and_nothing_is_run(project, data, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import types
 
 import numpy as np
 import pandas as pd
@@ -69,14 +70,16 @@ def outputs(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def heard(data, outputs, tmp_path_factory):
-    """Three songs of 29 s, 71 s and 2 s, two of them no lab clip's length."""
+    """Four songs of 29 s (twice), 71 s and 1.7 s; the last two are no lab clip's length."""
     folder = tmp_path_factory.mktemp("songs")
-    soundfile.write(folder / "clip.wav", tones(29), SR, subtype="FLOAT")
+    (folder / "again").mkdir()
+    for place in (folder, folder / "again"):
+        soundfile.write(place / "clip.wav", tones(29), SR, subtype="FLOAT")
     soundfile.write(folder / "long.flac", np.stack([tones(71, 1)] * 2, 1), SR)
     if os.name == "posix":  # a name may hold anything but / there
-        soundfile.write(folder / "plain.wav", tones(2, 2), SR)
+        soundfile.write(folder / "plain.wav", tones(1.7, 2), SR)
         (folder / "plain.wav").rename(folder / ODD_NAME.replace("/", "_"))
-    songs = sorted(folder.iterdir())
+    songs = sorted(path for path in folder.rglob("*") if path.is_file())
     result = run_script("listen.py", *songs, "--out-dir", outputs, "--data-dir", data)
     found = json.loads((outputs / "listen" / "listen.json").read_text())
     return result, {os.path.basename(song["file"]): song for song in found["songs"]}, folder
@@ -105,6 +108,53 @@ def test_a_song_is_answered_as_the_networks_answer_its_windows(heard, outputs):
     assert song["times_s"] == pytest.approx(middles, abs=0.01)
     for name in common.EMOTIONS:
         assert 0 <= song["emotion"][name] <= 1
+
+
+def networks_of(out):
+    return listen.find_networks(
+        out, types.SimpleNamespace(train=False, data_dir=None, device="cpu")
+    )
+
+
+def test_songs_of_one_name_have_a_row_and_a_page_each(heard):
+    lines = [line for line in heard[0].stdout.splitlines() if "clip.wav" in line]
+    assert len(lines) == 2 and len({line.split()[-1] for line in lines}) == 2
+    assert all(" 0:29 " in line for line in lines) and " 0:02 " in heard[0].stdout
+
+
+def test_only_finished_networks_are_heard(outputs, data, tmp_path):
+    out = shutil.copytree(outputs, tmp_path / "out")
+    for run in ("multitask", "multitask_lstm"):  # as step 10 leaves them with --folds 5
+        (out / "step10_multitask" / run).rename(out / "step10_multitask" / f"{run}_fold1of5")
+    assert set(networks_of(out)) == set(listen.NETWORKS)
+    (out / "step07_cnn" / "cnn_mel" / common.UNFINISHED).touch()
+    with pytest.raises(common.InputError, match=r"no checkpoints of step07_cnn; run python step07"):
+        networks_of(out)
+
+
+def test_each_network_names_its_own_classes(outputs, tmp_path):
+    networks = networks_of(outputs)
+    names = [f"other {name}" for name in networks["lstm"].settings["names"]]
+    networks["lstm"].settings["names"] = names
+    soundfile.write(tmp_path / "song.wav", tones(2), SR)
+    facts, _, _ = listen.listen(tmp_path / "song.wav", networks, 1.0, None)
+    assert list(facts["genre_lstm"]) == names != list(facts["genre"])
+
+
+def test_without_the_training_clips_there_are_no_nearest(outputs, data, tmp_path, monkeypatch):
+    cnn = networks_of(outputs)["cnn"]
+    monkeypatch.delenv("PATREC_DATA", raising=False)
+    # No data set anywhere: none is made for this.
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    (tmp_path / "make_dataset.py").touch()
+    monkeypatch.setattr(common.subprocess, "run", lambda command: pytest.fail("made a demo set"))
+    assert listen.training_vectors(cnn, types.SimpleNamespace(data_dir=None)) is None
+    # One of emotions alone.
+    (tmp_path / "set" / "multitask_dataset").mkdir(parents=True)
+    args = types.SimpleNamespace(data_dir=tmp_path / "set")
+    assert listen.training_vectors(cnn, args) is None
+    args = types.SimpleNamespace(data_dir=data)
+    assert len(listen.training_vectors(cnn, args)[0]) > 0
 
 
 def test_a_song_of_any_length_is_covered(heard):
@@ -244,14 +294,14 @@ def test_the_page_plays_follows_and_jumps(browser, pages, width):
     for key, expected in (("Home", 0), ("ArrowRight", 5), ("ArrowRight", 10), ("ArrowLeft", 5)):
         page.page.keyboard.press(key)
         page.wait(f"Math.abs(audio.currentTime - {expected}) < 0.2")
-    assert page("document.querySelectorAll('#genres polyline').length") == 5
+    assert page("document.querySelectorAll('#genres polyline').length") == 6
     assert page("document.querySelectorAll('#emotions polyline').length") == 3
     assert page("mel.getBoundingClientRect().height > 100 && deciding.hidden")
     page.page.check("#decide")
     assert page("deciding.getBoundingClientRect().height > 100 && mel.hidden")
     dashes = page("[...document.querySelectorAll('#genres polyline')]"
                   ".map(p => p.getAttribute('stroke-dasharray'))")  # fmt: skip
-    assert len(set(dashes)) == 5  # told apart without colours too
+    assert len(set(dashes)) == 6  # told apart without colours too
     assert page.fits() and not page.faults
 
 

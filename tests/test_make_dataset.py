@@ -180,20 +180,27 @@ soundfile.SoundFile = SoundFile
 """
 
 
-def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path):
-    """Twice: first beside others, then alone."""
+@pytest.mark.parametrize("names, workers", [(["a bomb", "song 1", "z bomb"], 2), (["bomb"], 1)])
+def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path, names, workers):
+    """Twice: first beside others, then alone. One worker is the program itself: then it goes on
+    when it is called again."""
     songs, out = tmp_path / "songs", tmp_path / "set"
     (songs / "Rock").mkdir(parents=True)
-    for name in ("a bomb", *(f"song {i}" for i in range(4))):
+    for name in ("a song", *names):
         soundfile.write(songs / "Rock" / f"{name}.wav", song(2, 200), SR)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)  # what every Python runs first
-    arguments = ("--audio-dir", songs, "--out", out, "--workers", 2)
-    result = run_script("make_dataset.py", *arguments, PYTHONPATH=str(tmp_path / "site"))
+    arguments = ("--audio-dir", songs, "--out", out, "--workers", workers)
+    site = {"PYTHONPATH": str(tmp_path / "site")}
+    if workers == 1:
+        killed = run_script("make_dataset.py", *arguments, check=False, **site)
+        assert killed.returncode == -signal.SIGKILL
+    result = run_script("make_dataset.py", *arguments, **site)
     listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
-    assert set(listed) == {"Rock/a bomb.wav"}, listed
+    bombs = {name for name in names if "bomb" in name}
+    assert set(listed) == {f"Rock/{name}.wav" for name in bombs}, listed
     assert all("died twice" in reason for reason in listed.values())
-    assert len(arrays(out)) == 2 * 4 and not (out / ".begun").exists()
+    assert len(arrays(out)) == 2 * (1 + len(names) - len(bombs)) and not (out / ".begun").exists()
     assert "Traceback" not in result.stderr
 
 
