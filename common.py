@@ -105,7 +105,9 @@ def end_in_one_line(kind, error, traceback):
 
 def in_notebook() -> bool:
     """True in a Jupyter cell, where sys.argv belongs to the kernel and not to us."""
-    return "ipykernel" in sys.modules and not hasattr(sys.modules["__main__"], "__file__")
+    ipython = sys.modules.get("IPython")
+    in_kernel = "ipykernel" in sys.modules and ipython and ipython.get_ipython() is not None
+    return bool(in_kernel) and not hasattr(sys.modules["__main__"], "__file__")
 
 
 def kaggle_root() -> Path:
@@ -236,7 +238,7 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         raise InputError(f"data set not attached (looked in {tried}); {cure}")
     maker = here / "make_dataset.py"
     if not demo or not maker.exists():
-        raise InputError(f"no data in {tried}, and no demo set can be made; give --data-dir")
+        raise InputError(f"no data in {tried}, no make_dataset.py for a demo set; give --data-dir")
     scores = "Scores on it say nothing about real music."
     print(f"No data set found: synthesising a demo set. {scores}", file=sys.stderr)
     # A separate process, so that this file imports no other of the project.

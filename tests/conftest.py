@@ -1,6 +1,7 @@
 """Data sets in the lab's layout, quirks of file names included, whose clips tell their answer."""
 
 import atexit
+import itertools
 import json
 import os
 import runpy
@@ -394,6 +395,16 @@ def assert_clean_error(result, *words, code=2):
 def read_metrics(folder):
     """What a step wrote into its metrics.json; folder is that of the step."""
     return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def read_table(folder, caption):
+    """A table of a step's summary.md, by how its caption begins: all cells as text."""
+    _, _, rest = (Path(folder) / "summary.md").read_text().partition(f"**{caption}")
+    assert rest, f"no table {caption!r} in {folder}"
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), rest.splitlines())
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split(" | ")] for line in lines)
+    return pd.DataFrame(rows, columns=header).set_index(header[0])
 
 
 def genre_predictions(folder):

@@ -240,9 +240,12 @@ MULTITASK_FLAGS = ("--epochs", 8, "--batch-size", 16)  # the better one of the l
 
 
 @pytest.fixture(scope="module")
-def multitask(marked, transfer, tmp_path_factory):
-    """Step 10 on the marked data, a fifth of the clips held out."""
+def multitask(marked, transfer, regression, tmp_path_factory):
+    """Step 10 on the marked data, a fifth of the clips held out; beside it, step 8's results."""
     out = go_on_from(transfer, tmp_path_factory.mktemp("multitask"))
+    (out / REGRESSION).mkdir()
+    for name in ("metrics.json", "predictions.csv"):
+        shutil.copy(regression.folder / name, out / REGRESSION)
     return run_step(MULTITASK, marked, out, *MULTITASK_FLAGS)
 
 
@@ -413,6 +416,15 @@ def test_the_average_is_that_of_its_members(request, name):
 def test_learned_weights_trust_the_axis_that_cannot_be_predicted_less(noisy_multitask):
     factor = read_metrics(noisy_multitask.folder)["losses"]["learned_factor"]
     assert factor["energy"] < min(factor[axis] for axis in LEARNED) - 0.005
+
+
+def test_step_8s_cnn_is_no_twin_where_only_the_epochs_differ(regression, multitask):
+    """It had half as many: what differs would not be the shared backbone alone."""
+    runs = regression.runs["cnn_valence"], multitask.runs["multitask_scratch"]
+    alike = {key for key in ("lr", "batch_size", "n_train") if runs[0][key] == runs[1][key]}
+    assert alike and runs[0]["epochs"] != runs[1]["epochs"]
+    summary = (multitask.folder / "summary.md").read_text()
+    assert "no twin" in summary and "minus `cnn (step 8)`" not in summary
 
 
 # --- submission.csv

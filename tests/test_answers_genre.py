@@ -8,6 +8,7 @@ learned, as it is, with a spoiled test split and with spoiled validation clips.
 
 import functools
 import os
+import re
 import shutil
 
 import matplotlib.pyplot as plt
@@ -25,6 +26,7 @@ from conftest import (
     hard_data_set,
     labels_of,
     read_metrics,
+    read_table,
     run_forked,
     write_labels,
 )
@@ -42,7 +44,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from common import Augment, classification_scores, load_checkpoint, load_model, predict
+from common import (
+    Augment,
+    Source,
+    calibration_error,
+    classification_scores,
+    clip_ids,
+    fit_temperature,
+    load_checkpoint,
+    load_data,
+    load_model,
+    predict,
+    with_interval,
+)
 
 LSTMS = ["mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"]
 CNNS = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]
@@ -452,6 +466,50 @@ def test_scores_on_the_other_test_set_are_of_the_other_test_set(which, request, 
         assert_scores(metrics["other_test_set"][name], other)
 
 
+def test_the_tables_of_step_6_say_what_metrics_json_says(learned):
+    """Each score in the row of its model and the column of its test set."""
+    folder = learned / "step06_eval"
+    metrics = read_metrics(folder)
+    tables = {
+        "accuracy": read_table(folder, "Accuracy on the test sets"),
+        "macro": read_table(folder, "Macro averages"),
+        "micro": read_table(folder, "Micro averages"),
+    }
+    reports = (folder / "summary.md").read_text()
+    for name in LSTMS:
+        own, other = ("beat", "full") if is_beat(name) else ("full", "beat")
+        for where, scores in (
+            (own, metrics["runs"][name]["test"]),
+            (other, metrics["other_test_set"][name]),
+        ):
+            written = tables["accuracy"].loc[name, f"{where}: accuracy"]
+            assert written == with_interval(scores, "accuracy"), (name, where)
+            for average in ("macro", "micro"):
+                for metric in ("precision", "recall", "f1"):
+                    written = tables[average].loc[name, f"{where}: {metric}"]
+                    assert float(written) == pytest.approx(scores[f"{average}_{metric}"], abs=6e-4)
+            report = reports.split(f"`{name}` on the {where} test set:")[1].split("```")[1]
+            line = next(line.split() for line in report.splitlines() if "macro avg" in line)
+            wanted = [scores[f"macro_{metric}"] for metric in ("precision", "recall", "f1")]
+            assert [float(cell) for cell in line[2:5]] == pytest.approx(wanted, abs=6e-4)
+    assert tables["accuracy"].loc["svm", "beat: accuracy"] == ""
+
+
+DIFFERENCE = r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \["
+
+
+def test_differences_in_the_report_have_the_sign_that_their_names_say(learned):
+    for step in ("step06_eval", "step07_cnn"):
+        metrics = read_metrics(learned / step)
+        runs = metrics["runs"] | metrics.get("compared_with", {})
+        lines = re.findall(DIFFERENCE, (learned / step / "summary.md").read_text())
+        assert len(lines) == {"step06_eval": len(LSTMS), "step07_cnn": 2}[step]
+        for first, second, gain in lines:
+            one, other = (runs[name]["test"]["accuracy"] for name in (first, second))
+            assert float(gain) == pytest.approx(one - other, abs=6e-4), (first, second)
+        assert any(float(gain) for _, _, gain in lines), "the test cannot tell"
+
+
 def test_scores_of_wrong_answers_are_recomputed_too(spoiled, lots):
     """Where most is wrong a transposed table or a swapped precision and recall shows."""
     cases = [
@@ -517,6 +575,28 @@ def test_intervals_become_half_as_wide_with_four_times_the_clips():
         assert 0.4 < widths[1] / widths[0] < 0.6
     assert_interval(small)
     assert_interval(large)
+
+
+def test_the_temperature_is_fitted_on_the_validation_clips(data_dir, learned):
+    """On the test clips it would be another one, and the test row would show how well it fits."""
+    found = read_metrics(learned / "step07_cnn")["calibration"]
+    path, answers = folder_of(learned, "cnn_mel") / "best.pt", {}
+    for name, split in (("validation", "train"), ("test", "test")):
+        labels = labels_of(data_dir, split=split)
+        if name == "validation":
+            labels = {clip: labels[clip] for clip in clip_ids(load_data(Source(data_dir)).val)}
+        z = log_probabilities(data_dir, path, sorted(labels), split, False)
+        targets = [CLASSES.index(labels[clip]) for clip in sorted(labels)]
+        answers[name] = torch.tensor(z, dtype=torch.float32), torch.tensor(targets)
+    fitted = {name: fit_temperature(*pair) for name, pair in answers.items()}
+    assert abs(np.log(fitted["validation"] / fitted["test"])) > 0.2, "the test cannot tell"
+    assert found["temperature"] == pytest.approx(fitted["validation"], rel=0.05)
+    for name, (z, targets) in answers.items():
+        row, scaled = found[f"{name} ({len(targets)} clips)"], z / found["temperature"]
+        assert row["calibration error"] == pytest.approx(calibration_error(z, targets), abs=0.02)
+        assert row["so scaled"] == pytest.approx(calibration_error(scaled, targets), abs=0.02)
+        sure = float(scaled.softmax(1).amax(1).mean())
+        assert row["at this temperature"] == pytest.approx(sure, abs=0.01)
 
 
 # ---- averages -------------------------------------------------------------------------------

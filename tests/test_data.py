@@ -418,6 +418,17 @@ def test_leak_is_found_by_id_and_by_content(own_data):
     assert found == [test[0].clip_id, train[1].clip_id]
 
 
+def test_leak_is_looked_for_in_the_form_that_is_tested_too(own_data):
+    """Step 6 asks networks of frames for beats, which must not be a training clip's."""
+    source = common.Source(own_data)
+    settings = common.load_data(source).settings
+    assert len(common.load_test(source, settings, beat=True))
+    train, test = (read_entries(own_data, "genre", part, True, True) for part in ("train", "test"))
+    shutil.copy(train[0].path, test[0].path)
+    with pytest.raises(InputError, match=f"1 test clips.*{test[0].clip_id}"):
+        common.load_test(source, settings, beat=True)
+
+
 # --- the Dataset ----------------------------------------------------------------------
 
 

@@ -64,6 +64,26 @@ def test_a_clips_attributions_cover_it_window_by_window(model, n_frames):
     assert torch.allclose(found[-10:], last[-10:], atol=1e-5)
 
 
+def test_a_cell_in_two_windows_gets_the_mean_of_both():
+    """700 frames in windows of 256: from 0, 222 and 444. By hand: input times mean weight."""
+    weights = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(weights)
+
+        def forward(self, x, lengths):
+            logit = (x * self.weights).sum((1, 2))
+            return torch.stack([-logit, logit], 1)
+
+    x = clip(700)
+    found = common.clip_attributions(Linear(), x, 256, 1)
+    for t in (0, 221, 222, 255, 256, 443, 444, 477, 478, 699):
+        inside = torch.stack([weights[t - s] for s in (0, 222, 444) if 0 <= t - s < 256])
+        torch.testing.assert_close(found[t], x[t] * inside.mean(0), rtol=1e-3, atol=1e-4)
+
+
 def test_patches_are_sums_in_their_own_cells():
     cells = torch.arange(20 * 6).float().view(20, 6)
     found = common.patches(cells, frames=8, bands=4)
@@ -133,6 +153,7 @@ def test_sound_comes_back_like_the_spectrogram_it_was_made_of(mel):
     assert common.likeness(noise, mel)["correlation"] < 0.4
     itself = make_dataset.demo_waveform(0, 1000, "Rock", 3.0)
     assert common.likeness(itself, mel)["mean_distance_db"] < 0.01
+    assert common.likeness(itself, mel - 20)["mean_distance_db"] < 0.01  # a level of its own
 
 
 def test_the_same_seed_gives_the_same_sound(mel, tmp_path):

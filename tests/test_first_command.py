@@ -98,6 +98,24 @@ def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(pro
         assert calls == [f"--demo --parts {p} --out {demo}" for p in (part, f"{part} {other}")]
 
 
+def test_a_demo_set_of_one_part_is_not_taken_for_both(project, monkeypatch):
+    """A step that needs both would find no folder of the other."""
+    monkeypatch.setattr(common, "__file__", str(project / "common.py"))
+    monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(project / "no kaggle here"))
+    asked = []
+
+    def run(command):
+        asked.append(command[command.index("--parts") + 1 : command.index("--out")])
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    demo = project / "data" / "demo"
+    common.part_folder(demo, "genre").mkdir(parents=True)
+    assert common.find_data(parts=("genre",)) == demo and not asked
+    assert common.find_data(parts=("genre", "emotion")) == demo
+    assert asked == [["genre", "emotion"]]
+
+
 def test_data_of_ones_own_are_no_demo_and_come_before_it(project, demo_set):
     shutil.copytree(demo_set, project / "data" / "demo")
     shutil.copytree(

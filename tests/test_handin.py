@@ -10,6 +10,8 @@ import zipfile
 import pytest
 from conftest import ROOT, assert_clean_error, run_forked, run_script, write_data_set
 
+import handin
+
 PDF = b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n"
 
 
@@ -350,3 +352,16 @@ def test_draft_says_which_steps_are_no_results(outputs, file, flaw):
     run_script("handin.py", "draft", cwd=outputs.parent)
     words = "step 5 ran with --smoke" if "smoke" in flaw else "step 5 ran on synthesised demo data"
     assert words in (outputs.parent / "report_draft.md").read_text()
+
+
+def test_a_draft_elsewhere_finds_its_figures(outputs):
+    """Paths lead from the draft, wherever the command was given."""
+    draft = outputs.parent / "reports" / "draft.md"
+    run_forked("handin.py", "draft", "--to", draft, cwd=outputs.parent)
+    (target,) = re.findall(r"!\[All models\]\(<(.+?)>\)", draft.read_text())
+    assert (draft.parent / target).resolve() == outputs / "step06_eval" / "scores.png"
+
+
+def test_code_may_hold_any_sign(tmp_path):
+    """A class named <b>, in backticks, would else end the PDF."""
+    assert handin.render_pdf("Ranked `x <y> & z` over `</font>`.\n", tmp_path).startswith(b"%PDF-")

@@ -399,6 +399,12 @@ def test_earlier_kernels_by_number_or_name(tmp_path):
     ]  # it has to train
 
 
+def test_another_data_set_is_attached_in_place_of_the_labs(tmp_path):
+    words = ("5", "--user", "someone", "--dataset", "other/songs-of-2024", "--out", str(tmp_path))
+    (facts,) = kaggle_kernel.main(words)
+    assert facts["dataset_sources"] == ["other/songs-of-2024"]
+
+
 def test_without_a_user_it_says_what_to_fill_in(tmp_path, push):
     result = run_script("kaggle_kernel.py", "5", "--out", tmp_path)
     assert "--user" in result.stdout

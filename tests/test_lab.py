@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, assert_clean_error, run_script, write_data_set
 
 import common
+import lab as lab_script
 
 STEP = '''"""A stand-in, training={training}, that leaves what lab.py looks at."""
 import json, sys
@@ -21,7 +22,7 @@ if (here / (name + ".fails")).exists():
 args = json.loads((here / "defaults.json").read_text())[{training}]
 for flag, value in zip(words[::2], words[1::2]):
     args[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
-folder = Path("outputs", name)
+folder = Path(args["out_dir"] or "outputs", name)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "args.json").write_text(json.dumps(args))
 facts = {{"data": {{"root": args["data_dir"], "demo": False}}, "seconds": 1.0, "runs": {{}}}}
@@ -88,10 +89,12 @@ def test_all_steps_run_once_and_the_report_is_drafted(project, data):
 
 
 def test_another_data_set_is_not_done_yet(project, data, tmp_path):
-    lab(project, data)
+    where = ("--out-dir", tmp_path / "elsewhere")
+    lab(project, data, *where)
     other = shutil.copytree(data, tmp_path / "other")
-    _, calls = lab(project, other)
+    result, calls = lab(project, other, *where)
     assert set(calls) == set(NAMES)
+    assert "5 of 11 steps" in result.stdout  # the draft is of what lies there
 
 
 @pytest.mark.parametrize("name", ["step01_one", "step05_five"])
@@ -122,3 +125,33 @@ def test_bad_input_is_one_line_and_nothing_is_run(project, data, tmp_path):
         result, calls = lab(project, data, *flags, check=False)
         assert_clean_error(result)
         assert not calls
+
+
+@pytest.mark.parametrize(
+    "flags, same",
+    [
+        ((), True),
+        (("--resume", "--workers", "2", "--max-minutes", "9", "--device", "cpu"), True),
+        (("--smoke",), False),
+        (("--no-merge",), False),
+        (("--allow-leak",), False),
+        (("--subset", "9"), False),
+    ],
+)
+def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, same):
+    """A trial run with --smoke would else stand for the real one, and nobody be told."""
+    parser = common.make_parser("", training=True)
+    asked, made = (parser.parse_args(["--data-dir", str(data), *more]) for more in ((), flags))
+    (tmp_path / "args.json").write_text(common.to_json(vars(made)))
+    (tmp_path / "metrics.json").write_text(json.dumps({"data": {"root": str(data.resolve())}}))
+    assert lab_script.is_done(tmp_path, asked, set(vars(asked))) is same
+
+
+def test_flags_are_handed_on_word_by_word():
+    """Those without a value too: no step knows what to do with `--smoke True`."""
+    parser = common.make_parser("", training=True)
+    words = ["--smoke", "--no-merge", "--subset", "9", "--resume"]
+    args = parser.parse_args(words)
+    assert lab_script.flags_of(args, parser, set(vars(args))) == words
+    shared = set(vars(common.make_parser("").parse_args([])))
+    assert lab_script.flags_of(args, parser, shared) == ["--smoke", "--no-merge"]

@@ -3,12 +3,14 @@
 The networks have random weights: what is tested is what is done with their answers.
 """
 
+import io
 import json
 import os
 import re
 import shutil
 import types
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,6 +54,8 @@ def save_networks(out, data, **odd):
             model = common.Classifier(backbone, len(cut.names))
         else:
             model = common.Regressor(backbone, cut.names, cut.mean, cut.std)
+            for head in model.heads.values():  # untrained, all would answer the mean label
+                torch.nn.init.normal_(head.weight, std=0.05)
         settings = cut.settings | {"run": run, "window": common.window_of(network)}
         settings |= odd if role == "cnn" else {}
         (out / step / run).mkdir(parents=True)
@@ -155,6 +159,108 @@ def test_without_the_training_clips_there_are_no_nearest(outputs, data, tmp_path
     assert listen.training_vectors(cnn, args) is None
     args = types.SimpleNamespace(data_dir=data)
     assert len(listen.training_vectors(cnn, args)[0]) > 0
+
+
+def network_of(outputs, role):
+    step, run = listen.NETWORKS[role]
+    model, checkpoint = common.load_model(outputs / step / run / "best.pt")
+    return model, checkpoint["settings"]
+
+
+def answer_of(outputs, role, rows, starts=None):
+    """Mean answer of a network: to windows of 6 s from `starts` on, or to as few as cover it."""
+    model, settings = network_of(outputs, role)
+    mean, std = settings["stats"]
+    x = (torch.from_numpy(rows[common.BANDS[settings["features"]]]).float().T - mean) / std
+    if starts is None:
+        n = torch.tensor([len(x)])
+        windows, lengths = common.cut_windows(x[None], n, settings["window"], overlap=False)
+    else:
+        windows = torch.stack([x[s : s + 256] for s in starts])
+        lengths = torch.full((len(windows),), 256)
+    with torch.no_grad():
+        return model(windows, lengths).mean(0)
+
+
+def test_emotions_are_the_mean_of_both_networks_and_the_lstm_names_a_genre_too(heard, outputs):
+    _, songs, folder = heard
+    rows, _ = common.extract_features(soundfile.read(folder / "clip.wav", dtype="float32")[0])
+    starts = range(0, rows.shape[1] - 256 + 1, round(3 * SR / common.HOP))
+    both = answer_of(outputs, "emotion", rows, starts), answer_of(outputs, "emotion_lstm", rows)
+    assert (both[0] - both[1]).abs().max() > 0.01  # or one would do
+    _, settings = network_of(outputs, "emotion")
+    expected = dict(zip(settings["names"], (sum(both) / 2).tolist(), strict=True))
+    assert songs["clip.wav"]["emotion"] == pytest.approx(expected, abs=2e-3)
+    _, settings = network_of(outputs, "lstm")
+    logits = answer_of(outputs, "lstm", rows) - 0.5 * torch.tensor(settings["priors"]).log()
+    expected = dict(zip(settings["names"], logits.softmax(0).tolist(), strict=True))
+    assert songs["clip.wav"]["genre_lstm"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_what_decided_is_asked_for_the_class_that_the_whole_song_is_called(
+    heard, outputs, monkeypatch
+):
+    """Not for that of its first window."""
+
+    class Undecided(listen.Heard):
+        def answer(self, rows, every=None):
+            answers, middles = super().answer(rows, every)
+            answers = torch.zeros_like(answers)
+            answers[0, 3], answers[1:, 5] = 9.0, 9.0
+            return answers, middles
+
+    kinds = {"cnn": Undecided}
+    networks = {
+        role: kinds.get(role, listen.Heard)(*network_of(outputs, role)) for role in listen.NETWORKS
+    }
+    asked = []
+    monkeypatch.setattr(
+        listen, "deciding", lambda cnn, mel, called: asked.append(called) or np.zeros(mel.shape)
+    )
+    facts, _, _ = listen.listen(heard[2] / "clip.wav", networks, 1.0, None)
+    assert {facts["classes"][k] for k in asked} == {max(facts["genre"], key=facts["genre"].get)}
+    assert set(asked) == {5}
+
+
+def test_low_bands_are_drawn_below_and_nothing_loud_is_lost():
+    """A picture of an hour has fewer columns than the hour has frames."""
+    mel = np.full((128, 4000), -80.0)
+    mel[:10, 1000], mel[100, 3000] = 0.0, -20.0
+    png = listen.picture(mel, "magma", -80, 0)
+    shown = plt.imread(io.BytesIO(png))[..., :3].sum(2)
+    assert shown.shape[0] == 128 and shown.shape[1] <= 1600
+    rows, columns = np.nonzero(shown > shown.min() + 0.1)
+    low = columns < shown.shape[1] / 2
+    assert set(rows[low]) == set(range(118, 128)) and set(rows[~low]) == {127 - 100}
+    assert set(columns) == {1000 // 3, 3000 // 3}
+
+
+@pytest.mark.parametrize("demo", [True, False])
+def test_networks_of_the_demo_set_are_named_on_the_page(outputs, tmp_path, demo):
+    for step in ("step05_lstm", "step10_multitask"):
+        (tmp_path / step).mkdir()
+        facts = {"data": {"demo": demo and step == "step10_multitask"}}
+        (tmp_path / step / "metrics.json").write_text(json.dumps(facts))
+    networks = {role: listen.Heard(*network_of(outputs, role)) for role in listen.NETWORKS}
+    limits = listen.what_it_cannot_know(tmp_path, networks, 1.0)
+    assert ("demo music" in limits) is demo
+
+
+def test_train_runs_what_is_missing_on_the_same_data(outputs, tmp_path, monkeypatch):
+    shutil.copytree(outputs / "step07_cnn", tmp_path / "step07_cnn")
+    commands = []
+
+    def run(command):
+        commands.append(command[1:])
+        return type("Done", (), {"returncode": int(len(commands) == 2)})
+
+    monkeypatch.setattr(listen.subprocess, "run", run)
+    args = type("Args", (), {"train": True, "data_dir": tmp_path / "set", "device": "cpu"})
+    with pytest.raises(common.InputError, match="step10_multitask could not be trained"):
+        listen.find_networks(tmp_path, args)
+    where = ["--out-dir", str(tmp_path), "--data-dir", str(tmp_path / "set")]
+    steps = ("step05_lstm", "step10_multitask")
+    assert commands == [[str(listen.HERE / f"{step}.py"), *where] for step in steps]
 
 
 def test_a_song_of_any_length_is_covered(heard):

@@ -15,7 +15,15 @@ import soundfile
 from conftest import GENRES, ROOT, assert_clean_error, run_forked, run_script
 
 import make_dataset
-from common import MERGE, SR, InputError, end_in_one_line, read_array, read_entries
+from common import (
+    MERGE,
+    SR,
+    InputError,
+    StepFailed,
+    end_in_one_line,
+    read_array,
+    read_entries,
+)
 
 FOLDERS = (
     "fma_genre_spectrograms",
@@ -392,6 +400,40 @@ def test_files_added_or_mended_later_join_the_set(tmp_path):
     assert {"9", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(
         out, "genre", "test"
     )
+    soundfile.write(songs / "Rock" / "empty.mp3", song(1), SR)  # the last one is mended
+    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
+    assert not (out / "unreadable.csv").exists()
+
+
+def test_a_class_without_training_clips_is_not_asked_for(tmp_path, capsys):
+    """Or step 5 would refuse the set: a test clip of a class that was not trained."""
+    songs, out = tmp_path / "songs", tmp_path / "set"
+    names = [f"{genre}/{i}.wav" for genre in ("Jazz", "Rock") for i in range(2)]
+    for name, (_, split) in make_dataset.plan_audio(names, {}, 0.2, 42).items():
+        (songs / name).parent.mkdir(parents=True, exist_ok=True)
+        broken = name.startswith("Jazz") and split == "train"
+        soundfile.write(songs / name, np.zeros(SR) if broken else song(1), SR)
+    make_here("--audio-dir", songs, "--out", out)
+    for split in ("train", "test"):
+        assert {entry.label for entry in read_entries(out, "genre", split)} == {"Rock"}
+    assert "class Jazz left out" in capsys.readouterr().err
+
+
+def test_workers_and_dask_are_those_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def make_all(root, clips, workers=None, dask=None):
+        asked.append((workers, dask))
+        raise StepFailed("enough seen")
+
+    monkeypatch.setattr(make_dataset, "make_all", make_all)
+    (tmp_path / "songs" / "Rock").mkdir(parents=True)
+    soundfile.write(tmp_path / "songs" / "Rock" / "a.wav", song(1), SR)
+    for source in (("--demo",), ("--audio-dir", tmp_path / "songs")):
+        where = ("--out", tmp_path / f"set{len(asked)}")
+        with pytest.raises(StepFailed):
+            make_here(*source, *where, "--workers", 3, "--dask", "tcp://there:8786")
+    assert asked == [(3, "tcp://there:8786")] * 2
 
 
 def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_path):

@@ -22,6 +22,7 @@ from conftest import (
     genre_predictions,
     labels_of,
     read_metrics,
+    read_table,
     run_script,
     write_data_set,
 )
@@ -42,9 +43,12 @@ from common import (
     load_checkpoint,
     load_model,
     load_test,
+    mel_and_chroma,
     paired_difference,
     predict,
+    stack_rows,
     truth,
+    with_interval,
 )
 
 N_TEST = sum(COUNTS[genre][1] for genre in MERGED)
@@ -375,6 +379,90 @@ def test_what_decides_is_tested_before_it_is_shown(outputs):
         assert soundfile.info(outputs / "step07_cnn" / sound).samplerate == SR
 
 
+def test_what_is_named_first_decides_more_than_what_is_drawn_by_lot(outputs):
+    """Put back, it brings the answer sooner; taken away, it takes it sooner."""
+    gains = []
+    for way, sign in (("insertion", 1), ("deletion", -1)):
+        row = read_metrics(outputs / "step07_cnn")["faithfulness"][way]
+        gain = sign * (row["by attribution"] - row["in random order"])
+        gains.append(gain)
+        assert float(row["better by"].split()[0]) == pytest.approx(gain, abs=6e-4)
+    assert sum(gains) > 0  # small: two epochs of training
+
+
+def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs):
+    folder = outputs / "step07_cnn"
+    links = re.findall(r"\[(\w+), (\S+), (training split|test set), called (\S+) .*?\]"
+                       r"\((clip_\d_\w+\.mp3)\)", (folder / "summary.md").read_text())  # fmt: skip
+    rows = genre_predictions(folder).query("model == 'cnn_mel'").set_index("clip")
+    asked = [(clip, genre) for clip, genre, split, *_ in links if split == "test set"]
+    assert len(asked) == 2 * 2  # each as it is, and what decided
+    for clip, genre in asked:
+        assert rows.loc[clip, "truth"] == genre != rows.loc[clip, "prediction"]
+    quieter = []
+    for *_, name in links:
+        if name.endswith("_deciding.mp3"):  # most of the cells are 30 dB lower there
+            pair = name.replace("deciding", "all"), name
+            whole, rest = (mel_db(soundfile.read(folder / file)[0]) for file in pair)
+            quieter.append(np.median(whole - rest))
+    assert np.median(quieter) > 8
+
+
+def mel_db(waveform):
+    """Mel spectrogram in dB below its loudest cell."""
+    return stack_rows(*mel_and_chroma(waveform.astype("f4")))[:128]
+
+
+def test_each_network_of_the_ensemble_stands_under_its_own_seed(outputs):
+    table = genre_predictions(outputs / "step07_cnn")
+    seeds = table.groupby("model")["seed"].unique().map(list).to_dict()
+    wanted = {"cnn_mel": ["42"], "cnn_mel_seed43": ["43"], "cnn_mel_seed44": ["44"]}
+    assert {name: seeds[name] for name in wanted} == wanted
+    assert table.loc[table["model"].str.contains("ensemble"), "seed"].isna().all()
+
+
+def test_the_tables_of_step_11_say_what_metrics_json_says(outputs):
+    """Measured in the full space, in that of the untrained twin, on the plane: each by its name."""
+    folder = outputs / "step11_latent"
+    metrics = read_metrics(folder)
+    roles = {role: name for name, role in metrics["roles"].items()}
+    for caption, shown in (
+        ("Separation of the genres, and", ("best LSTM", "CNN")),
+        ("Separation of the genres, best", ("best LSTM", "worst LSTM")),
+    ):
+        table = read_table(folder, caption)
+        assert list(table) == [f"{role}, {roles[role]}" for role in shown]
+        for role in shown:
+            column, facts = table[f"{role}, {roles[role]}"], metrics["separation"][roles[role]]
+            for space in ("full space", "full space, untrained", "PCA"):
+                written = column[f"5-NN accuracy, {space}"]
+                assert written == with_interval(facts[space], "knn_accuracy")
+                written = float(column[f"silhouette, {space}"])
+                assert written == pytest.approx(facts[space]["silhouette"], abs=6e-4)
+    kept = metrics["separation"]
+    lines = re.findall(r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \[",
+                       (folder / "summary.md").read_text())  # fmt: skip
+    pairs = [("CNN", "best LSTM"), ("best LSTM", "worst LSTM")]
+    assert [pair[:2] for pair in lines] == [tuple(roles[role] for role in pair) for pair in pairs]
+    for *names, gain in lines:
+        one, other = (kept[name]["full space"]["knn_accuracy"] for name in names)
+        assert float(gain) == pytest.approx(one - other, abs=6e-4)
+
+
+def test_the_planes_share_of_the_variance_is_numpys(outputs):
+    metrics = read_metrics(outputs / "step11_latent")
+    for name in metrics["roles"]:
+        vectors = np.load(outputs / "step11_latent" / f"latent_{name}.npz")["vectors"]
+        spread = vectors.std(0)
+        scaled = (vectors - vectors.mean(0)) / np.where(spread > 1e-6, spread, 1)
+        shares = np.linalg.svd(scaled, compute_uv=False) ** 2
+        shares = np.cumsum(shares / shares.sum())
+        found = metrics["separation"][name]
+        assert found["pca_variance_2d"] == pytest.approx(shares[1], abs=2e-3)
+        n_axes = found["pca_axes_for_90"]
+        assert shares[n_axes - 1] > 0.9 - 1e-3 and shares[n_axes - 2] < 0.9 + 1e-3
+
+
 def maps_data(outputs):
     text = (outputs / "step11_latent" / "maps.html").read_text()
     return json.loads(re.search(r"^const data = (.*), \$ = id", text, re.MULTILINE)[1])
@@ -394,6 +482,25 @@ def test_the_maps_hold_every_clip_model_and_method(outputs):
     sound = soundfile.info(io.BytesIO(base64.b64decode(data["sounds"][0])))
     assert sound.duration == pytest.approx(1, abs=0.2)  # five seconds without --smoke
     assert len(set(data["sounds"])) > 0.9 * len(data["ids"])
+
+
+def test_the_maps_say_how_sure_and_let_hear_the_middle_of_the_clip(outputs, data_dir):
+    data, folder = maps_data(outputs), outputs / "step11_latent"
+    for name, run in data["runs"].items():
+        model, checkpoint = load_model(folder / name / "best.pt")
+        clips = np.load(folder / f"latent_{name}.npz")
+        with torch.no_grad():
+            logits = model.head(torch.from_numpy(clips["vectors"]))
+        logits -= 0.5 * torch.tensor(checkpoint["settings"]["priors"]).log()
+        sure, called = logits.softmax(1).max(1)
+        assert run["called"] == called.tolist()
+        assert run["probability"] == pytest.approx(sure.tolist(), abs=1e-3)
+    sound_of, n_frames = functions_of("step11_latent.py")["sound_of"], round(SR / 512)
+    for i in (0, 7):
+        path = data_dir / "fma_genre_spectrograms" / "test" / f"{data['ids'][i]}.fused.full.npy"
+        mel = np.load(path)[:128].astype(np.float16).astype(np.float32)
+        first = (mel.shape[1] - n_frames) // 2
+        assert data["sounds"][i] == sound_of(mel[:, first : first + n_frames])
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -1,18 +1,24 @@
 """Steps 8, 9 and 10: regression, transfer, multitask. Each test fails on the bug it names."""
 
+import ast
 import dataclasses
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import (
+    ROOT,
     assert_clean_error,
     emotion_predictions,
     labels_of,
     read_metrics,
+    read_table,
+    run_forked,
     run_script,
     submission,
     write_data_set,
@@ -97,6 +103,34 @@ def test_every_lettered_item_has_a_heading_in_the_labs_order(outputs, name):
     assert letters == number[step]
 
 
+def test_8b_to_d_are_valence_energy_and_danceability(outputs):
+    """In the lab's order, under which handin.py puts them, each with its own runs."""
+    summary = (outputs / STEPS[0] / "summary.md").read_text()
+    for letter, axis in zip("bcd", EMOTIONS, strict=True):
+        part = summary.split(f"\n## 8{letter}. {axis.capitalize()}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^\| (\w+_\w+) \|", part, re.MULTILINE) == [
+            f"lstm_{axis}",
+            f"cnn_{axis}",
+        ]
+        assert f"learning_curves_{axis}.png" in part
+
+
+def test_step_9_says_what_was_frozen_and_how_much_was_trained(outputs):
+    folder, runs = outputs / STEPS[1], metrics_of(outputs, STEPS[1])["runs"]
+    table = read_table(folder, f"{runs['head_valence']['n_train']} training clips;")
+    assert set(table.index) == set(runs)
+    for name, row in table.iterrows():
+        n_frozen = 4 if name == "head_valence" else int(name.partition("frozen")[2] or 0)
+        assert int(row["frozen blocks"]) == n_frozen
+        assert int(row["trained weights"]) == runs[name]["trained_weights"]
+        start = {
+            "head": "genre weights, new",
+            "scratch": "random",
+            "transfer": "genre weights, head",
+        }
+        assert row["starts from"].startswith(start[name.split("_")[0]])
+
+
 def test_run_names(outputs):
     runs = {name: set(metrics_of(outputs, name)["runs"]) for name in STEPS}
     single = {f"{kind}_{axis}" for kind in ("lstm", "cnn") for axis in EMOTIONS}
@@ -139,6 +173,19 @@ def test_scores_are_scipys_over_the_whole_held_out_set(outputs, data_dir):
         assert test["mean_spearman"] == pytest.approx(np.mean(expected))
 
 
+def test_the_table_of_step_8_gives_rank_correlation_and_error(outputs):
+    folder = outputs / STEPS[0]
+    table, rows = read_table(folder, "Spearman's correlation on"), emotion_predictions(folder)
+    runs = metrics_of(outputs, STEPS[0])["runs"]
+    for name, own in rows.groupby("model"):
+        squares = (own["truth"] - own["prediction"]) ** 2
+        rmse = (squares.groupby(own["target"]).mean() ** 0.5).mean()
+        written = float(table.loc[name, "RMSE, mean of the three"])
+        assert written == pytest.approx(rmse, abs=6e-4), name
+        for axis in EMOTIONS:
+            assert table.loc[name, axis] == common.with_interval(runs[name]["test"], axis)
+
+
 def test_steps_8_to_10_hold_out_the_same_clips(outputs, data_dir):
     tables = [emotion_predictions(outputs / name) for name in STEPS]
     labels = dict(common.read_labels(data_dir / "multitask_dataset" / "train_labels.txt"))
@@ -172,6 +219,39 @@ def test_step_9_without_step_8_trains_that_very_regressor(outputs, data_dir, tmp
     assert all(torch.equal(first["state"][key], second["state"][key]) for key in first["state"])
 
 
+@pytest.mark.parametrize(
+    "genre_name, changes, twin",
+    [
+        ("cnn_mel", {}, True),
+        ("mel", {}, False),  # another network, though trained by the same recipe
+        ("cnn_mel", {"lr": 1e-3}, False),
+        ("cnn_mel", {"n_train": 9}, False),
+        ("cnn_mel", {"epochs": 1}, False),  # cut short
+    ],
+)
+def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
+    """Its answers stand under `scratch_full`, the name of step 9's own network."""
+    (function,) = (
+        node
+        for node in ast.parse((ROOT / "step09_transfer.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "is_twin"
+    )
+    facts = {"planned_epochs": 4, "epochs": 4, "lr": 2e-3, "batch_size": 8, "n_train": 46}
+    runs = {"cnn": {"network": "cnn_mel"}, "cnn_valence": facts | changes}
+    recipe = common.Recipe(4, 2e-3, 8)
+    known = {
+        "plan": lambda network, data, training: recipe,
+        "data": SimpleNamespace(train=range(46)),
+        "step": SimpleNamespace(training=None),
+        "step8": common.Earlier({}, runs, ""),
+        "network": None,
+        "emotions": ("valence",),
+        "genre_name": genre_name,
+    }
+    exec(compile(ast.Module([function], []), "step09_transfer.py", "exec"), known)
+    assert known["is_twin"]("cnn") is twin
+
+
 def test_the_short_twins_have_the_same_budget(source):
     """Both phases of the fine-tuning together and the short training from scratch."""
     data = common.load_data(source, target="emotion", crop=256)
@@ -198,6 +278,10 @@ def test_step_10_measures_its_loss_and_compares_with_both_steps(outputs):
         assert factor != 0.5  # the learned weights did learn
     summary = (outputs / STEPS[2] / "summary.md").read_text()
     assert "cnn (step 8)" in summary and "transfer (step 9)" in summary
+    runs = metrics_of(outputs, STEPS[0])["runs"] | metrics_of(outputs, STEPS[2])["runs"]
+    shared, alone = (f"{runs[name]['weights']:,}" for name in ("multitask_scratch", "cnn"))
+    words = " ".join(summary.split())
+    assert f"network has {shared} weights, step 8's three have {alone}." in words
     # The fair comparison stands first: alone and together, both from scratch.
     assert summary.index("`multitask_scratch` minus `cnn (step 8)`") < summary.index("`svr`")
 
@@ -488,10 +572,10 @@ def test_beat_and_full_clips_are_split_alike_in_whatever_order_they_are_listed(t
         common.load_data(Source(data), "mel", True, "emotion")
 
 
-def leaky_data(root, same_id):
+def leaky_data(root, same_id, **cut):
     """The tiny data set, with a held-out emotion clip put into the genre training split."""
     data = write_data_set(root / "data", per_class=(4, 1))
-    held_out = common.load_data(Source(data), target="emotion").held_out
+    held_out = common.load_data(Source(data), target="emotion", **cut).held_out
     entry = held_out.dataset.store.entries[held_out.indices[0]]
     clip_id = entry.clip_id if same_id else "999999"
     genre = data / "fma_genre_spectrograms"
@@ -511,6 +595,13 @@ def test_leak_is_refused(tmp_path, name, same_id):
     result = run_script(f"{name}.py", *flags, check=False)
     assert_clean_error(result, clip_id, "genre training split", "--allow-leak")
     assert not (tmp_path / "out" / name / "metrics.json").exists()
+
+
+def test_a_leak_into_any_fold_is_refused(tmp_path):
+    data, clip_id = leaky_data(tmp_path, True, fold=1, n_folds=2)
+    flags = ("--smoke", "--folds", 2, "--data-dir", data, "--out-dir", tmp_path / "out")
+    result = run_forked("step10_multitask.py", *flags, check=False)
+    assert_clean_error(result, clip_id, "genre training split", "--allow-leak")
 
 
 def test_leak_is_allowed_by_flag_and_said(tmp_path):

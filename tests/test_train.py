@@ -549,6 +549,23 @@ def test_a_checkpoint_of_something_else_is_passed_over_and_said_so(
         assert common.find_genre_checkpoint(other.training, "mel") is None
 
 
+def test_on_kaggle_ones_own_checkpoint_comes_before_that_of_an_attached_kernel(
+    tiny_data, tmp_path, make_step, monkeypatch
+):
+    """What this session has trained anew is not to be replaced by what an older one has left."""
+    monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    step = make_step(tiny_data, tmp_path / "out")
+    attached, own = (
+        root / "step05_lstm" / "mel"
+        for root in (tmp_path / "kaggle" / "input" / "a-kernel" / "outputs", tmp_path / "out")
+    )
+    save_mel(step, attached, {})
+    assert common.find_genre_checkpoint(step.training, "mel") == attached / "best.pt"
+    save_mel(step, own, {})
+    assert common.find_genre_checkpoint(step.training, "mel") == own / "best.pt"
+
+
 def test_a_check_of_a_later_step_may_go_on_from_any_checkpoint_of_these_clips(
     tiny_data, tmp_path, make_step
 ):
@@ -625,6 +642,73 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
         (folder / "metrics.json").write_text(text)
         with pytest.raises(InputError, match="step08_regression.*cannot be read"):
             common.earlier_answers(step.training, folder.name, asked)
+
+
+def test_answers_of_other_folds_are_not_compared(tiny_data, tmp_path, make_step):
+    """The same clips, held out otherwise: other clips were trained on."""
+    step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
+    ids = ["7", "010", "9"]
+    full = pd.DataFrame(np.eye(3), ids, common.EMOTIONS)
+    folds = pd.Series([1, 2, 1], ids)
+    write_earlier(folder, step, common.held_out_rows(full, {"cnn": full}, 42, folds))
+    answers, _, _ = common.earlier_answers(step.training, folder.name, ids, folds)
+    assert list(answers) == ["cnn"]
+    answers, _, note = common.earlier_answers(step.training, folder.name, ids, 3 - folds)
+    assert not answers and "folds" in note
+
+
+def test_folds_are_summed_up_as_one_run(monkeypatch):
+    """Step 8 chooses the network that answers by the mean validation score."""
+    facts = [
+        {"epochs": e, "train_seconds": s, "n_train": 40, "val": {"energy": v}}
+        for e, s, v in ((4, 10.0, 0.2), (6, 14.5, 0.7))
+    ]
+    monkeypatch.setattr(common, "load_fit", lambda i, device: types.SimpleNamespace(facts=facts[i]))
+    tables = [pd.DataFrame({"energy": [0.1 * n]}, [str(n)]) for n in (1, 2)]
+    run = common.join_folds([(i, table, 2 * table) for i, table in enumerate(tables)], "cpu")
+    assert run.facts["val"] == {"energy": pytest.approx(0.45)}
+    assert (run.facts["epochs"], run.facts["train_seconds"]) == (10, 24.5)
+    assert run.folds.to_dict() == {"1": 1, "2": 2}
+    assert run.answers["energy"].tolist() == pytest.approx([0.1, 0.2])
+    assert run.truth["energy"].tolist() == pytest.approx([0.2, 0.4])
+
+
+def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(
+    tiny_data, tmp_path, make_step, monkeypatch
+):
+    """It stands beside the lab's networks for comparison: later steps do not go on from it."""
+    step, seen = make_step(tiny_data, tmp_path), {}
+
+    def fit(model, data, loss_fn, optimizer, recipe, folder, **options):
+        seen[folder.name] = data.settings["priors"]
+        folder.mkdir(parents=True)
+        settings = data.settings | {"run": folder.name, "window": recipe.window}
+        facts = {"n_val": len(data.val), "planned_epochs": 1}
+        score = 0.9 if folder.name == "plain_mel" else 0.5
+        path = folder / "best.pt"
+        common.save_checkpoint(path, model, settings, epoch=1, val_score=score, facts=facts)
+        return common.load_fit(path)
+
+    monkeypatch.setattr(common, "fit", fit)
+    folder = tmp_path / "step05_lstm"
+    training = dataclasses.replace(step.training, folder=folder, workers=1)
+    common.fit_all(training, [common.genre_run(name) for name in ("plain_mel", "mel")])
+    assert len(set(seen["plain_mel"])) == 1 < len(set(seen["mel"]))
+    assert common.find_genre_checkpoint(step.training, "plain_mel")
+    assert list(common.genre_val_scores(step.training).index) == ["mel"]
+
+
+def test_indented_paragraphs_are_no_code(tiny_data, tmp_path, make_step):
+    """In Markdown four spaces after an empty line make code of a paragraph."""
+    step = make_step(tiny_data, tmp_path)
+    step.text("""
+        A paragraph
+
+        and another.
+    """)
+    step.write()
+    summary = (step.folder / "summary.md").read_text()
+    assert "\nA paragraph\n\nand another.\n" in summary
 
 
 class Watched(TensorDataset):

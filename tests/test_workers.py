@@ -148,7 +148,13 @@ def start(data, out):
     command = [sys.executable, str(ROOT / f"{STEP}.py"), *FLAGS, "--workers", 2]
     command += ["--data-dir", data, "--out-dir", out]
     text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*map(str, command)], start_new_session=True, **text)
+
+    def heed_ctrl_c():  # a test session in the background of a script ignores it, and hands that on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(
+        [*map(str, command)], start_new_session=True, preexec_fn=heed_ctrl_c, **text
+    )
 
 
 def begun(out):
@@ -230,6 +236,13 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
     with pytest.raises(common.StepFailed, match="enough"):
         common.fit_all(training, runs, later=later)
     assert asked == shares
+
+
+def test_workers_share_the_cores(monkeypatch):
+    """Each with all of them would be several times as slow."""
+    monkeypatch.setattr(common.joblib, "cpu_count", lambda: 6)
+    names = [("OMP_NUM_THREADS",)] * 2
+    assert list(common.side_by_side(os.getenv, names, workers=2)) == ["3", "3"]
 
 
 # --- Dask -------------------------------------------------------------------------------
