@@ -2960,8 +2960,8 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
 def clip_attributions(model, x, window, number) -> torch.Tensor:
     """`integrated_gradients` of a whole clip (T, F) for a class number, window by window.
 
-    The clip's logit is the mean of its windows', so each cell gets the mean over the windows
-    that hold it.
+    Each cell gets the mean over the windows that hold it: to compare along a clip, no share
+    of the clip's logit.
     """
     device = next(model.parameters()).device
     n_windows = math.ceil(len(x) / window)
@@ -3012,7 +3012,7 @@ def answer_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tensor:
 
 
 def fit_temperature(logits, targets) -> float:
-    """The number that logits are divided by so that probabilities are as sure as they are right.
+    """The number to divide logits by for the least cross-entropy.
 
     It minimises the cross-entropy on clips that were not trained on (Guo et al., 2017, On
     Calibration of Modern Neural Networks); which class is the likeliest does not change.

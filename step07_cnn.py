@@ -583,7 +583,7 @@ step.figure(fig, "confusion", caption)
 # %% 7e, besides: how sure the network is
 # A probability of .9 should be right nine times out of ten. Whether it is, is measured by the
 # expected calibration error; temperature scaling (Guo et al., 2017), one number fitted on the
-# validation clips, mends what is off on average. listen.py uses it.
+# validation clips, may mend what is off on average: the test row tells. listen.py uses it.
 step.heading("7e, besides. How sure the network is")
 logits = {}
 for split, dataset in (("validation", data.val), ("test", load_test(step.source, cnn.settings))):
@@ -622,7 +622,7 @@ n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
 rng = np.random.default_rng(step.args.seed)
 chosen = rng.permutation(len(test))[:n_judged]
 model = copy.deepcopy(cnn.model).cpu().eval()
-seed_everything(step.args.seed)
+seed_everything(step.args.seed + 1000)  # not where the trained network began
 random_twin = build_model(model_spec(model)).eval()
 
 
@@ -714,8 +714,8 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
         step.sound(waveform, f"clip_{place}_{name}", f"{title}, {said}: {heard}")
 caption = (
     "Left: mel spectrograms of the two clips of step 1 and of the test clips that were most surely "
-    "wrong. Right: what every patch added to the logit of the class that was called; red spoke for "
-    "it, blue against it"
+    "wrong. Right: what every patch did to the logit of the class that was called, mean over the "
+    "windows that hold it; red for it, blue against it, each panel's darkest its own"
 )
 step.figure(fig, "what_decides", caption)
 

@@ -267,7 +267,7 @@ step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and t
 step.text(f"""
 *5-NN accuracy*: share of clips whose own class is the commonest among their {N_NEIGHBOURS} nearest
 others, the clip itself left out; where n classes are equally common, a clip of one of them counts
-1/n. A class with few test clips is rarely the commonest among five. Always naming the commonest
+1/n. The fewer test clips a class has, the harder that is for it. Always naming the commonest
 class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is a
 clip's mean distance to its own class, b to the nearest other one. *Untrained*: the same network
 with one draw of random weights, batch normalisation at mean 0 and variance 1. The vectors of two
@@ -307,8 +307,9 @@ nothing of large distances. PCA is linear and the same at every run; of all proj
 it keeps the largest share of the squared distances. Isomap ({far} neighbours) keeps distances along
 the graph of neighbours. t-SNE (perplexity {perplexity:.0f}) and UMAP ({near} neighbours) keep who
 is near whom and give up large distances: groups can be looked for, but not how far apart or how
-large they are. t-SNE starts from PCA, UMAP from a spectral layout; both go on at random, so they
-run with {len(seeds)} seeds, the first of which is shown. One setting of each method. (Tenenbaum et
+large they are. t-SNE starts from a randomised PCA, UMAP from a spectral layout and goes on at
+random, so they run with {len(seeds)} seeds, the first of which is shown. One setting of each
+method. (Tenenbaum et
 al., 2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
