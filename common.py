@@ -1186,9 +1186,12 @@ def take_subset(rows, targets, n) -> list[int]:
     return (first + rest)[: max(n, len(first))]
 
 
-def fingerprint(root, part, beat=False) -> str:
-    """What tells one data set from another: a hash of its training ids and labels."""
-    lines = (part_folder(root, part, beat) / "train_labels.txt").read_bytes().splitlines()
+def fingerprint(root, part, beat=False) -> str | None:
+    """What tells one data set from another: a hash of its training ids and labels, if any."""
+    labels = part_folder(root, part, beat) / "train_labels.txt"
+    if not labels.is_file():
+        return None
+    lines = labels.read_bytes().splitlines()
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()[:16]
 
 
@@ -2497,8 +2500,6 @@ def find_genre_checkpoint(training, name) -> Path | None:
     smoke runs, only a --subset run those of its own N.
     """
     network, source = GENRE_RUNS[name], training.source
-    if not (part_folder(source.root, "genre", network.beat) / "train_labels.txt").is_file():
-        return None  # emotion clips alone, which step 8 can do with
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
     wanted = {
         "fingerprint": fingerprint(source.root, "genre", network.beat),
@@ -2506,6 +2507,8 @@ def find_genre_checkpoint(training, name) -> Path | None:
         "seed": source.seed,
         "window": window_of(network),
     }
+    if wanted["fingerprint"] is None:
+        return None  # emotion clips alone, which step 8 can do with
     if not source.smoke:
         wanted |= {"smoke": False, "subset": source.subset}
     own = [training.folder, training.out / "step09_transfer"]
@@ -3683,8 +3686,7 @@ class Step:
     def finish(self, runs=None, **facts):
         """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
         root = self.source.root
-        labels = {part: part_folder(root, part) / "train_labels.txt" for part in FOLDERS}
-        prints = {part: fingerprint(root, part) for part in labels if labels[part].is_file()}
+        prints = {part: value for part in FOLDERS if (value := fingerprint(root, part))}
         metrics = {
             "step": self.name,
             "seconds": round(time.monotonic() - self.began, 2),

@@ -56,7 +56,6 @@ from common import (
     mel_and_chroma,
     number,
     output_folder,
-    part_folder,
     patches,
     pick_device,
     predict,
@@ -174,8 +173,7 @@ def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
         if args.data_dir:
             raise
         return None
-    labels = part_folder(root, "genre") / "train_labels.txt"
-    if not labels.is_file() or fingerprint(root, "genre") != settings["fingerprint"]:
+    if fingerprint(root, "genre") != settings["fingerprint"]:
         return None
     source = Source(root, settings["seed"], merge=settings["merge"], skip_bad=True)
     data = load_data(source, stats=settings["stats"])

@@ -330,8 +330,8 @@ F1 all equal the accuracy: {one["micro_precision"]:.3f}, {one["micro_recall"]:.3
 small ones: accuracy hardly notices, macro-F1 does. The extreme case, always answering {commonest},
 has accuracy {lowest["accuracy"]:.3f} and macro-F1 {lowest["macro_f1"]:.3f}. Among the LSTMs the two
 numbers lie furthest apart for `{widest}`: accuracy minus macro-F1 is {gaps[widest]:+.3f}. Macro-F1
-above accuracy often means that small classes are recognised better. In a task with one
-rare class, its F1 may be near 0 while accuracy, full of true negatives, is near 1.
+above accuracy often means that small classes are recognised better. In a task with one rare class,
+its F1 may be near 0 while accuracy, full of true negatives, is near 1.
 
 **When do micro and macro F1 differ much?** Micro-F1 is accuracy here, so above all in the same
 case: class sizes are unequal (from {per_class["support"].min():.0f} to

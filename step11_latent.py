@@ -309,8 +309,7 @@ the graph of neighbours. t-SNE (perplexity {perplexity:.0f}) and UMAP ({near} ne
 is near whom and give up large distances: groups can be looked for, but not how far apart or how
 large they are. t-SNE starts from a randomised PCA, UMAP from a spectral layout and goes on at
 random, so they run with {len(seeds)} seeds, the first of which is shown. One setting of each
-method. (Tenenbaum et
-al., 2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
+method. (Tenenbaum et al., 2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
 warnings.filterwarnings("ignore", "The number of connected components")

@@ -363,7 +363,7 @@ TABLE = {
         ("listen: times begin anew in every block", "times.append((n_frames + middles.numpy()) * HOP / SR)",
          "times.append(middles.numpy() * HOP / SR)", "listen::test_a_song_of_any_length_is_covered"),
         ("listen: a name ends the script", '.replace("<", "\\\\u003c")', "", "listen::test_a_name_never_becomes_markup"),
-        ("listen: neighbours of another data set", 'if not labels.is_file() or fingerprint(root, "genre") != settings["fingerprint"]:', "if not labels.is_file():",
+        ("listen: neighbours of another data set", 'if fingerprint(root, "genre") != settings["fingerprint"]:', "if False:",
          "listen::test_nearest_clips_are_of_the_networks_own_data_set"),
         ("listen: unfinished networks are heard", " and not (r / UNFINISHED).exists()]", "]",
          "listen::test_only_finished_networks_are_heard"),
