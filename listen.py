@@ -301,7 +301,7 @@ def listen(path, networks, temperature, known):
 
 
 def deciding(cnn, mel, called) -> np.ndarray:
-    """What every patch of a block's mel spectrogram (128, T) added to the called class's logit."""
+    """What every patch of a block's mel spectrogram (128, T) did to the called class's logit."""
     mean, std = cnn.settings["stats"]
     x = (torch.from_numpy(mel.astype(np.float32)).T - mean) / std
     return patches(clip_attributions(cnn.model, x, cnn.settings["window"], called)).T.numpy()
@@ -516,9 +516,10 @@ def make_page(facts, pictures, audio, limits) -> str:
 def what_it_cannot_know(out, networks, temperature) -> str:
     """The limits of the answers, as HTML."""
     cnn, emotion = networks["cnn"].settings, networks["emotion"].settings
-    sure = "were not calibrated (run step 7)"
+    sure = "were not scaled by validation clips (run step 7)"
     if temperature != 1.0:
-        sure = f"are calibrated on validation clips (temperature {temperature:.2f}; see step 7)"
+        helps = f"temperature {temperature:.2f}; step 7 tells whether it helps"
+        sure = f"are scaled on validation clips ({helps})"
     demo = ""
     for step, _ in NETWORKS.values():
         metrics = out / step / "metrics.json"
@@ -528,11 +529,12 @@ def what_it_cannot_know(out, networks, temperature) -> str:
     genres = html.escape(", ".join(cnn["names"]))
     return f"""{demo}<p>It knows {len(cnn["names"])} genres: {genres}. Whatever is played, speech or
     noise included, is called one of them. The percentages {sure}: for clips of 30 s and music like
-    the training clips, not for the 6 s behind each point of a curve.
-    Genre curves and percentages are the CNN's, from 6 s at a time; the emotion curves are those of
-    the network of {len(emotion["names"])} emotions, the emotion table the mean of that and of an
-    LSTM. What decided (integrated gradients): red patches raised the called genre's score, blue
-    ones lowered it. The sound is a compressed copy, mono, 22 kHz.</p>"""
+    the training clips, not for the 6 s behind each point of a curve. Genre curves and percentages
+    are the CNN's, from 6 s at a time; the emotion curves are those of the network of
+    {len(emotion["names"])} emotions, the emotion table the mean of that and of an LSTM. What
+    decided (integrated gradients): red patches raised the called genre's score against that of a
+    clip that is the mean in every band, blue ones lowered it. The sound is a compressed copy, mono,
+    22 kHz.</p>"""
 
 
 def main(argv=None):

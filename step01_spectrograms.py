@@ -133,7 +133,10 @@ times = {
     device: {"time (ms)": f"{1e3 * s:.1f}", "GFLOP/s": f"{2 * n**3 / s / 1e9:.0f}"}
     for device, s in seconds.items()
 }
-caption = f"Product of two {n} x {n} matrices, median of 5, on the CPU and on the device in use"
+caption = (
+    f"Product of two {n} x {n} matrices, median of 5, on the CPU ({torch.get_num_threads()} "
+    "threads) and on the device in use; other programs beside it slow it down"
+)
 step.table(pd.DataFrame(times).T.rename_axis("device"), caption)
 
 # %% 1a. Two random lines with different labels
@@ -231,8 +234,8 @@ panels = [
     for genre, group in groups.items()
 ]
 caption = (
-    "Mean mel spectrogram of every genre's drawn clips, highest spectral centroid first. Clips are "
-    "excerpts that do not begin together: stripes in time are those of single clips, or fades"
+    "Mean mel spectrogram of every genre's drawn clips, highest spectral centroid first. What "
+    "changes along time may be single clips, fades, or where in a song the clips were cut"
 )
 step.figure(plot_panels(panels, 4, size=(3.6, 2.2)), "genre_means", caption)
 
@@ -256,7 +259,7 @@ ax.set(xlabel="Frequency (Hz, mel scale)", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Level against the mean\nof all genres (dB)")
 caption = (
     "Shape of every genre's time-averaged spectrum (each clip's mean level taken off) against the "
-    "mean of all genres. A sharp edge is a limit of the recordings' bandwidth, not of the music"
+    "mean of all genres. A sharp edge near the top may be a limit of the recordings' bandwidth"
 )
 step.figure(fig, "genre_spectra", caption)
 

@@ -85,10 +85,10 @@ step.text(
     to its octave; the octave and most of the timbre are gone (overtones still reach other
     rows: the third harmonic lies an octave and a fifth higher). A horizontal line is a held note,
     a column with three strong rows a triad, a column in which most rows are strong noise or a
-    drum. Every frame of a full chromagram is scaled so that its strongest pitch class is 1:
-    quiet and loud frames count alike.
+    drum. Every frame of a full chromagram that is not silent is scaled so that its strongest pitch
+    class is 1: quiet and loud frames count alike.
 
-    - **Strongest pitch class**: the highest mean over time, often the key's tonic or fifth.
+    - **Strongest pitch class**: the highest mean over time.
     - **Entropy** of the mean over time: 0 bits for a single note, {math.log2(N_CHROMA):.2f}
       bits where all twelve sound alike.
     - **Change per step**: mean absolute change of a pitch class from one step to the next.
@@ -159,8 +159,7 @@ step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
 # The lab's questions of step 2 for chromagrams: 12 rows in place of 128, as many steps.
 # Two of its measurements again: what a training pass costs, and how far back the gradient of
-# an untrained LSTM's last output reaches; the mel rows stand below for comparison (here the
-# clips of one batch are standardised, in step 2 all that were drawn).
+# an untrained LSTM's last output reaches; the mel rows stand below for comparison.
 step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
 shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
 caption = "Pitch classes x time steps of the two clips"
@@ -186,7 +185,9 @@ table = pd.DataFrame(lstm).T.rename_axis("input")
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int})
 caption = (
     f"One training pass of an LSTM of 128 units over {len(batch)} clips, and how far back the "
-    "gradient of its last output stays above 1% of the last step's, before training"
+    "gradient of its last output stays above 1% of the last step's, before training. Standardised "
+    "by these clips alone, where step 2 takes all that were drawn; other programs beside it slow a "
+    "pass down"
 )
 step.table(table, caption)
 step.text(

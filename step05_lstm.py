@@ -138,7 +138,7 @@ step.text("""
 - *Augmentation*: mel bands shifted up or down by up to 2, stripes of bands and steps set to the
   mean (SpecAugment), dropout.
 - *Weights*: those that are validated and kept are a running average over the last hundred or so
-  updates.
+  updates (in a short training fewer).
 - *Epoch*: of the last fifth of the epochs the best by validation macro-F1. An earlier peak, the
   best of many while the rate is still high, is partly chance. The maximum of several is optimistic.
 
@@ -186,8 +186,8 @@ step.text("""
 Scored, here and on the validation clips, after logit adjustment: half the log of each class's share
 of the training clips is subtracted from its logit, which raises rare classes most (after Menon et
 al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops answers by the
-mean of its outputs over overlapping windows of the clip. Models of beats are scored on the
-beat-synchronised test set. Step 6 compares them on the same clips.
+mean of its outputs over windows of the clip, which overlap on the test set. Models of beats are
+scored on the beat-synchronised test set. Step 6 compares them on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():

@@ -210,7 +210,8 @@ step.text("""
     not trained on, standardised by the training clips of that form. What such a row shows is in
     part how the two forms are fed: an LSTM of frames receives, for each step, the mean, the spread
     and the change within 8 frames; on beats a step is a single column, whose spread is 0, a value
-    that training steps hardly have, and the change is from beat to beat. `majority` answers the
+    that training steps seldom have, and the change is from beat to beat; an LSTM of
+    beats receives means of as many frames as a beat has. `majority` answers the
     commonest training class; `svm` and `beat_svm` are support vector machines on statistics of the
     bands, each tested on its own kind of input and fitted on the LSTMs' training and validation
     clips together. The LSTMs' scores include label smoothing .1 in training, a running average of
@@ -342,9 +343,9 @@ classes count most, in the macro average all count alike: micro minus macro is {
 **Are there tasks where precision matters more than recall, or the opposite? Is a good accuracy or
 F1 then enough?** Yes, there are, and no, it is not enough. A playlist by genre wants precision: one
 metal song among the lullabies is worse than a lullaby left out. A search for copyright
-infringements or for an illness wants recall: what is missed is the harm. One number that mixes both
-cannot choose the model then. One fixes the error that matters (say recall of at least .9) and
-compares the rest, or moves the decision threshold, and looks at the confusion matrix.
+infringements or for an illness wants recall: what is missed is the harm. One number that weighs
+both alike cannot choose the model then. One fixes the error that matters (say recall of at least
+.9) and compares the rest, or moves the decision threshold, and looks at the confusion matrix.
 
 **Which one for this task?** These scripts choose by macro-F1: the genres matter equally and their
 sizes differ, and it exposes the collapse onto common classes that accuracy hides.

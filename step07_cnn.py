@@ -257,8 +257,8 @@ step.figure(fig, "digit_activations", caption)
 step.heading("7b. The network, its training, its test score")
 step.text("""
 The image is a random crop of 6 s; two frames are averaged into one of its columns. After the fourth
-block its channels are pooled over time, by mean and maximum, and not over frequency: where in
-frequency something happens tells genres apart. One dense layer gives an output (logit) per class.
+block its channels are pooled over time, by mean and maximum, and not over frequency: pooled over
+both, it scored lower (docs/experiments.md). One dense layer gives an output (logit) per class.
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, Classifier)
@@ -377,7 +377,7 @@ for block in range(1, len(backbone.blocks) + 1):
         ax.label_outer()
 caption = (
     "A clip after each of the four blocks: four of its livelier channels (bands x columns); black "
-    "is 0, white the panel's largest value"
+    "is 0, the lightest colour the panel's largest value"
 )
 step.figure(fig, "genre_activations", caption)
 
@@ -411,7 +411,7 @@ ax.set_xticks(np.arange(len(filters)) * (size + 1) + size // 2, range(len(filter
 ax.set_xlabel(f"Channel; within each, {size} columns of {1000 * column_s:.0f} ms")
 caption = (
     f"The {len(filters)} filters of block 1 as learned. One that changes along time (left to "
-    "right) answers to onsets and endings, one that changes along frequency to harmonics"
+    "right) answers to changes in time, one that changes along frequency to edges of harmonics"
 )
 step.figure(fig, "filters", caption)
 
@@ -452,8 +452,8 @@ activations steady, and networks then stand a higher learning rate (Ioffe & Szeg
 still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel says where its pattern is and is silent elsewhere.
-It makes the network non-linear; convolutions stacked without it are one linear map, which only max
-pooling would be left to bend.
+It makes the network non-linear; convolutions stacked without it are one linear map (with biases,
+affine), which only max pooling would be left to bend.
 
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to work on,
 and each of them sees more of the clip (row "a cell sees"). That a pattern was there is kept,
@@ -595,9 +595,9 @@ sureness = {
     f"{split} ({len(targets)} clips)": {
         "accuracy": float((z.argmax(1) == targets).float().mean()),
         "mean confidence": float(z.softmax(1).amax(1).mean()),
-        "at this temperature": float((z / temperature).softmax(1).amax(1).mean()),
+        "confidence, scaled": float((z / temperature).softmax(1).amax(1).mean()),
         "calibration error": calibration_error(z, targets),
-        "so scaled": calibration_error(z / temperature, targets),
+        "calibration error, scaled": calibration_error(z / temperature, targets),
     }
     for split, (z, targets) in logits.items()
 }
@@ -605,9 +605,10 @@ caption = f"Confidence (the likeliest class's probability); temperature {tempera
 step.table(pd.DataFrame(sureness).T.rename_axis("clips"), caption)
 step.text("""
 The calibration error (expected calibration error, 10 bins) is the distance between confidence and
-accuracy, averaged over bins of clips; on few clips it is above 0 by chance alone. The temperature
-divides the logits, so which class is the likeliest stays. It is fitted on the validation clips,
-which also chose the epoch: only the test row tells whether it helps.
+accuracy, averaged over bins, each weighed by its clips; on few clips it is above 0 by chance alone.
+Logits are adjusted (see above); the temperature divides them, so the likeliest class stays. It is
+fitted on the validation clips, which also chose the epoch: only the test row tells whether it
+helps.
 """)
 
 # %% 7e, besides: which cells of the spectrogram decide
@@ -664,7 +665,7 @@ for way, sign in (("insertion", 1), ("deletion", -1)):
 caption = (
     "Area under the likeliest class's probability (logits not adjusted) while patches of 8 frames "
     "and 4 bands are put back (insertion, higher is better) or taken away (deletion, lower); "
-    f"{n_judged} test clips, the 6 s in their middle"
+    f"{n_judged} test clips, at most 6 s in their middle"
 )
 step.table(pd.DataFrame(faithful).T.rename_axis("way"), caption)
 low, high = bootstrap(lambda i: np.array(agreement)[i].mean(), len(agreement))
@@ -674,15 +675,17 @@ every band; insertion and deletion are those of Petsiuk et al. (2018), random we
 those of Adebayo et al. (2018). Intervals (95%) are over clips, for one random order of each and one
 draw of weights. Rank correlation between the patches' attributions (without sign) by the trained
 network and by the same network with random weights: {np.mean(agreement):.2f} [{low:.2f},
-{high:.2f}], mean over the clips. It would be 1 if the weights played no part. Taking away a patch
-means setting it to each band's mean, which no music sounds like: part of a fall may come from that.
+{high:.2f}], mean over the clips. It would be 1 if the weights played no part, and is
+not 0 if they alone did: both attributions are multiplied by the same clip. Taking away a patch
+means setting it to each band's mean, which music seldom is: part of a fall may come from that.
 """)
 
 # %% 7e, besides: to look at and to hear
 # The two clips of step 1, and the test clips that were most surely wrong: which patches spoke
 # for the answer, drawn beside the spectrogram, and heard: the sound of the fifth of them that
-# spoke most, all else 30 dB lower.
+# spoke most, all else up to 30 dB lower.
 mean, std = (value.cpu() for value in cnn.settings["stats"])
+QUIETER = "the same, all but the fifth that spoke most for the answer up to 30 dB lower"
 looked_at = []  # title, mel spectrogram in dB (T, 128)
 for clip in sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False)[:2]:
     mel = torch.from_numpy(clip.full[BANDS["mel"]]).float().T
@@ -702,7 +705,7 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
     with torch.no_grad():
         answered = adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
     chance, label = (answered / temperature).softmax(0).max(0)
-    said = f"called {data.names[int(label)]} (probability {chance:.2f})"
+    said = f"called {data.names[int(label)]} ({chance:.2f} at the temperature {temperature:.2f})"
     named = patches(clip_attributions(model, x, window, int(label)))
     plot_spectrogram(row[0], mel.T)
     limit = float(named.abs().quantile(0.995)) or 1.0
@@ -713,12 +716,13 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
     quieter = (mel - 30.0 * (ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
     for name, sound in (("all", mel), ("deciding", quieter)):
         waveform = mel_to_waveform(sound.T.numpy())
-        heard = {"all": "as it is", "deciding": "the fifth that spoke most for the answer"}[name]
+        heard = {"all": "made of its mel spectrogram", "deciding": QUIETER}[name]
         step.sound(waveform, f"clip_{place}_{name}", f"{title}, {said}: {heard}")
 caption = (
     "Left: mel spectrograms of the two clips of step 1 and of the test clips that were most surely "
-    "wrong. Right: what every patch did to the logit of the class that was called, mean over the "
-    "windows that hold it; red for it, blue against it, each panel's darkest its own"
+    "wrong. Right: what every patch did to the logit of the class that was called, summed over the "
+    "windows that hold it; red for it, blue against it, each panel's darkest its own. "
+    "Probabilities are after logit adjustment and temperature"
 )
 step.figure(fig, "what_decides", caption)
 

@@ -151,9 +151,9 @@ before it: the best so far).
   scores do not ask.
 - *Which set*: the validation set. On training clips a later epoch tends to look better, overfitting
   included; chosen on test clips, the test score would be a score of the choice.
-- *Why only of the last fifth*: the learning rate has come down to about a tenth by then, while an
-  earlier peak, the best of many, is partly chance. So is the maximum of the last fifth, which makes
-  it optimistic.
+- *Why only of the last fifth*: in a full training the rate has come down to about a tenth by then,
+  while an earlier peak, the best of many, is partly chance. So is the maximum of the last fifth,
+  which makes it optimistic.
 """)
 if genre.path.with_name("history.csv").exists():
     history = pd.read_csv(genre.path.with_name("history.csv"))
@@ -305,7 +305,6 @@ step.figure(
 # when both starts are given as little (`scratch`), and whether the short fine-tuning gets
 # as far as the whole training that step 8 spends (`scratch_full`).
 step.heading("9e. The results, and step 8's")
-step.text(FLOORS)
 answers = {
     kind: pd.concat([runs[kind, emotion].answers for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
@@ -313,15 +312,17 @@ answers = {
 shown = {kind: answers[kind] for kind in ("transfer", "head", "scratch")}
 full = "scratch_full" if twin is None else f"scratch_full = {twin} (step 8)"
 shown[full] = answers["scratch_full"] if twin is None else step8.answers[twin][list(emotions)]
-for kind in ("lstm", "cnn", "svr"):
-    if kind in step8.answers and kind != twin:
-        shown[f"{kind} (step 8)"] = step8.answers[kind][list(emotions)]
+for kind, table in step8.answers.items():
+    if kind != twin:
+        shown[f"{kind} (step 8)"] = table[list(emotions)]
 scores = {name: emotion_scores(true, table) for name, table in shown.items()}
 step.table(
     emotion_table(scores),
     f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
     "one training seed",
 )
+if step8.answers:
+    step.text(FLOORS)
 differences = {
     name: paired_difference(true, shown["transfer"], table)
     for name, table in shown.items()

@@ -303,13 +303,14 @@ seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
 Criterion, named in advance: *trustworthiness* (Venna & Kaski, 2001), how far a clip's
 {N_NEIGHBOURS} neighbours in the map are its neighbours in the full space; at best 1. It says
-nothing of large distances. PCA is linear and the same at every run; of all projections onto a plane
-it keeps the largest share of the squared distances. Isomap ({far} neighbours) keeps distances along
-the graph of neighbours. t-SNE (perplexity {perplexity:.0f}) and UMAP ({near} neighbours) keep who
-is near whom and give up large distances: groups can be looked for, but not how far apart or how
-large they are. t-SNE starts from a randomised PCA, UMAP from a spectral layout and goes on at
-random, so they run with {len(seeds)} seeds, the first of which is shown. One setting of each
-method. (Tenenbaum et al., 2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
+nothing of large distances, nor of neighbours that the map has torn apart. PCA is linear and the
+same at every run; of all projections onto a plane it keeps the largest share of the squared
+distances. Isomap ({far} neighbours) keeps distances along the graph of neighbours. t-SNE
+(perplexity {perplexity:.0f}) and UMAP ({near} neighbours) keep who is near whom and do not aim at
+large distances: groups can be looked for, but not how far apart or how large they are. t-SNE starts
+from a randomised PCA, UMAP from a spectral layout and goes on at random, so they run with
+{len(seeds)} seeds, the first of which is shown. One setting of each method. (Tenenbaum et al.,
+2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
 warnings.filterwarnings("ignore", "The number of connected components")
@@ -416,7 +417,7 @@ data.classes.forEach((name, k) => {
 function describe(i) {
   const run = data.runs[$("model").value], k = run.called[i];
   return "clip " + data.ids[i] + ", " + data.classes[data.labels[i]] + ", called " +
-    data.classes[k] + " (probability " + run.probability[i].toFixed(2) + ")";
+    data.classes[k] + " (unscaled probability " + run.probability[i].toFixed(2) + ")";
 }
 function draw() {
   const run = data.runs[$("model").value], points = run.points[$("method").value];

@@ -594,9 +594,11 @@ def test_the_temperature_is_fitted_on_the_validation_clips(data_dir, learned):
     for name, (z, targets) in answers.items():
         row, scaled = found[f"{name} ({len(targets)} clips)"], z / found["temperature"]
         assert row["calibration error"] == pytest.approx(calibration_error(z, targets), abs=0.02)
-        assert row["so scaled"] == pytest.approx(calibration_error(scaled, targets), abs=0.02)
+        assert row["calibration error, scaled"] == pytest.approx(
+            calibration_error(scaled, targets), abs=0.02
+        )
         sure = float(scaled.softmax(1).amax(1).mean())
-        assert row["at this temperature"] == pytest.approx(sure, abs=0.01)
+        assert row["confidence, scaled"] == pytest.approx(sure, abs=0.01)
 
 
 # ---- averages -------------------------------------------------------------------------------
