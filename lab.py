@@ -6,8 +6,9 @@
 
 A step that fails does not stop the others; it is named at the end, with exit code 1. A step
 is done when its outputs are there and were made with the same flags and the same data folder,
-and no step that it builds on is run anew. Steps 1 to 4 train nothing and run side by side,
-what they print goes into OUT/<step>.log.
+and no step that it builds on is run anew. A step begins when those that it builds on have
+ended; two run side by side, with half of the cores each, and what they print goes into
+OUT/<step>.log. Steps that train many networks of their own have all cores to themselves.
 """
 
 import json
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import joblib
@@ -31,7 +32,8 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-TOGETHER = ("01", "02", "03", "04")
+ALONE = ("05", "10")  # their trainings run side by side, a core each
+LANES = 2  # steps at once
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
 
@@ -64,23 +66,53 @@ def run(command, folder, log=None) -> float | None:
     """Run a step; its seconds, None if it failed.
 
     folder : of its outputs; while it runs, and when it has failed, they are marked
-    log : file for what it prints, of a step that runs beside others: with one thread, for two
-        that have all cores each get in each other's way (103 s instead of 42 for step 2)
+    log : file for what it prints, of a step that shares the cores: with all of them for each,
+        two get in each other's way (103 s instead of 42 for step 2). The lines of its epochs
+        are shown, too.
     """
-    began = time.monotonic()
+    began, env = time.monotonic(), dict(os.environ)
     make_folder(folder)
     (folder / UNFINISHED).touch()
     if log is None:
         code = subprocess.run(command).returncode
     else:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(log, "w") as file:
-            done = subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT)
-        code = done.returncode
+        cores = str(max(joblib.cpu_count() // LANES, 1))  # for products, and for trainings at once
+        env |= {"OMP_NUM_THREADS": cores, "LOKY_MAX_CPU_COUNT": cores, "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with open(log, "w") as file, subprocess.Popen(command, env=env, **pipes) as process:
+            for line in process.stdout:
+                file.write(line)
+                if " epoch " in line:
+                    print(line, end="", flush=True)
+        code = process.returncode
     if code:
         return None
     (folder / UNFINISHED).unlink()
     return time.monotonic() - began
+
+
+def run_all(jobs, out) -> dict[str, float | None]:
+    """Run the steps {name: command}, each as soon as it may; {name: `run`'s seconds}."""
+    waiting, running, seconds = dict(jobs), {}, {}
+    with ThreadPoolExecutor(LANES) as pool:
+        while waiting or running:
+            for name in list(waiting):
+                alone = name[4:6] in ALONE
+                free = not running if alone else len(running) < LANES
+                to_come = {other[4:6] for other in (*waiting, *running.values())}
+                if not free or to_come & set(EARLIER.get(name[4:6], ())):
+                    continue
+                log = None if alone else out / f"{name}.log"
+                print(f"\n=== {name}" if alone else f"{name}: begun, see {log}", flush=True)
+                running[pool.submit(run, waiting.pop(name), out / name, log)] = name
+                if alone:
+                    break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                seconds[name], log = future.result(), out / f"{name}.log"
+                if seconds[name] is None and name[4:6] not in ALONE:
+                    print(f"{name}: failed\n{log.read_text()[-2000:]}", file=sys.stderr)
+    return seconds
 
 
 def main():
@@ -104,29 +136,16 @@ def main():
     if done:
         print(f"done already: {', '.join(done)} (--again runs them too)", flush=True)
 
-    seconds = {}
-    first = {name: command for name, command in jobs.items() if name[4:6] in TOGETHER}
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
-        logs = {name: out / f"{name}.log" for name in first}
-        for name, log in logs.items():
-            print(f"{name}: begun, see {log}", flush=True)
-        futures = {name: pool.submit(run, first[name], out / name, logs[name]) for name in first}
-        for name, future in futures.items():
-            seconds[name] = future.result()
-            if seconds[name] is None:
-                print(f"{name}: failed\n{logs[name].read_text()[-2000:]}", file=sys.stderr)
-    for name, command in jobs.items():
-        if name not in first:
-            print(f"\n=== {name}", flush=True)
-            seconds[name] = run(command, out / name)
-
+    began = time.monotonic()
+    seconds = run_all(jobs, out)
     draft = [sys.executable, str(HERE / "handin.py"), "draft", "--out-dir", str(out)]
     print("\n=== report", flush=True)
     if subprocess.run(draft).returncode:
         seconds["handin draft"] = None
     print(f"\n{'step':22}seconds")
-    for name, spent in seconds.items():
+    for name, spent in sorted(seconds.items()):
         print(f"{name:22}{'failed' if spent is None else f'{spent:.0f}'}")
+    print(f"{'all, side by side':22}{time.monotonic() - began:.0f}")
     failed = [name for name, spent in seconds.items() if spent is None]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries again")

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import sys
+import threading
+import time
 
 import pytest
 from conftest import ROOT, assert_clean_error, run_script, write_data_set
 
 import common
 import lab as lab_script
+from kaggle_kernel import EARLIER
 
 STEP = '''"""A stand-in, training={training}, that leaves what lab.py looks at."""
 import json, sys
@@ -69,7 +73,7 @@ def lab(project, data, *flags, check=True):
 def test_all_steps_run_once_and_the_report_is_drafted(project, data):
     result, calls = lab(project, data, "--epochs", 3, "--seed", 7)
     assert set(calls) == set(NAMES)
-    assert list(calls)[2:] == list(NAMES[2:])  # those that train, in the lab's order
+    assert list(calls)[2] == "step05_five"  # before those that build on it, after the others
     for name, words in calls.items():  # --epochs is for those that train
         epochs = ["--epochs", "3"] if name == "step05_five" else []
         assert words == ["--data-dir", str(data), "--seed", "7", *epochs]
@@ -86,6 +90,49 @@ def test_all_steps_run_once_and_the_report_is_drafted(project, data):
     assert set(calls) == {"step05_five", "step06_six", "step11_eleven"}
     _, calls = lab(project, data, "--epochs", 4, "--seed", 7, "--again")
     assert set(calls) == set(NAMES)
+
+
+def test_steps_wait_for_what_they_build_on_and_share_the_cores(monkeypatch, tmp_path):
+    """Two at once, where nothing forbids it; 5 and 10, which use all cores, alone."""
+    spans, eight = {}, threading.Event()
+
+    def run(command, folder, log):
+        number, began = folder.name[4:6], time.monotonic()
+        if number == "08":
+            eight.set()
+        if number == "07":
+            assert eight.wait(20)  # 8 begins while 7 runs
+        time.sleep(0.05)
+        spans[number] = began, time.monotonic(), log
+        return 1.0
+
+    monkeypatch.setattr(lab_script, "run", run)
+    numbers = [f"{n:02}" for n in range(1, 12)]
+    jobs = {f"step{number}_x": [] for number in numbers}
+    assert lab_script.run_all(jobs, tmp_path) == dict.fromkeys(jobs, 1.0)
+    for number, (began, ended, log) in spans.items():
+        for earlier in EARLIER.get(number, ()):
+            assert spans[earlier][1] <= began
+        others = [span for other, span in spans.items() if other != number]
+        beside = [1 for start, end, _ in others if start < ended and end > began]
+        assert not beside if number in ("05", "10") else len(beside) <= 3
+        assert (log is None) == (number in ("05", "10"))
+
+
+@pytest.mark.parametrize("place", ["beside", "alone"])
+def test_a_step_beside_another_gets_half_of_the_cores(monkeypatch, tmp_path, capfd, place):
+    told = "import os; print('mel epoch  1/2', os.getenv('OMP_NUM_THREADS'))"
+    monkeypatch.setattr(lab_script.joblib, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    log = tmp_path / "x.log" if place == "beside" else None
+    command = [sys.executable, "-c", f"{told}; print('else')"]
+    assert lab_script.run(command, tmp_path / "x", log) > 0
+    shown = capfd.readouterr().out
+    if place == "alone":
+        assert "else" in shown and "None" in shown
+    else:
+        assert shown.startswith("mel epoch  1/2 3\n") and "else" not in shown
+        assert log.read_text().splitlines()[1] == "else"
 
 
 def test_another_data_set_is_not_done_yet(project, data, tmp_path):
