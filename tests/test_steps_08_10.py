@@ -138,7 +138,7 @@ def test_run_names(outputs):
     depths = {f"transfer_valence_frozen{depth}" for depth in range(1, 5)}
     assert {"head_valence", "transfer_valence", "scratch_valence"} | depths == runs[STEPS[1]]
     multitask = {f"multitask{end}" for end in ("", "_scratch", "_lstm", "_learned", "_average")}
-    assert multitask | {"svr"} == runs[STEPS[2]]
+    assert multitask | {"constant", "ridge", "svr"} == runs[STEPS[2]]
 
 
 def test_single_axis_run_is_scored_on_its_axis_only(outputs):
