@@ -56,16 +56,22 @@ def test_a_clips_attributions_cover_it_window_by_window(model, n_frames):
     assert found.shape == x.shape
     silent = (found.abs().sum(1) == 0).sum()  # what is left over when the blocks pool: their step
     assert silent < 2 * 4 * 8
-    size = min(256, n_frames)
-    last = common.integrated_gradients(
-        model, x[None, -size:], torch.tensor([size]), torch.tensor([1])
-    )[0]
-    # The last frames lie in one window only, or in two that both count.
-    assert torch.allclose(found[-10:], last[-10:], atol=1e-5)
 
 
-def test_a_cell_in_two_windows_gets_the_mean_of_both():
-    """700 frames in windows of 256: from 0, 222 and 444. By hand: input times mean weight."""
+def test_a_clips_attributions_add_up_to_its_logit(model):
+    """Of the answer as `predict` gives it, the mean over windows: times their number, 5."""
+    x, n_windows = clip(700), 5
+    found = common.clip_attributions(model, x, 256, 1)
+    whole, nothing = (
+        common.predict(model, [(y[None], torch.zeros(1), torch.tensor([700]))], window=256)[0]
+        for y in (x, torch.zeros_like(x))
+    )
+    gain = float((whole - nothing)[0, 1])
+    assert float(found.sum()) / n_windows == pytest.approx(gain, abs=0.05 * abs(gain) + 0.05)
+
+
+def test_a_cell_in_two_windows_gets_the_sum_of_both():
+    """700 frames in windows of 256, overlapping by half. By hand: input times summed weight."""
     weights = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
 
     class Linear(nn.Module):
@@ -79,9 +85,10 @@ def test_a_cell_in_two_windows_gets_the_mean_of_both():
 
     x = clip(700)
     found = common.clip_attributions(Linear(), x, 256, 1)
-    for t in (0, 221, 222, 255, 256, 443, 444, 477, 478, 699):
-        inside = torch.stack([weights[t - s] for s in (0, 222, 444) if 0 <= t - s < 256])
-        torch.testing.assert_close(found[t], x[t] * inside.mean(0), rtol=1e-3, atol=1e-4)
+    for t in (0, 110, 111, 255, 256, 443, 444, 477, 478, 699):
+        inside = [weights[t - s] for s in (0, 111, 222, 333, 444) if 0 <= t - s < 256]
+        expected = x[t] * torch.stack(inside).sum(0)
+        torch.testing.assert_close(found[t], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_patches_are_sums_in_their_own_cells():
