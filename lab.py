@@ -8,7 +8,7 @@ A step that fails does not stop the others; it is named at the end, with exit co
 is done when its outputs are there and were made with the same flags and the same data folder,
 and no step that it builds on is run anew. A step begins when those that it builds on have
 ended; two run side by side, with half of the cores each, and what they print goes into
-OUT/<step>.log. Steps that train many networks of their own have all cores to themselves.
+OUT/<step>.log. Steps 5 and 10 have all cores to themselves.
 """
 
 import json
@@ -32,7 +32,7 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-ALONE = ("05", "10")  # their trainings run side by side, a core each
+ALONE = ("05", "10")  # their trainings fill the cores, and little else is due beside them
 LANES = 2  # steps at once
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
@@ -78,8 +78,12 @@ def run(command, folder, log=None) -> float | None:
     else:
         cores = str(max(joblib.cpu_count() // LANES, 1))  # for products, and for trainings at once
         env |= {"OMP_NUM_THREADS": cores, "LOKY_MAX_CPU_COUNT": cores, "PYTHONUNBUFFERED": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with open(log, "w") as file, subprocess.Popen(command, env=env, **pipes) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes |= {"encoding": "utf-8", "errors": "replace"}  # a line never ends the lab
+        with (
+            open(log, "w", buffering=1, encoding="utf-8") as file,
+            subprocess.Popen(command, env=env, **pipes) as process,
+        ):
             for line in process.stdout:
                 file.write(line)
                 if " epoch " in line:

@@ -15,8 +15,9 @@ there is none); for a), scikit-learn's bundled digits. Output, in outputs/step07
 checkpoint and a history, pictures of the network at work, test scores (summary.md,
 metrics.json), each test clip's true and predicted class (predictions.csv).
 
-Measured on a small set of real music (see README), seed 42, bf16 on two cores, torch
-2.13.0: test accuracy .694 [.624, .758], macro-F1 .660 [.579, .723] on 157 clips.
+Measured on a small set of real music (see README), seed 42, bf16, two threads, torch
+2.13.0: test accuracy .694 [.624, .758], macro-F1 .660 [.579, .723] on 157 clips; with one
+thread, as in lab.py on two cores, .675 and .634.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
@@ -675,9 +676,9 @@ every band; insertion and deletion are those of Petsiuk et al. (2018), random we
 those of Adebayo et al. (2018). Intervals (95%) are over clips, for one random order of each and one
 draw of weights. Rank correlation between the patches' attributions (without sign) by the trained
 network and by the same network with random weights: {np.mean(agreement):.2f} [{low:.2f},
-{high:.2f}], mean over the clips. It would be 1 if the weights played no part, and is
-not 0 if they alone did: both attributions are multiplied by the same clip. Taking away a patch
-means setting it to each band's mean, which music seldom is: part of a fall may come from that.
+{high:.2f}], mean over the clips. It would be 1 if the weights played no part, and need not be 0 for
+unrelated weights: both attributions are multiplied by the same clip. Taking away a patch means
+setting it to each band's mean, which music seldom is: part of a fall may come from that.
 """)
 
 # %% 7e, besides: to look at and to hear
@@ -721,7 +722,8 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
 caption = (
     "Left: mel spectrograms of the two clips of step 1 and of the test clips that were most surely "
     "wrong. Right: what every patch did to the logit of the class that was called, summed over the "
-    "windows that hold it; red for it, blue against it, each panel's darkest its own. "
+    "windows that hold it (the ends of a clip lie in fewer and look paler); red for it, blue "
+    "against it, each panel's darkest its own. "
     "Probabilities are after logit adjustment and temperature"
 )
 step.figure(fig, "what_decides", caption)

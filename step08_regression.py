@@ -9,7 +9,7 @@ a part of the labelled clips, since the test clips have no public labels.
     python step08_regression.py --folds 5        # cross-validation: every clip predicted once
     python step08_regression.py --overfit-batch  # only check that both can learn by heart
 
-Input: the emotion data set; of steps 5 and 7 only the validation scores. Output, in
+Input: the emotion data set; of step 5 only the validation scores. Output, in
 outputs/step08_regression/: a checkpoint and a history per run, curves, scatter plots,
 scores (summary.md, metrics.json), predictions.csv for the held-out clips and
 submission.csv for the unlabelled ones.
@@ -76,16 +76,17 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 step.heading("8a. From classifier to regressor")
 genre_val = genre_val_scores(step.training)
 lstms = [name for name in genre_val.index if GENRE_RUNS[name].kind == "lstm"]
+genre_val = genre_val.loc[lstms]  # step 7 has one CNN only: nothing to choose
 networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}
 step.text("""
-    Taken are, of the networks that steps 5 and 7 have left for these clips, the LSTM with
-    the highest validation macro-F1 (where there is none: the LSTM on mel, without a
-    comparison) and the CNN. All start from random weights. On as few validation clips as the
+    Taken are, of the LSTMs that step 5 has left for these clips, the one with the highest
+    validation macro-F1 (where there is none: the LSTM on mel, without a comparison), and the CNN of
+    step 7, which has no rival. All start from random weights. On as few validation clips as the
     table says, a difference of a few hundredths may be chance.
 """)
 chosen = [{name: kind for kind, name in networks.items()}.get(name, "") for name in genre_val.index]
 if len(genre_val):
-    step.table(genre_val.assign(taken=chosen), "Genre networks that earlier runs have left")
+    step.table(genre_val.assign(taken=chosen), "LSTMs that step 5 has left")
 step.show_source(Regressor.forward, regression_loss)
 
 

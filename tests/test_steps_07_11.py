@@ -122,6 +122,11 @@ def test_report_is_whole_and_in_the_labs_order(outputs, step, items, figures):
 def test_the_network_and_what_lies_behind_its_scores_are_shown(outputs):
     summary = (outputs / "step07_cnn" / "summary.md").read_text()
     assert "class CNNBackbone" in summary and "| backbone.blocks.3.3 | MaxPool2d |" in summary
+    order = [
+        f"blocks.0.{place} | {name}"
+        for place, name in enumerate(("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"))
+    ]
+    assert sorted(order, key=summary.index) == order  # the lab's, whatever is faster in training
     assert "convnetjs/demo/mnist.html" in summary
     words = " ".join(summary.split())  # wherever a line ends
     for word in ("AdamW", "label smoothing", "running average", "logit adjustment", "mixup"):
