@@ -70,19 +70,19 @@ def run(command, folder, log=None) -> float | None:
         two get in each other's way (103 s instead of 42 for step 2). The lines of its epochs
         are shown, too.
     """
-    began, env = time.monotonic(), dict(os.environ)
+    began = time.monotonic()
     make_folder(folder)
     (folder / UNFINISHED).touch()
     if log is None:
         code = subprocess.run(command).returncode
     else:
         cores = str(max(joblib.cpu_count() // LANES, 1))  # for products, and for trainings at once
-        env |= {"OMP_NUM_THREADS": cores, "LOKY_MAX_CPU_COUNT": cores, "PYTHONUNBUFFERED": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        env = {"OMP_NUM_THREADS": cores, "LOKY_MAX_CPU_COUNT": cores, "PYTHONUNBUFFERED": "1"}
+        pipes = {"env": os.environ | env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         pipes |= {"encoding": "utf-8", "errors": "replace"}  # a line never ends the lab
         with (
             open(log, "w", buffering=1, encoding="utf-8") as file,
-            subprocess.Popen(command, env=env, **pipes) as process,
+            subprocess.Popen(command, **pipes) as process,
         ):
             for line in process.stdout:
                 file.write(line)

@@ -134,8 +134,8 @@ times = {
     for device, s in seconds.items()
 }
 caption = (
-    f"Product of two {n} x {n} matrices, median of 5, on the CPU ({torch.get_num_threads()} "
-    "threads) and on the device in use; other programs beside it slow it down"
+    f"Product of two {n} x {n} matrices, median of 5, on the CPU (threads: "
+    f"{torch.get_num_threads()}) and on the device in use; other programs beside it slow it down"
 )
 step.table(pd.DataFrame(times).T.rename_axis("device"), caption)
 

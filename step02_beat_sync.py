@@ -151,7 +151,7 @@ ax.set_xticks(counts, counts)
 ax.set_xticks([], minor=True)
 ax.grid(alpha=0.3)
 ax.legend()
-device = f"cpu ({torch.get_num_threads()} threads)" if step.device.type == "cpu" else step.device
+device = f"cpu (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else step.device
 caption = (
     f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}, the "
     "fastest of 8: other programs beside it slow it down. Both axes are logarithmic"

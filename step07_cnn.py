@@ -723,8 +723,8 @@ caption = (
     "Left: mel spectrograms of the two clips of step 1 and of the test clips that were most surely "
     "wrong. Right: what every patch did to the logit of the class that was called, summed over the "
     "windows that hold it (the ends of a clip lie in fewer and look paler); red for it, blue "
-    "against it, each panel's darkest its own. "
-    "Probabilities are after logit adjustment and temperature"
+    "against it, each panel's darkest its own. Probabilities are after logit adjustment and "
+    "temperature"
 )
 step.figure(fig, "what_decides", caption)
 

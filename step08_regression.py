@@ -76,17 +76,16 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 step.heading("8a. From classifier to regressor")
 genre_val = genre_val_scores(step.training)
 lstms = [name for name in genre_val.index if GENRE_RUNS[name].kind == "lstm"]
-genre_val = genre_val.loc[lstms]  # step 7 has one CNN only: nothing to choose
-networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}
+networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}  # step 7 has one CNN only
 step.text("""
     Taken are, of the LSTMs that step 5 has left for these clips, the one with the highest
     validation macro-F1 (where there is none: the LSTM on mel, without a comparison), and the CNN of
     step 7, which has no rival. All start from random weights. On as few validation clips as the
     table says, a difference of a few hundredths may be chance.
 """)
-chosen = [{name: kind for kind, name in networks.items()}.get(name, "") for name in genre_val.index]
-if len(genre_val):
-    step.table(genre_val.assign(taken=chosen), "LSTMs that step 5 has left")
+if lstms:
+    taken = ["lstm" if name == networks["lstm"] else "" for name in lstms]
+    step.table(genre_val.loc[lstms].assign(taken=taken), "LSTMs that step 5 has left")
 step.show_source(Regressor.forward, regression_loss)
 
 

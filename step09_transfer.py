@@ -326,7 +326,7 @@ if step8.answers:
 differences = {
     name: paired_difference(true, shown["transfer"], table)
     for name, table in shown.items()
-    if name != "transfer" and not name.startswith("constant")  # minus nothing is its own score
+    if name != "transfer" and not name.startswith("constant")  # less 0 it is the score itself
 }
 step.text("\n".join(f"- {difference_line('transfer', name, d)}" for name, d in differences.items()))
 step.text("""

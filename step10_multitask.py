@@ -282,11 +282,10 @@ elif "cnn" in single:
 step.heading("10d. All models on the held-out clips")
 averaged = ("multitask", "multitask_lstm")
 answers["multitask_average"] = average(answers[name] for name in averaged)
-floors = {name: single[name] for name in ("constant", "ridge", "svr") if name in single}
-n_train = runs["multitask"].facts["n_train"]
-if (
-    not floors or single_runs.get("cnn_valence", {}).get("n_train") != n_train
-):  # else step 8 fitted the same
+fitted_on = single_runs.get("cnn_valence", {}).get("n_train")
+if fitted_on == runs["multitask"].facts["n_train"]:  # step 8 has fitted them on these very clips
+    floors = {name: single[name] for name in ("constant", "ridge", "svr")}
+else:
     floors = emotion_floors(step.source, step.args.folds)
 answers |= floors
 transfer, _, note = earlier_answers(step.training, "step09_transfer", true.index, folds)

@@ -56,6 +56,12 @@ def test_a_clips_attributions_cover_it_window_by_window(model, n_frames):
     assert found.shape == x.shape
     silent = (found.abs().sum(1) == 0).sum()  # what is left over when the blocks pool: their step
     assert silent < 2 * 4 * 8
+    size = min(256, n_frames)
+    last = common.integrated_gradients(
+        model, x[None, -size:], torch.tensor([size]), torch.tensor([1])
+    )[0]
+    # The last frames lie in one window only.
+    assert torch.allclose(found[-10:], last[-10:], atol=1e-5)
 
 
 def test_a_clips_attributions_add_up_to_its_logit(model):
@@ -71,7 +77,7 @@ def test_a_clips_attributions_add_up_to_its_logit(model):
 
 
 def test_a_cell_in_two_windows_gets_the_sum_of_both():
-    """700 frames in windows of 256, overlapping by half. By hand: input times summed weight."""
+    """700 frames in windows of 256, which begin every 111. By hand: input times summed weight."""
     weights = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
 
     class Linear(nn.Module):
