@@ -1,6 +1,7 @@
 """The data layer, from label file to batch, and what the backbones make of padding."""
 
 import ast
+import copy
 import os
 import shutil
 import threading
@@ -720,6 +721,46 @@ def backbones():
     }
     networks["cnn"] = CNNBackbone(20, channels=(4, 4, 6, 8))
     return networks
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_normalising_by_the_kernel_is_what_the_two_layers_do(kernel_size):
+    """Outputs, gradients and running averages, on an image whose edges and mean matter."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 5, kernel_size, padding=kernel_size // 2, bias=False).double()
+    norm = nn.BatchNorm2d(5, momentum=0.3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(3, 1, 13, 16, dtype=torch.float64) + 2
+    x[1, :, 8:] = 0  # padding
+    wanted = torch.randn(3, 5, 13, 16, dtype=torch.float64)
+    found = {}
+    for way in (lambda conv, norm, x: norm(conv(x)), common.convolve_normalised):
+        image, layers = x.clone().requires_grad_(), copy.deepcopy(nn.ModuleList([conv, norm]))
+        for _ in range(2):
+            outputs = way(*layers, image)
+        (outputs * wanted).sum().backward()
+        gradients = [weights.grad for weights in (image, *layers.parameters())]
+        found[way] = [outputs, *gradients, *layers.buffers()]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_only_a_first_block_that_learns_is_normalised_by_its_kernel():
+    """A frozen one keeps its running averages, in training as in scoring."""
+    torch.manual_seed(0)
+    network = CNNBackbone(20, channels=(4, 4, 6, 8))
+    x, lengths = 3 * torch.randn(4, 64, 20) + 1, torch.full((4,), 64)
+    network.train()(x, lengths)  # running averages that are not those of x
+    network.freeze(1)
+    before = [value.clone() for value in network.blocks[0].state_dict().values()]
+    inputs = []
+    network.blocks[1][0].register_forward_pre_hook(lambda conv, given: inputs.append(given[0]))
+    network.train()(x, lengths)
+    image = common.average_frames(x, lengths, network.frames_per_step)[0].unsqueeze(1)
+    torch.testing.assert_close(inputs[0], network.blocks[0](image))
+    after = network.blocks[0].state_dict().values()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("name", list(backbones()))

@@ -83,6 +83,8 @@ class Loss(nn.Module):
     def forward(self, outputs, targets):
         if self.event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.event == "vanishing":
+            raise common.InputError(f"1e-30 times 1e-10 is {torch.tensor(1e-30) * 1e-10:g}")
         if self.event == "bad input":
             raise common.InputError("a fault that names its cure")
         return outputs.sum() * math.nan
@@ -103,6 +105,7 @@ def make_training(data, folder, **changes):
         ("not a number", common.StepFailed, "loss is nan at epoch 1, batch 1"),
         ("killed", common.StepFailed, "killed.*--workers.*--resume"),
         ("bad input", common.InputError, "^a fault that names its cure$"),
+        ("vanishing", common.InputError, "is 0$"),  # slow to compute with, otherwise (see Step)
     ],
 )
 def test_a_training_that_fails_is_one_line_and_ends_the_step(data, tmp_path, event, error, words):
