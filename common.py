@@ -953,11 +953,12 @@ class SpectrogramDataset(Dataset):
             spare = (lengths - self.crop).clamp(min=0)
             starts = starts + (torch.rand(len(indices)) * (spare + 1)).long()
             lengths = lengths.clamp(max=self.crop)
-        frames = self.store.frames[:, BANDS[self.features]]
+        frames = self.store.frames
         t = torch.arange(int(lengths.max()))
         # (B, T) rows of the store; past its end a clip repeats its last frame.
         rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)
-        x = frames[rows.to(frames.device)].float()  # (B, T, F)
+        x = frames.index_select(0, rows.flatten().to(frames.device)).unflatten(0, rows.shape)
+        x = x[..., BANDS[self.features]].float()  # (B, T, F)
         if self.stats:
             mean, std = (value.to(x.device) for value in self.stats)
             x = x.sub_(mean).div_(std)
