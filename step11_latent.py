@@ -469,7 +469,7 @@ def sound_of(mel) -> str:
 
     file = io.BytesIO()
     quality = {"bitrate_mode": "VARIABLE", "compression_level": 0.99}
-    soundfile.write(file, mel_to_waveform(mel, n_iter=16), SR, format="MP3", **quality)
+    soundfile.write(file, mel_to_waveform(mel), SR, format="MP3", **quality)
     return base64.b64encode(file.getvalue()).decode()
 
 
