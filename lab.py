@@ -149,7 +149,7 @@ def main():
     print(f"\n{'step':22}seconds")
     for name, spent in sorted(seconds.items()):
         print(f"{name:22}{'failed' if spent is None else f'{spent:.0f}'}")
-    print(f"{'all, side by side':22}{time.monotonic() - began:.0f}")
+    print(f"{'all, and the draft':22}{time.monotonic() - began:.0f}")
     failed = [name for name, spent in seconds.items() if spent is None]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries again")
