@@ -1860,9 +1860,9 @@ def plan(network, data, training, share=1.0) -> Recipe:
     """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
 
     A small data set gets more passes, so that about as many examples are shown in all: at
-    least 20 passes, at most the budget's limit. Where that takes more than 60, an epoch shows
+    least 20 passes, at most the budget's limit. Where that takes more than 40, an epoch shows
     each clip several times (another random crop each, where the network hears crops), or
-    validation would take as long as training.
+    validation would take a good part of the time.
 
     share : of the budget, e.g. of a fine-tuning
     """
@@ -1874,7 +1874,7 @@ def plan(network, data, training, share=1.0) -> Recipe:
     else:
         examples = (budget.genre if genre else budget.emotion) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
-        crops = math.ceil(passes / 60)
+        crops = math.ceil(passes / 40)
         epochs = max(round(passes / crops), 1)
     return Recipe(
         epochs,

@@ -180,7 +180,7 @@ genres = sorted({clip.genre for clip in clips})
 targets = torch.tensor([genres.index(clip.genre) for clip in clips])
 beat_s = FRAME_S * float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
 step_s = {"full": FRAME_S, "beat-synced": beat_s}
-n_updates = 3 if smoke else 100
+n_updates = 3 if smoke else 50
 reach, table = {"untrained": {}, "trained": {}}, {}
 fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 for form, color in zip(FORMS, COLORS, strict=False):
