@@ -67,7 +67,7 @@ def run(command, folder, log=None) -> float | None:
 
     folder : of its outputs; while it runs, and when it has failed, they are marked
     log : file for what it prints, of a step that shares the cores: with all of them for each,
-        two get in each other's way (103 s instead of 42 for step 2). The lines of its epochs
+        two get in each other's way (step 2 took more than twice as long). The lines of its epochs
         are shown, too.
     """
     began = time.monotonic()

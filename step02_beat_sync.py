@@ -162,8 +162,8 @@ step.text(
     f"""
     An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed
     at once, on no device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
-    {n_full} steps and {seconds[n_beat]:.3f} s at {n_beat}, a
-    {seconds[n_full] / seconds[n_beat]:.0f}th of it; fitted to all lengths, time grows like the
+    {n_full} steps and {seconds[n_beat]:.3f} s at {n_beat}, {seconds[n_full] / seconds[n_beat]:.0f}
+    times less; fitted to all lengths, time grows like the
     number of steps to the power {slope:.2f}. For an epoch over {len(n_steps["full"])} clips that
     is {epoch[n_full]:.1f} s or {epoch[n_beat]:.1f} s.
     """
@@ -180,7 +180,7 @@ genres = sorted({clip.genre for clip in clips})
 targets = torch.tensor([genres.index(clip.genre) for clip in clips])
 beat_s = FRAME_S * float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
 step_s = {"full": FRAME_S, "beat-synced": beat_s}
-n_updates = 3 if smoke else 50
+n_updates = 3 if smoke else 50  # some ten seconds on full clips
 reach, table = {"untrained": {}, "trained": {}}, {}
 fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 for form, color in zip(FORMS, COLORS, strict=False):
@@ -220,6 +220,11 @@ caption = "How far back the gradient of the last output stays above 1% of the la
 step.table(pd.DataFrame(table).T.rename_axis("LSTM"), caption)
 step.text(
     f"""
+    So no: on full clips training is slow, and what is more than
+    {reach["untrained"]["full"]["seconds"]:.1f} s before the end of a clip (untrained; after this
+    training {reach["trained"]["full"]["seconds"]:.1f} s) hardly teaches anything to an LSTM that is
+    read at its last step.
+
     Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and
     a product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al.,
     1994). What arrives at a step is all that the step can teach. The forget gate of an LSTM can
@@ -228,7 +233,8 @@ step.text(
     Trained means, from one start: {n_updates} updates of Adam on batches of
     {min(16, len(clips))} of the {len(clips)} drawn clips and their {len(genres)} genres, read at
     each clip's last step. The loss is the mean of the last 10 updates; equal chances for all
-    genres would give {np.log(len(genres)):.2f}.
+    genres would give {np.log(len(genres)):.2f}. How far a trained LSTM reaches depends on the
+    number of updates and on the start, and many orders of magnitude below 1 on the processor too.
 
     Step 5 meets the length of full clips in three ways: it trains on crops of 15 s, eight frames
     are joined into one step, and the LSTM is read at all its steps, in both directions, so that a

@@ -106,7 +106,7 @@ step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class
 # and the other kind, on which it was not trained. That one is standardised by the training
 # clips of its own form (beats are some dB louder, see step 2), and one step stands for as
 # much time as in training, as nearly as can be: a network of beats gets means of as many
-# frames as a beat has in the median clip, a network of frames gets beats one by one.
+# frames as there are to a beat (by the median lengths), a network of frames gets beats one by one.
 tests, true, answers = {}, {}, {}
 forms = {}  # per form: training clips, for their statistics and lengths
 for set_name, beat in SETS.items():
@@ -148,6 +148,9 @@ if step.args.ensemble:
     own_set["lstm_ensemble"] = "full"
 
 scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}
+foreign = {name: answers[name, "full" if own_set[name] == "beat" else "beat"] for name in models}
+stuck = [f"`{name}`" for name, table in foreign.items() if table.idxmax(axis=1).nunique() == 1]
+one_answer = f"There {', '.join(stuck)} name one class for every clip." if stuck else ""
 write_predictions(
     step.folder,
     [
@@ -207,17 +210,17 @@ step.figure(
 step.text(f"""
     `full` is fma_genre_spectrograms, `beat` is fma_genre_spectrograms_beat. Models named `beat_...`
     were trained on beats, the other LSTMs on frames; on the other set each gets input that it was
-    not trained on, standardised by the training clips of that form. What such a row shows is in
-    part how the two forms are fed: an LSTM of frames receives, for each step, the mean, the spread
-    and the change within 8 frames; on beats a step is a single column, whose spread is 0, a value
-    that training steps seldom have, and the change is from beat to beat; an LSTM of
-    beats receives means of {frames_per_beat} frames, a beat of the median clip. `majority`
-    answers the commonest training class; `svm` and `beat_svm` are support vector machines on
-    statistics of the bands, each tested on its own kind of input and fitted on the LSTMs' training
-    and validation clips together. The LSTMs' scores include label smoothing .1 in training, a
-    running average of the weights, answers averaged over overlapping windows (of frames), and logit
-    adjustment: half the log of each class's share is subtracted from its logit (after Menon et al.,
-    2021). The support vector machines have none of these.
+    not trained on, standardised by the training clips of that form. {one_answer}
+    What such a row shows is how the two forms are fed: an LSTM of frames receives, for each step,
+    the mean, the spread and the change within 8 frames; on beats a step is a single column, whose
+    spread is 0, a value that training steps seldom have, and the change is from beat to beat; an
+    LSTM of beats receives means of {frames_per_beat} frames (median length of a clip in frames,
+    divided by that in beats). `majority` answers the commonest training class; `svm` and `beat_svm`
+    are support vector machines on statistics of the bands, each tested on its own kind of input and
+    fitted on the LSTMs' training and validation clips together. The LSTMs' scores include label
+    smoothing .1 in training, a running average of the weights, answers averaged over overlapping
+    windows (of frames), and logit adjustment: half the log of each class's share is subtracted from
+    its logit (after Menon et al., 2021). The support vector machines have none of these.
 """)
 if step.args.ensemble:
     step.text("""

@@ -53,6 +53,7 @@ from common import (
     calibration_error,
     clip_attributions,
     clip_ids,
+    convolve_normalised,
     count_weights,
     cut_windows,
     difference_line,
@@ -260,9 +261,13 @@ step.text("""
 The image is a random crop of 6 s; two frames are averaged into one of its columns. After the fourth
 block its channels are pooled over time, by mean and maximum, and not over frequency: pooled over
 both, it scored lower (docs/experiments.md). One dense layer gives an output (logit) per class.
+
+Each block is convolution, batch normalisation, ReLU and max pooling, and is computed so when
+scoring. In training two shortcuts compute the same function in less time: ReLU after pooling, and
+in the first block batch normalisation by the kernel (`convolve_normalised`).
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, Classifier)
+step.show_source(CNNBackbone, convolve_normalised, Classifier)
 step.show_layers(model, data)
 
 # %% 7b. The training
@@ -281,8 +286,9 @@ runs = fit_all(step.training, trainings)
 cnn = runs["cnn_mel"]
 step.text(f"""
 Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
-{cnn.facts["planned_epochs"]} planned epochs with AdamW (Adam with decoupled weight decay, .01;
-Loshchilov & Hutter, 2019), one-cycle rate of at most {cnn.facts["lr"]:g}, batches of
+{cnn.facts["planned_epochs"]} planned epochs of {cnn.facts["examples_per_epoch"]:,} crops each,
+with AdamW (Adam with decoupled weight decay, .01; Loshchilov & Hutter, 2019), one-cycle rate of at
+most {cnn.facts["lr"]:g}, batches of
 {cnn.facts["batch_size"]}, cross-entropy with label smoothing .1 (Szegedy et al., 2016: the target
 is .9 plus a share of the rest, so certainty is not rewarded without end). Kept is the running
 average of the weights after epoch {cnn.facts["best_epoch"]}, of the last fifth of the epochs the
@@ -528,9 +534,9 @@ over overlapping windows of a clip (a network of beats answers from the whole cl
 logit adjustment, half the log of each class's share of the training clips subtracted from its
 logit, which raises rare classes most (after Menon et al., 2021, who subtract all of it). Validation
 macro-F1 is adjusted too, the validation loss is not. *Examples*: those trained on in all, and how
-long each is. How many was settled in cross-validation on the README's small set of music
-(docs/experiments.md). *Augmentation*: mixup of two clips (Zhang et al., 2018), mel bands shifted up
-or down (pitch), stripes masked (SpecAugment; Park et al., 2019), random crops.
+long each is. How many follows from a budget that was set with cross-validation on the README's
+small set of music (docs/experiments.md). *Augmentation*: mixup of two clips (Zhang et al., 2018),
+mel bands shifted up or down (pitch), stripes masked (SpecAugment; Park et al., 2019), random crops.
 """)
 seed_spread = {}
 if step.args.ensemble:

@@ -183,7 +183,7 @@ TABLE = {
         ("bug 6: batch norm inside forward, without a memory", "return super().forward(x.flatten(0, 1)).view_as(x)",
          "return nn.functional.batch_norm(x.flatten(0, 1), None, None, training=True).view_as(x)",
          "data::test_a_clip_gives_the_same_vector_however_far_it_is_padded"),
-        ("first block: the frozen one follows the batch", "conv.in_channels == 1 and norm.training  # and not frozen",
+        ("first block: the frozen one follows the batch", "conv.in_channels == 1 and norm.training  # a frozen one keeps averages",
          "conv.in_channels == 1", "data::test_only_a_first_block_that_learns_is_normalised_by_its_kernel"),
         ("first block: variance around 0 instead of the mean", " - torch.outer(mean, mean)  # (9, 9)", "  # (9, 9)",
          "data::test_normalising_by_the_kernel_is_what_the_two_layers_do"),
