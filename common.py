@@ -510,8 +510,8 @@ def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
 
     The bands are spread over the FFT's frequencies by the pseudo-inverse of the mel filters
     (three times as fast as librosa's non-negative least squares, and as close), the phase,
-    which no spectrogram holds, is found by Griffin & Lim (1984); on four clips 16 rounds came as
-    close as 32 (correlations .969 to .990, by `likeness`).
+    which no spectrogram holds, is found by Griffin & Lim (1984); of a
+    made-up clip 16 rounds left a relative error of .21 in the magnitudes, 32 of .19.
 
     Parameters
     ----------
@@ -1526,6 +1526,7 @@ def convolve_normalised(conv, norm, x):
     conv : nn.Conv2d, one channel in, a square kernel, padding that keeps the size, no bias
     norm : nn.BatchNorm2d, in training mode
     x : torch.Tensor [shape=(B, 1, T, F)]
+        In float32, standardised: too coarse a format where the mean is far above the spread.
     """
     (n_steps, n_bands), n_cells = x.shape[2:], x.numel()
     with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse for this
@@ -2469,6 +2470,9 @@ def fit_fold(training, run, fold, rounds_left):
     path : Path of the checkpoint
     answers, truth : pd.DataFrame, of the held-out clips; None for genre
     """
+    # In a worker process, too (see Step), and before a large product: the threads of products
+    # have this from the thread that begins them.
+    torch.set_flush_denormal(True)
     network, source = run.network, training.source
     if run.seed is not None:
         source = dataclasses.replace(source, seed=run.seed)
@@ -2479,7 +2483,6 @@ def fit_fold(training, run, fold, rounds_left):
     recipe = plan(network, data, training, run.share)
     recipe.lr *= run.lr_factor
     seed_everything(source.seed)
-    torch.set_flush_denormal(True)  # in a worker process, too (see Step)
     device = source.device
     model, loss_fn = run.make_model(network, data).to(device), run.make_loss(data).to(device)
     learned = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]

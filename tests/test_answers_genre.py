@@ -380,6 +380,16 @@ def test_step_6_and_step_5_answer_alike(learned):
     pd.testing.assert_frame_equal(first, second.loc[first.index])
 
 
+def test_step_6_says_how_many_frames_a_beat_was_made_of(data_dir, learned):
+    clips = labels_of(data_dir, split="train")
+    frames, beats = (
+        np.median([np.load(array_path(data_dir, clip, "train", beat)).shape[1] for clip in clips])
+        for beat in (False, True)
+    )
+    text = " ".join((learned / "step06_eval" / "summary.md").read_text().split())
+    assert f"receives means of {round(frames / beats)} frames (median" in text
+
+
 def test_an_answer_follows_its_array_and_a_truth_its_label(data_dir, learned, spoiled):
     """Arrays of both test sets are exchanged, each in a way of its own.
 

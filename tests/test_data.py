@@ -763,6 +763,41 @@ def test_only_a_first_block_that_learns_is_normalised_by_its_kernel():
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+def test_normalising_by_the_kernel_bears_an_even_image():
+    """Rounding makes the variance of equal numbers negative: nothing to take a root of."""
+    conv, norm = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1)
+    nn.init.dirac_(conv.weight)
+    for level in (1000.1, 3000.3, 10_406.0, 20_000.2):
+        for size in (16, 32, 33):
+            outputs = common.convolve_normalised(conv, norm, torch.full((2, 1, size, size), level))
+            assert outputs.isfinite().all() and (norm.running_var >= 0).all()
+
+
+def test_the_first_convolution_is_as_fast_as_the_others():
+    """In half precision, too; what normalises it is not."""
+    conv, norm = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+    x = torch.randn(2, 1, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = common.convolve_normalised(conv, norm, x)
+    assert half.dtype == torch.bfloat16
+    assert all(value.dtype != torch.bfloat16 for value in norm.state_dict().values())
+    whole = common.convolve_normalised(conv, norm, x)
+    torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.02)
+
+
+def test_the_first_block_alone_takes_the_short_way(monkeypatch):
+    """And in training only. The numbers are the same, so nothing else would show it."""
+    network, seen, short = CNNBackbone(20, channels=(4, 4, 6, 8)), [], common.convolve_normalised
+    monkeypatch.setattr(
+        common, "convolve_normalised", lambda conv, *rest: seen.append(conv) or short(conv, *rest)
+    )
+    x, lengths = torch.randn(2, 64, 20), torch.full((2,), 64)
+    network.eval()(x, lengths)
+    assert not seen
+    network.train()(x, lengths)
+    assert seen == [network.blocks[0][0]]
+
+
 @pytest.mark.parametrize("name", list(backbones()))
 def test_a_clip_gives_the_same_vector_however_far_it_is_padded(name):
     """Bug 5: the last step, or the backward direction, was taken in the padding."""

@@ -1,5 +1,6 @@
 """What decides and how sure: attributions, insertion and deletion, calibration; sound back."""
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -167,6 +168,17 @@ def test_sound_comes_back_like_the_spectrogram_it_was_made_of(mel):
     itself = make_dataset.demo_waveform(0, 1000, "Rock", 3.0)
     assert common.likeness(itself, mel)["mean_distance_db"] < 0.01
     assert common.likeness(itself, mel - 20)["mean_distance_db"] < 0.01  # a level of its own
+
+
+def test_a_sound_has_the_magnitudes_it_was_asked_for(mel):
+    """Bands hardly tell one round of Griffin & Lim from 32; the FFT's frequencies do."""
+    filters = librosa.filters.mel(sr=common.SR, n_fft=common.N_FFT, n_mels=common.N_MELS)
+    power = np.linalg.pinv(filters) @ librosa.db_to_power(mel.astype("f4"))
+    wanted = np.sqrt(np.maximum(power, 0))
+    waveform = common.mel_to_waveform(mel)
+    found = np.abs(librosa.stft(waveform, n_fft=common.N_FFT, hop_length=common.HOP))
+    found *= (found * wanted).sum() / np.square(found).sum()  # a level of its own
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.22
 
 
 def test_the_same_seed_gives_the_same_sound(mel, tmp_path):

@@ -206,3 +206,36 @@ def test_flags_are_handed_on_word_by_word():
     assert lab_script.flags_of(args, parser, set(vars(args))) == words
     shared = set(vars(common.make_parser("").parse_args([])))
     assert lab_script.flags_of(args, parser, shared) == ["--smoke", "--no-merge"]
+
+
+@pytest.mark.parametrize("slow, after", [("08", "09"), ("05", "11"), ("07", "11")])
+def test_a_step_waits_for_one_that_runs(monkeypatch, tmp_path, slow, after):
+    """Not only for those that are still to begin."""
+    spans = {}
+
+    def run(command, folder, log):
+        began = time.monotonic()
+        time.sleep(0.4 if folder.name[4:6] == slow else 0.02)
+        spans[folder.name[4:6]] = began, time.monotonic()
+        return 1.0
+
+    monkeypatch.setattr(lab_script, "run", run)
+    lab_script.run_all({f"step{n:02}_x": [] for n in range(1, 12)}, tmp_path)
+    assert spans[slow][1] <= spans[after][0]
+
+
+@pytest.mark.parametrize("numbers", [("05", "01"), ("10", "11"), ("10", "02", "11")])
+def test_nothing_begins_beside_a_step_that_is_alone(monkeypatch, tmp_path, numbers):
+    """Where the others are done already, or come later."""
+    running, beside = set(), []
+
+    def run(command, folder, log):
+        running.add(folder.name[4:6])
+        time.sleep(0.1)
+        beside.append(set(running))
+        running.remove(folder.name[4:6])
+        return 1.0
+
+    monkeypatch.setattr(lab_script, "run", run)
+    lab_script.run_all({f"step{number}_x": [] for number in numbers}, tmp_path)
+    assert all(len(names) == 1 for names in beside if names & set(lab_script.ALONE))

@@ -119,6 +119,20 @@ def test_a_training_that_fails_is_one_line_and_ends_the_step(data, tmp_path, eve
         common.fit_all(make_training(data, tmp_path), runs)
 
 
+def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monkeypatch):
+    """The setting is a thread's; those of a product have it from the thread that begins them."""
+    torch.set_flush_denormal(False)
+
+    def load_data(*_, **__):
+        raise common.InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
+
+    monkeypatch.setattr(common, "load_data", load_data)
+    run = common.Run("one", common.GENRE_RUNS["beat_mel"], None, None, None)
+    training = common.Training(common.Source(tmp_path), tmp_path, tmp_path)
+    with pytest.raises(common.InputError, match="^0$"):
+        common.fit_fold(training, run, 0, 1)
+
+
 def test_a_step_whose_worker_was_killed_goes_on_later(data, alone, tmp_path):
     with start(data, tmp_path) as process:
         worker = wait_for(lambda: workers_of(process.pid) if begun(tmp_path) else [])[0]
