@@ -1820,7 +1820,7 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
-    "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=150),  # 6 s
+    "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
 
 
@@ -1861,9 +1861,9 @@ def plan(network, data, training, share=1.0) -> Recipe:
     """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
 
     A small data set gets more passes, up to the budget's limit, so that as many examples are
-    shown in all; a large one at least 20. Where that takes more than 40, an epoch shows each
+    shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
     clip several times (another random crop each, where the network hears crops): validation
-    comes after each epoch, and took a tenth of a CNN's training with epochs of three crops.
+    comes after each epoch, and takes a tenth of a CNN's training with epochs of three crops.
 
     share : of the budget, e.g. of a fine-tuning
     """
@@ -1875,7 +1875,7 @@ def plan(network, data, training, share=1.0) -> Recipe:
     else:
         examples = (budget.genre if genre else budget.emotion) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
-        crops = math.ceil(passes / 40)
+        crops = math.ceil(passes / 60)
         epochs = max(round(passes / crops), 1)
     return Recipe(
         epochs,

@@ -348,9 +348,9 @@ def test_rate_and_running_average_follow_their_formulas(
 @pytest.mark.parametrize("n_clips, examples, most_passes, expected", [
     (1000, 30_000, 80, (30, 1)),  # 30 passes
     (10_000, 30_000, 80, (20, 1)),  # 3 would be too few: at least 20
-    (365, 100_000, 275, (39, 7)),  # 274 passes: 7 crops of a clip in each of 39 epochs
-    (10, 100_000, 275, (39, 7)),  # at most 275 passes
-    (750, 30_000, 80, (40, 1)),  # exactly the longest that need no second crop
+    (365, 100_000, 275, (55, 5)),  # 274 passes: 5 crops of a clip in each of 55 epochs
+    (10, 100_000, 275, (55, 5)),  # at most 275 passes
+    (500, 30_000, 80, (60, 1)),  # exactly the longest that need no second crop
     (400, 30_000, 80, (38, 2)),  # 75 passes, 37.5 epochs
 ])  # fmt: skip
 def test_planned_epochs_by_hand(monkeypatch, n_clips, examples, most_passes, expected):

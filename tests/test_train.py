@@ -290,7 +290,7 @@ def test_windows_cover_the_clip_and_stay_inside():
 
 @pytest.mark.parametrize(
     "n_clips, epochs, crops",
-    [(8, 33, 5), (365, 33, 5), (1000, 30, 2), (1844, 33, 1), (20_000, 20, 1)],
+    [(8, 55, 3), (365, 55, 3), (1000, 60, 1), (1844, 33, 1), (20_000, 20, 1)],
 )
 def test_small_sets_get_more_passes_and_several_crops_per_epoch(
     monkeypatch, n_clips, epochs, crops
