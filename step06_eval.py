@@ -150,7 +150,7 @@ if step.args.ensemble:
 scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}
 foreign = {name: answers[name, "full" if own_set[name] == "beat" else "beat"] for name in models}
 stuck = [f"`{name}`" for name, table in foreign.items() if table.idxmax(axis=1).nunique() == 1]
-one_answer = f"There {', '.join(stuck)} name one class for every clip." if stuck else ""
+one_answer = f"One and the same class for every clip: {', '.join(stuck)}." if stuck else ""
 write_predictions(
     step.folder,
     [
