@@ -1529,7 +1529,7 @@ def convolve_normalised(conv, norm, x):
         In float32, standardised: too coarse a format where the mean is far above the spread.
     """
     (n_steps, n_bands), n_cells = x.shape[2:], x.numel()
-    with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse for this
+    with single_precision(x.device):  # half is too coarse for this
         padded = nn.functional.pad(x[:, 0], 4 * conv.padding[:1])  # (B, T + 2, F + 2)
         # Only the shifts along the bands are copied; those along time are views of them.
         shifted = padded.unfold(2, n_bands, 1).transpose(1, 2).contiguous()  # (B, 3, T + 2, F)
@@ -2131,6 +2131,11 @@ def half_precision(device):
     kind = torch.device(device).type
     dtype = fast_dtype(kind)
     return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def single_precision(device):
+    """Context in which, within one of `half_precision`, matrix work runs in single precision."""
+    return torch.autocast(torch.device(device).type, enabled=False)
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from joblib.externals.loky import reusable_executor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,6 +279,13 @@ def pytest_collection_modifyitems(items):
     """Begin with the slowest files, lest one process waits for the other at the end."""
     place = {f"test_{name}": number for number, name in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(autouse=True)
+def small_numbers():
+    """A step rounds numbers below 1e-38 to 0 in its process, which is that of other tests too."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -109,7 +109,8 @@ def card(monkeypatch):
     # `compute` knows.
     monkeypatch.setattr(common, "predict", torch.no_grad()(common.predict.__wrapped__))
     # Torch has no half precision for the stand-in, as for an Apple GPU.
-    monkeypatch.setattr(common, "half_precision", lambda device: contextlib.nullcontext())
+    for name in ("half_precision", "single_precision"):
+        monkeypatch.setattr(common, name, lambda device: contextlib.nullcontext())
     with Card():
         yield CARD
 
