@@ -162,10 +162,10 @@ step.text(
     f"""
     An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed
     at once, on no device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
-    {n_full} steps and {seconds[n_beat]:.3f} s at {n_beat}, {seconds[n_full] / seconds[n_beat]:.0f}
-    times less; fitted to all lengths, time grows like the
-    number of steps to the power {slope:.2f}. For an epoch over {len(n_steps["full"])} clips that
-    is {epoch[n_full]:.1f} s or {epoch[n_beat]:.1f} s.
+    {n_full} steps, {seconds[n_full] / seconds[n_beat]:.0f} times the {seconds[n_beat]:.3f} s at
+    {n_beat}; fitted to all lengths, time grows like the number of steps to the power {slope:.2f}.
+    For an epoch over {len(n_steps["full"])} clips that is {epoch[n_full]:.1f} s or
+    {epoch[n_beat]:.1f} s.
     """
 )
 

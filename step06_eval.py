@@ -148,9 +148,6 @@ if step.args.ensemble:
     own_set["lstm_ensemble"] = "full"
 
 scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}
-foreign = {name: answers[name, "full" if own_set[name] == "beat" else "beat"] for name in models}
-stuck = [f"`{name}`" for name, table in foreign.items() if table.idxmax(axis=1).nunique() == 1]
-one_answer = f"One and the same class for every clip: {', '.join(stuck)}." if stuck else ""
 write_predictions(
     step.folder,
     [
@@ -207,6 +204,10 @@ step.figure(
     "accuracy",
     "Accuracy of every model on both test sets; pale: input of the kind it was not trained on",
 )
+# On the other kind of input a network may answer one class to every clip.
+foreign = {name: answers[name, "full" if own_set[name] == "beat" else "beat"] for name in models}
+stuck = [f"`{name}`" for name, table in foreign.items() if table.idxmax(axis=1).nunique() == 1]
+one_answer = f"One and the same class for every clip: {', '.join(stuck)}." if stuck else ""
 step.text(f"""
     `full` is fma_genre_spectrograms, `beat` is fma_genre_spectrograms_beat. Models named `beat_...`
     were trained on beats, the other LSTMs on frames; on the other set each gets input that it was

@@ -288,12 +288,11 @@ step.text(f"""
 Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
 {cnn.facts["planned_epochs"]} planned epochs of {cnn.facts["examples_per_epoch"]:,} crops each,
 with AdamW (Adam with decoupled weight decay, .01; Loshchilov & Hutter, 2019), one-cycle rate of at
-most {cnn.facts["lr"]:g}, batches of
-{cnn.facts["batch_size"]}, cross-entropy with label smoothing .1 (Szegedy et al., 2016: the target
-is .9 plus a share of the rest, so certainty is not rewarded without end). Kept is the running
-average of the weights after epoch {cnn.facts["best_epoch"]}, of the last fifth of the epochs the
-one with the highest macro-F1 on the {cnn.facts["n_val"]} validation clips:
-{cnn.facts["val"]["macro_f1"]:.3f}, which as the best of several is optimistic.
+most {cnn.facts["lr"]:g}, batches of {cnn.facts["batch_size"]}, cross-entropy with label smoothing
+.1 (Szegedy et al., 2016: the target is .9 plus a share of the rest, so certainty is not rewarded
+without end). Kept is the running average of the weights after epoch {cnn.facts["best_epoch"]}, of
+the last fifth of the epochs the one with the highest macro-F1 on the {cnn.facts["n_val"]}
+validation clips: {cnn.facts["val"]["macro_f1"]:.3f}, which as the best of several is optimistic.
 """)
 caption = (
     "Loss and validation macro-F1 against the epoch; the dot marks the epoch that was kept, among "
