@@ -51,6 +51,7 @@ from common import (
     bootstrap,
     build_model,
     calibration_error,
+    class_numbers,
     clip_attributions,
     clip_ids,
     convolve_normalised,
@@ -59,6 +60,7 @@ from common import (
     difference_line,
     fit_all,
     fit_temperature,
+    for_scoring,
     genre_models,
     genre_scores,
     genre_val_scores,
@@ -262,12 +264,13 @@ The image is a random crop of 6 s; two frames are averaged into one of its colum
 block its channels are pooled over time, by mean and maximum, and not over frequency: pooled over
 both, it scored lower (docs/experiments.md). One dense layer gives an output (logit) per class.
 
-Each block is convolution, batch normalisation, ReLU and max pooling, and is computed so when
-scoring. In training two shortcuts compute the same function in less time: ReLU after pooling, and
-in the first block batch normalisation by the kernel (`convolve_normalised`).
+Each block is convolution, batch normalisation, ReLU and max pooling. Shortcuts compute the same
+function in less time: ReLU after pooling and, in place of batch normalisation over the maps, a
+kernel that normalises; in training in the first block (`convolve_normalised`), when scoring in all
+(`for_scoring`).
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, convolve_normalised, Classifier)
+step.show_source(CNNBackbone, convolve_normalised, for_scoring, Classifier)
 step.show_layers(model, data)
 
 # %% 7b. The training
@@ -591,11 +594,12 @@ step.figure(fig, "confusion", caption)
 # expected calibration error; temperature scaling (Guo et al., 2017), one number fitted on the
 # validation clips, may mend what is off on average: the test row tells. listen.py uses it.
 step.heading("7e, besides. How sure the network is")
-logits = {}
-for split, dataset in (("validation", data.val), ("test", load_test(step.source, cnn.settings))):
-    table = answer(cnn.model, dataset, cnn.settings, step.device)
-    numbers = [data.names.index(name) for name in truth(dataset, cnn.settings)[table.index]]
-    logits[split] = torch.tensor(table.to_numpy()), torch.tensor(numbers)
+on_val = answer(cnn.model, data.val, cnn.settings, step.device), truth(data.val, cnn.settings)
+judged = {"validation": on_val, "test": (answers["cnn_mel"], truths["cnn_mel"])}
+logits = {
+    split: (torch.tensor(table.to_numpy()), torch.tensor(class_numbers(true, data.names)))
+    for split, (table, true) in judged.items()
+}
 temperature = fit_temperature(*logits["validation"])
 sureness = {
     f"{split} ({len(targets)} clips)": {
@@ -628,9 +632,9 @@ window, test = cnn.settings["window"], load_test(step.source, cnn.settings)
 n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
 rng = np.random.default_rng(step.args.seed)
 chosen = rng.permutation(len(test))[:n_judged]
-model = copy.deepcopy(cnn.model).cpu().eval()
+model = for_scoring(cnn.model).cpu()
 seed_everything(step.args.seed + 1000)  # not where the trained network began
-random_twin = build_model(model_spec(model)).eval()
+random_twin = for_scoring(build_model(model_spec(cnn.model)))
 
 
 def middle(x):

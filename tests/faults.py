@@ -169,6 +169,10 @@ TABLE = {
          "known_answers::test_mixup_by_hand"),
     ],
     "common.py, 5 models": [
+        ("for_scoring: no ReLU", "(merged, max_pool, relu).eval()", "(merged, max_pool).eval()",
+         "data::test_a_copy_for_scoring_answers_as_the_network_does"),
+        ("for_scoring: the network itself is changed", "    model = copy.deepcopy(model).eval()\n    networks",
+         "    model = model.eval()\n    networks", "data::test_scoring_takes_the_quick_copy"),
         ("mask: ignored in the mean", "mean = (x * mask).sum(1) / mask.sum(1)", "mean = x.mean(1)",
          "known_answers::test_mean_and_maximum_of_a_clips_own_steps_by_hand"),
         ("mask: padding goes through the CNN", "if (lengths < x.shape[2]).any():", "if (lengths < 1).any():",
@@ -226,8 +230,8 @@ TABLE = {
          "torch.exp(-self.log_var) * losses + self.log_var", "known_answers::test_learned_weights_by_hand"),
     ],
     "common.py, 7 training": [
-        ("bug 4: scored without eval()", "    model.eval()\n    outputs, targets, fast = [], [],",
-         "    outputs, targets, fast = [], [],", "data::test_predict_scores_in_evaluation_mode"),
+        ("bug 4: scored without eval()", "model, outputs, targets, fast = for_scoring(model), [],",
+         "model, outputs, targets, fast = model, [],", "data::test_predict_scores_in_evaluation_mode"),
         ("average: never updated", '        parts["average"].update_parameters(model)\n', "",
          "known_answers::test_rate_and_running_average_follow_their_formulas"),
         ('average: best.pt holds the live model', 'save_checkpoint(folder / "best.pt", average.module, settings,',

@@ -798,6 +798,52 @@ def test_the_first_block_alone_takes_the_short_way(monkeypatch):
     assert seen == [network.blocks[0][0]]
 
 
+def trained_cnn(dtype=torch.float64):
+    """A classifier whose batch normalisation has something to do, of either sign."""
+    torch.manual_seed(0)
+    model = common.Classifier(CNNBackbone(20, channels=(4, 4, 6, 8)).to(dtype), 3)
+    for norm in (block[1] for block in model.backbone.blocks):
+        for values in (norm.weight, norm.bias):
+            nn.init.normal_(values)
+    for _ in range(3):  # running averages that are not 0 and 1
+        model.train()(3 * torch.randn(4, 96, 20, dtype=dtype) + 1, torch.tensor([96, 96, 70, 40]))
+    return model
+
+
+def test_a_copy_for_scoring_answers_as_the_network_does():
+    """Padded clips and gradients included; the network itself stays, and stays in its mode."""
+    model = trained_cnn()
+    before = copy.deepcopy(model.state_dict())
+    quick = common.for_scoring(model)
+    assert model.training and not any(module.training for module in quick.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
+    assert all(type(block[-1]) is nn.ReLU for block in quick.backbone.blocks)
+    x, lengths = torch.randn(3, 130, 20, dtype=torch.float64), torch.tensor([130, 77, 20])
+    found = []
+    for network in (model.eval(), quick, common.for_scoring(quick)):
+        clips = x.clone().requires_grad_()
+        outputs = network(clips, lengths)
+        outputs[:, 1].sum().backward()
+        found.append((outputs, clips.grad))
+    for outputs, gradient in found[1:]:
+        torch.testing.assert_close(outputs, found[0][0])
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-5, rtol=1e-5)  # of single outputs
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
+
+
+def test_scoring_takes_the_quick_copy(monkeypatch):
+    """The answers are the same, so nothing else would show it; the caller's network stays."""
+    model, used, quick = trained_cnn(torch.float32).train(), [], common.for_scoring
+    monkeypatch.setattr(
+        common, "for_scoring", lambda network: used.append(network) or quick(network)
+    )
+    loader = DataLoader([(torch.randn(40, 20), torch.tensor(0), torch.tensor(40))])
+    common.predict(model, loader)
+    assert used == [model] and model.training
+    assert all(len(block) == 4 for block in model.backbone.blocks)
+
+
 @pytest.mark.parametrize("name", list(backbones()))
 def test_a_clip_gives_the_same_vector_however_far_it_is_padded(name):
     """Bug 5: the last step, or the backward direction, was taken in the padding."""
