@@ -1880,7 +1880,7 @@ def plan(network, data, training, share=1.0) -> Recipe:
     A small data set gets more passes, up to the budget's limit, so that as many examples are
     shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
     clip several times (another random crop each, where the network hears crops): validation
-    comes after each epoch, and takes a tenth of a CNN's training with epochs of three crops.
+    comes after each epoch, and takes about a twentieth of a CNN's training with five crops each.
 
     share : of the budget, e.g. of a fine-tuning
     """
