@@ -1634,16 +1634,17 @@ class CNNBackbone(Backbone):
 
 
 def for_scoring(model) -> nn.Module:
-    """A copy of a network, in evaluation mode, that answers the same in less time.
+    """A copy in evaluation mode; a CNN's gives the same answers, up to rounding, in less time.
 
-    A CNN's batch normalisation no longer follows the batches then: it is a fixed scale and shift,
-    which the kernels take in. ReLU comes after pooling, as in training. Such a copy does not learn.
+    When scoring, batch normalisation is a fixed scale and shift per channel: the kernels take in
+    the scale, a bias the shift. ReLU comes after pooling, as in training. The copy is for scoring
+    only: in training mode its blocks lack what `forward` expects. Others are copied as they are.
     """
     model = copy.deepcopy(model).eval()
     networks = [module for module in model.modules() if isinstance(module, CNNBackbone)]
     for blocks in (network.blocks for network in networks):
         for place, block in enumerate(blocks):
-            if len(block) == 4:  # else it is of such a copy
+            if len(block) == 4:  # 3: merged already
                 conv, norm, relu, max_pool = block
                 merged = nn.utils.fuse_conv_bn_eval(conv, norm)
                 blocks[place] = nn.Sequential(merged, max_pool, relu).eval()
@@ -1880,7 +1881,7 @@ def plan(network, data, training, share=1.0) -> Recipe:
     A small data set gets more passes, up to the budget's limit, so that as many examples are
     shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
     clip several times (another random crop each, where the network hears crops): validation
-    comes after each epoch, and takes about a twentieth of a CNN's training with five crops each.
+    comes after each epoch, and takes about a twentieth of a CNN's training where each clip is shown five times.
 
     share : of the budget, e.g. of a fine-tuning
     """
@@ -2157,7 +2158,7 @@ def single_precision(device):
 
 @torch.inference_mode()
 def predict(model, loader, device="cpu", window=None, overlap=True):
-    """Run a model over a loader's clips in evaluation mode.
+    """Run a model over a loader's clips by a copy (`for_scoring`): it stays as it is.
 
     Parameters
     ----------

@@ -264,10 +264,11 @@ The image is a random crop of 6 s; two frames are averaged into one of its colum
 block its channels are pooled over time, by mean and maximum, and not over frequency: pooled over
 both, it scored lower (docs/experiments.md). One dense layer gives an output (logit) per class.
 
-Each block is convolution, batch normalisation, ReLU and max pooling. Shortcuts compute the same
-function in less time: ReLU after pooling and, in place of batch normalisation over the maps, a
-kernel that normalises; in training in the first block (`convolve_normalised`), when scoring in all
-(`for_scoring`).
+Each block is convolution, batch normalisation, ReLU and max pooling, in this order; the layers
+below and the pictures of 7c are computed so. Training and scoring take two shortcuts, which give
+the same up to rounding. ReLU comes after pooling, in every block: it never swaps two values, so the
+largest stays the largest. And batch normalisation goes into the kernel: in training in the first
+block (`convolve_normalised`), when scoring in all four (`for_scoring`).
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, convolve_normalised, for_scoring, Classifier)
@@ -597,7 +598,10 @@ step.heading("7e, besides. How sure the network is")
 on_val = answer(cnn.model, data.val, cnn.settings, step.device), truth(data.val, cnn.settings)
 judged = {"validation": on_val, "test": (answers["cnn_mel"], truths["cnn_mel"])}
 logits = {
-    split: (torch.tensor(table.to_numpy()), torch.tensor(class_numbers(true, data.names)))
+    split: (
+        torch.tensor(table.to_numpy()),
+        torch.tensor(class_numbers(true[table.index], data.names)),
+    )
     for split, (table, true) in judged.items()
 }
 temperature = fit_temperature(*logits["validation"])
