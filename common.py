@@ -1881,7 +1881,8 @@ def plan(network, data, training, share=1.0) -> Recipe:
     A small data set gets more passes, up to the budget's limit, so that as many examples are
     shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
     clip several times (another random crop each, where the network hears crops): validation
-    comes after each epoch, and takes about a twentieth of a CNN's training where each clip is shown five times.
+    comes after each epoch, and takes about a twentieth of a CNN's training where an epoch shows
+    each clip five times.
 
     share : of the budget, e.g. of a fine-tuning
     """
