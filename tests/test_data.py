@@ -832,6 +832,30 @@ def test_a_copy_for_scoring_answers_as_the_network_does():
     assert list(model.state_dict()) == list(before)
 
 
+def test_a_copy_for_scoring_keeps_eps():
+    """1e-5 beside variances of order 1 would not be missed."""
+    model = trained_cnn()
+    for block in model.backbone.blocks:
+        block[1].eps = 0.5
+    x, lengths = torch.randn(3, 130, 20, dtype=torch.float64), torch.tensor([130, 77, 20])
+    torch.testing.assert_close(common.for_scoring(model)(x, lengths), model.eval()(x, lengths))
+
+
+def test_an_lstm_is_scored_without_dropout():
+    torch.manual_seed(0)
+    model = common.Classifier(LSTMBackbone(20, hidden_size=8, n_layers=2), 3).train()
+    loader = DataLoader([(torch.randn(40, 20), torch.tensor(0), torch.tensor(40))])
+    first, second = (common.predict(model, loader)[0] for _ in range(2))
+    assert torch.equal(first, second) and model.training
+
+
+def test_the_first_block_pools_as_told():
+    for first in (2, 4):
+        blocks = CNNBackbone(20, channels=(4, 4, 6, 8), first_pool=first).blocks
+        kernels = [block[-1].kernel_size for block in blocks]
+        assert kernels == [(first, 2), (2, 2), (2, 2), (2, 2)]
+
+
 def test_scoring_takes_the_quick_copy(monkeypatch):
     """The answers are the same, so nothing else would show it; the caller's network stays."""
     model, used, quick = trained_cnn(torch.float32).train(), [], common.for_scoring
