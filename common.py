@@ -1641,13 +1641,12 @@ def for_scoring(model) -> nn.Module:
     only: in training mode its blocks lack what `forward` expects. Others are copied as they are.
     """
     model = copy.deepcopy(model).eval()
-    networks = [module for module in model.modules() if isinstance(module, CNNBackbone)]
-    for blocks in (network.blocks for network in networks):
-        for place, block in enumerate(blocks):
+    for network in [module for module in model.modules() if isinstance(module, CNNBackbone)]:
+        for place, block in enumerate(network.blocks):
             if len(block) == 4:  # 3: merged already
                 conv, norm, relu, max_pool = block
                 merged = nn.utils.fuse_conv_bn_eval(conv, norm)
-                blocks[place] = nn.Sequential(merged, max_pool, relu).eval()
+                network.blocks[place] = nn.Sequential(merged, max_pool, relu).eval()
     return model
 
 
@@ -2159,7 +2158,7 @@ def single_precision(device):
 
 @torch.inference_mode()
 def predict(model, loader, device="cpu", window=None, overlap=True):
-    """Run a model over a loader's clips by a copy (`for_scoring`): it stays as it is.
+    """Run a model over a loader's clips. A copy answers (`for_scoring`); the model stays as it is.
 
     Parameters
     ----------

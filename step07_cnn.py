@@ -17,7 +17,7 @@ metrics.json), each test clip's true and predicted class (predictions.csv).
 
 Measured on a small set of real music (see README), seed 42, bf16, two threads, torch
 2.13.0: test accuracy .694 [.624, .758], macro-F1 .660 [.579, .723] on 157 clips; with one
-thread, as in lab.py on two cores, .675 and .634 (a Xeon with AMX: .675 and .636).
+thread, as in lab.py on two cores, .675 and .634 (a Xeon with AMX: .669 and .621).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").

@@ -171,8 +171,8 @@ TABLE = {
     "common.py, 5 models": [
         ("for_scoring: no ReLU", "(merged, max_pool, relu).eval()", "(merged, max_pool).eval()",
          "data::test_a_copy_for_scoring_answers_as_the_network_does"),
-        ("for_scoring: the network itself is changed", "    model = copy.deepcopy(model).eval()\n    networks",
-         "    model = model.eval()\n    networks", "data::test_scoring_takes_the_quick_copy"),
+        ("for_scoring: the network itself is changed", "    model = copy.deepcopy(model).eval()\n    for network",
+         "    model = model.eval()\n    for network", "data::test_scoring_takes_the_quick_copy"),
         ("mask: ignored in the mean", "mean = (x * mask).sum(1) / mask.sum(1)", "mean = x.mean(1)",
          "known_answers::test_mean_and_maximum_of_a_clips_own_steps_by_hand"),
         ("mask: padding goes through the CNN", "if (lengths < x.shape[2]).any():", "if (lengths < 1).any():",
