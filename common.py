@@ -49,6 +49,7 @@ from typing import NamedTuple
 import filelock
 import joblib
 import matplotlib.pyplot as plt
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -1299,7 +1300,7 @@ class Augment:
             weight = torch.distributions.Beta(self.mixup, self.mixup).sample((len(x),)).to(x.device)
             weight = torch.maximum(weight, 1 - weight)  # the clip itself keeps the larger share
             other = torch.randperm(len(x), device=x.device)
-            x = torch.lerp(x[other], x, weight[:, None, None])
+            x = x[other].lerp_(x, weight[:, None, None])
             weight = weight.view(-1, *[1] * (targets.dim() - 1))
             targets = torch.lerp(targets[other], targets, weight)
         return x, targets
@@ -1512,31 +1513,47 @@ def masked_mean_max(x, mask):
     return torch.cat([mean, highest], dim=1)
 
 
-def convolve_normalised(conv, norm, x):
-    """norm(conv(x)) in training, for an image of one channel: the kernel does the normalising.
+def takes_first_block(conv, norm, x) -> bool:
+    """Whether `first_block` can take the place of the layers, and saves time."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    learns = norm.training and not x.requires_grad  # a frozen one keeps its running averages
+    return on_cpu and learns and conv.in_channels == 1 and conv.kernel_size == (3, 3)
 
-    An output is y = w'u: w the 9 weights of a kernel (3 x 3), u the 9 cells below it, 0 outside
-    the image. So over all places and clips, padding included as in the two layers, y has mean w'm
-    and variance w'Cw, with m the mean and C the covariance (9 x 9) of the cells. To normalise y,
-    w is divided by its standard deviation and a bias is added; no output is read again for it.
-    Gradients and running averages are those of the two layers, up to rounding.
+
+def first_block(conv, norm, x, pool) -> torch.Tensor:
+    """relu(max_pool(norm(conv(x)))) in training, of one channel on a processor, in less time.
+
+    The maps between these layers are the largest tensors of a training step, and writing and
+    reading them takes a processor longer than computing them. So none is made: the kernels do the
+    normalising, and only the maxima are kept and where they were (`FirstBlock`).
+
+    An output of conv is y = w'u: w the 9 weights of a kernel (3 x 3), u the 9 cells below it, 0
+    outside the image. So over all places and clips, padding included as in the layers, y has mean
+    w'm and variance w'Cw, with m the mean and C the covariance (9 x 9) of the cells. To normalise
+    y, w is divided by its standard deviation and a bias is added. Gradients and running averages
+    are those of the layers, up to rounding.
 
     Parameters
     ----------
-    conv : nn.Conv2d, one channel in, a square kernel, padding that keeps the size, no bias
+    conv : nn.Conv2d, 1 channel in, 3 x 3, padded by 1, no bias
     norm : nn.BatchNorm2d, in training mode
     x : torch.Tensor [shape=(B, 1, T, F)]
-        In float32, standardised: too coarse a format where the mean is far above the spread.
+        In float32, standardised: too coarse a format where the mean is far above the spread. It is
+        data: no gradient is computed for it.
+    pool : int
+        Steps that are pooled; of the bands 2.
+
+    Returns
+    -------
+    maps : torch.Tensor [shape=(B, C, T // pool, F // 2)], float32, channels last
     """
-    (n_steps, n_bands), n_cells = x.shape[2:], x.numel()
+    n_cells = x.numel()
     with single_precision(x.device):  # half is too coarse for this
-        padded = nn.functional.pad(x[:, 0], 4 * conv.padding[:1])  # (B, T + 2, F + 2)
-        # Only the shifts along the bands are copied; those along time are views of them.
-        shifted = padded.unfold(2, n_bands, 1).transpose(1, 2).contiguous()  # (B, 3, T + 2, F)
-        below = [shifted[:, :, t : t + n_steps].flatten(2) for t in range(conv.kernel_size[0])]
-        mean = torch.cat([cells.mean((0, 2)) for cells in below])  # (9,), of cells (B, 3, T * F)
-        products = [torch.cat([torch.bmm(a, b.mT).sum(0) for b in below], 1) for a in below]
-        covariance = torch.cat(products) / n_cells - torch.outer(mean, mean)  # (9, 9)
+        padded = nn.functional.pad(x[:, 0], (1, 1, 1, 1))  # (B, T + 2, F + 2)
+        sums, products = map(sum, zip(*by_clips(cell_moments, [padded.numpy()]), strict=True))
+        mean, products = sums / n_cells, np.tril(products) + np.tril(products, -1).T
+        covariance = products / n_cells - np.outer(mean, mean)  # (9, 9)
+        mean, covariance = (torch.from_numpy(value).float() for value in (mean, covariance))
         kernels = conv.weight.flatten(1)  # (C, 9)
         means = kernels @ mean  # (C,), of each channel's outputs, and their variances:
         variances = (kernels @ covariance * kernels).sum(1).clamp(min=0)
@@ -1546,8 +1563,124 @@ def convolve_normalised(conv, norm, x):
             norm.running_var.lerp_(unbiased, norm.momentum)
             norm.num_batches_tracked += 1
         scale = norm.weight / (variances + norm.eps).sqrt()
-        kernel, bias = conv.weight * scale.view(-1, 1, 1, 1), norm.bias - means * scale
-    return nn.functional.conv2d(x, kernel, bias, padding=conv.padding)
+        kernels, bias = kernels * scale[:, None], norm.bias - means * scale
+    return FirstBlock.apply(padded, kernels, bias, pool)
+
+
+class FirstBlock(torch.autograd.Function):
+    """relu(max_pool(conv(x))): padded (B, T + 2, F + 2), kernels (C, 9) -> (B, C, T', F')."""
+
+    @staticmethod
+    def forward(ctx, padded, kernels, bias, pool):
+        n_clips, n_steps, n_bands = len(padded), padded.shape[1] - 2, padded.shape[2] - 2
+        shape = (n_clips, n_steps // pool, n_bands // 2, len(bias))  # channels last
+        maps, place = torch.empty(shape), torch.empty(shape, dtype=torch.int8)
+        weights = kernels.detach().T.contiguous().numpy(), bias.detach().numpy()
+        by_clips(largest_outputs, [a.numpy() for a in (padded, maps, place)], *weights, pool)
+        ctx.save_for_backward(padded, place)
+        ctx.pool = pool
+        return maps.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        padded, place = ctx.saved_tensors
+        by_cell = gradient.permute(0, 2, 3, 1).float().contiguous()
+        arrays = [tensor.numpy() for tensor in (padded, place, by_cell)]
+        kernels, bias = map(sum, zip(*by_clips(kernel_gradient, arrays, ctx.pool), strict=True))
+        return None, torch.from_numpy(kernels), torch.from_numpy(bias), None
+
+
+def by_clips(function, batch, *rest) -> list:
+    """What a compiled function returns for each part of a batch, one part per thread of torch."""
+    n_parts = min(torch.get_num_threads(), len(batch[0]))
+    parts = zip(*(np.array_split(array, n_parts) for array in batch), strict=True)
+    if n_parts == 1:
+        return [function(*batch, *rest)]
+    with ThreadPoolExecutor(n_parts) as pool:
+        return list(pool.map(lambda part: function(*part, *rest), parts))
+
+
+# Loops only: what numba takes long to compile, such as an assignment to a slice, is left out.
+# "contract": a product and a sum may be one instruction.
+compiled = numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+
+
+@compiled
+def cell_moments(x):
+    """Sums (9,) and sums of products (9, 9) of the 9 cells below a kernel, over all its places.
+
+    Of the symmetric products those of i and j <= i.
+
+    x : np.ndarray [shape=(B, T + 2, F + 2)], float32, with a frame of zeros
+    """
+    n_clips, n_steps, n_bands = len(x), x.shape[1] - 2, x.shape[2] - 2
+    sums, products = np.zeros(9), np.zeros((9, 9))
+    for clip in range(n_clips):
+        by_band = np.zeros((10, 9, n_bands), np.float32)  # products, and in the last row sums
+        for step in range(n_steps):
+            for i in range(9):
+                t, f = step + i // 3, i % 3
+                for band in range(n_bands):
+                    by_band[9, i, band] += x[clip, t, f + band]
+                for j in range(i + 1):
+                    for band in range(n_bands):
+                        other = x[clip, step + j // 3, j % 3 + band]
+                        by_band[i, j, band] += x[clip, t, f + band] * other
+        for band in range(n_bands):  # in double precision
+            for i in range(9):
+                sums[i] += by_band[9, i, band]
+                for j in range(i + 1):
+                    products[i, j] += by_band[i, j, band]
+    return sums, products
+
+
+@compiled
+def largest_outputs(x, maps, place, kernels, bias, pool):
+    """Fill maps (B, T', F', C) with the largest outputs, place with where in the pool they were.
+
+    x (B, T + 2, F + 2), kernels (9, C), bias (C,). Outputs below 0 count as 0, with place -1; of
+    equal ones the first counts, as in torch.
+    """
+    n_clips, n_steps, n_bands, n_channels = maps.shape
+    cells = np.empty(9, np.float32)
+    best, where = np.empty(n_channels, np.float32), np.empty(n_channels, np.int32)
+    for clip in range(n_clips):
+        for step in range(n_steps):
+            for band in range(n_bands):
+                for channel in range(n_channels):
+                    best[channel], where[channel] = 0, -1
+                for k in range(2 * pool):
+                    t, f = step * pool + k // 2, 2 * band + k % 2
+                    for i in range(9):
+                        cells[i] = x[clip, t + i // 3, f + i % 3]
+                    for channel in range(n_channels):
+                        output = bias[channel]
+                        for i in range(9):
+                            output += kernels[i, channel] * cells[i]
+                        if output > best[channel]:
+                            best[channel], where[channel] = output, k
+                for channel in range(n_channels):
+                    maps[clip, step, band, channel] = best[channel]
+                    place[clip, step, band, channel] = where[channel]
+
+
+@compiled
+def kernel_gradient(x, place, gradient, pool):
+    """The gradient of the kernels (C, 9) and of the bias (C,), from that of the maps."""
+    n_clips, n_steps, n_bands, n_channels = gradient.shape
+    kernels, bias = np.zeros((n_channels, 9), np.float32), np.zeros(n_channels, np.float32)
+    for clip in range(n_clips):
+        for step in range(n_steps):
+            for band in range(n_bands):
+                for channel in range(n_channels):
+                    k = place[clip, step, band, channel]
+                    if k >= 0:
+                        value = gradient[clip, step, band, channel]
+                        t, f = step * pool + k // 2, 2 * band + k % 2
+                        bias[channel] += value
+                        for i in range(9):
+                            kernels[channel, i] += value * x[clip, t + i // 3, f + i % 3]
+    return kernels, bias
 
 
 class CNNBackbone(Backbone):
@@ -1616,13 +1749,11 @@ class CNNBackbone(Backbone):
         x = x.unsqueeze(1)  # (B, 1, T, F)
         for block, pool in zip(self.blocks, self.pools, strict=True):
             if self.training:
-                # The same function in less time. The first block's maps, the largest, are not
-                # normalised cell by cell. In every block ReLU comes after pooling, to an eighth
-                # or a quarter of the cells: it swaps no two values, so the largest stays so.
+                # The same function in less time. In every block ReLU comes after pooling, to an
+                # eighth or a quarter of the cells: it swaps no two values, so the largest stays so.
                 conv, norm, relu, max_pool = block
-                by_kernel = conv.in_channels == 1 and norm.training  # a frozen one keeps averages
-                x = convolve_normalised(conv, norm, x) if by_kernel else norm(conv(x))
-                x = relu(max_pool(x))  # (B, C, T / pool, F / 2)
+                quick = takes_first_block(conv, norm, x)
+                x = first_block(conv, norm, x, pool) if quick else relu(max_pool(norm(conv(x))))
             else:
                 x = block(x)
             lengths = torch.div(lengths, pool, rounding_mode="floor").clamp(min=1)

@@ -8,7 +8,8 @@ A step that fails does not stop the others; it is named at the end, with exit co
 is done when its outputs are there and were made with the same flags and the same data folder,
 and no step that it builds on is run anew. A step begins when those that it builds on have
 ended; two run side by side, with half of the cores each, and what they print goes into
-OUT/<step>.log. Steps 5 and 10 have all cores to themselves.
+OUT/<step>.log. Steps 5 and 10 train with all cores. Steps 1 to 4, on which no other builds,
+run beside the trainings at the lowest priority: they take what those leave idle.
 """
 
 import json
@@ -32,8 +33,9 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-ALONE = ("05", "10")  # their trainings fill the cores, and little else is due beside them
-LANES = 2  # steps at once
+FILL = {"01", "02", "03", "04"}  # nothing waits for them
+ALONE = {"05", "10"}  # their trainings fill the cores, and little else is due beside them
+LANES = 2  # steps at once, of FILL and of the others
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
 
@@ -62,13 +64,14 @@ def is_done(folder, args, known) -> bool:
     return same and Path(root) == find_data(args.data_dir, parts=())
 
 
-def run(command, folder, log=None) -> float | None:
+def run(command, folder, log=None, fill=False) -> float | None:
     """Run a step; its seconds, None if it failed.
 
     folder : of its outputs; while it runs, and when it has failed, they are marked
     log : file for what it prints, of a step that shares the cores: with all of them for each,
         two get in each other's way (step 2 took more than twice as long). The lines of its epochs
         are shown, too.
+    fill : at the lowest priority, where the system has priorities
     """
     began = time.monotonic()
     make_folder(folder)
@@ -84,6 +87,8 @@ def run(command, folder, log=None) -> float | None:
             open(log, "w", buffering=1, encoding="utf-8") as file,
             subprocess.Popen(command, **pipes) as process,
         ):
+            if fill and hasattr(os, "setpriority"):  # what the process begins has the same
+                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
             for line in process.stdout:
                 file.write(line)
                 if " epoch " in line:
@@ -98,19 +103,19 @@ def run(command, folder, log=None) -> float | None:
 def run_all(jobs, out) -> dict[str, float | None]:
     """Run the steps {name: command}, each as soon as it may; {name: `run`'s seconds}."""
     waiting, running, seconds = dict(jobs), {}, {}
-    with ThreadPoolExecutor(LANES) as pool:
+    with ThreadPoolExecutor(2 * LANES) as pool:
         while waiting or running:
             for name in list(waiting):
-                alone = name[4:6] in ALONE
-                free = not running if alone else len(running) < LANES
-                to_come = {other[4:6] for other in (*waiting, *running.values())}
-                if not free or to_come & set(EARLIER.get(name[4:6], ())):
+                number, busy = name[4:6], {other[4:6] for other in running.values()}
+                alike = busy & FILL if number in FILL else busy - FILL
+                free = not alike if number in ALONE else len(alike) < LANES and not alike & ALONE
+                to_come = busy | {other[4:6] for other in waiting}
+                if not free or to_come & set(EARLIER.get(number, ())):
                     continue
-                log = None if alone else out / f"{name}.log"
-                print(f"\n=== {name}" if alone else f"{name}: begun, see {log}", flush=True)
-                running[pool.submit(run, waiting.pop(name), out / name, log)] = name
-                if alone:
-                    break
+                log = None if number in ALONE else out / f"{name}.log"
+                print(f"{name}: begun, see {log}" if log else f"\n=== {name}", flush=True)
+                job = pool.submit(run, waiting.pop(name), out / name, log, number in FILL)
+                running[job] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 seconds[name], log = future.result(), out / f"{name}.log"

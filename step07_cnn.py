@@ -54,7 +54,6 @@ from common import (
     class_numbers,
     clip_attributions,
     clip_ids,
-    convolve_normalised,
     count_weights,
     cut_windows,
     difference_line,
@@ -267,11 +266,12 @@ both, it scored lower (docs/experiments.md). One dense layer gives an output (lo
 Each block is convolution, batch normalisation, ReLU and max pooling, in this order; the layers
 below and the pictures of 7c are computed so. Training and scoring take two shortcuts, which give
 the same up to rounding. ReLU comes after pooling, in every block: it never swaps two values, so the
-largest stays the largest. And batch normalisation goes into the kernel: in training in the first
-block (`convolve_normalised`), when scoring in all four (`for_scoring`).
+largest stays the largest. And batch normalisation goes into the kernel: in the first block when it
+is trained on a processor, which pools as it goes (`first_block` in common.py), and in all four
+blocks when scoring (`for_scoring`).
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, convolve_normalised, for_scoring, Classifier)
+step.show_source(CNNBackbone, for_scoring, Classifier)
 step.show_layers(model, data)
 
 # %% 7b. The training

@@ -723,30 +723,64 @@ def backbones():
     return networks
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5])
-def test_normalising_by_the_kernel_is_what_the_two_layers_do(kernel_size):
-    """Outputs, gradients and running averages, on an image whose edges and mean matter."""
+def layers_of_a_first_block(n_channels=5):
+    """A convolution and a normalisation with something to do, of either sign."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(1, 5, kernel_size, padding=kernel_size // 2, bias=False).double()
-    norm = nn.BatchNorm2d(5, momentum=0.3).double()
+    conv = nn.Conv2d(1, n_channels, 3, padding=1, bias=False)
+    norm = nn.BatchNorm2d(n_channels, momentum=0.3)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    x = torch.randn(3, 1, 13, 16, dtype=torch.float64) + 2
+    return nn.ModuleList([conv, norm])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size, pool", [((13, 16), 4), ((16, 17), 2)])
+def test_the_first_block_is_what_its_layers_do(size, pool, threads):
+    """Outputs, gradients and running averages, on an image whose edges and mean matter."""
+    layers = layers_of_a_first_block()
+    x = torch.randn(4, 1, *size) + 2
     x[1, :, 8:] = 0  # padding
-    wanted = torch.randn(3, 5, 13, 16, dtype=torch.float64)
-    found = {}
-    for way in (lambda conv, norm, x: norm(conv(x)), common.convolve_normalised):
-        image, layers = x.clone().requires_grad_(), copy.deepcopy(nn.ModuleList([conv, norm]))
+    wanted = torch.randn(4, 5, size[0] // pool, size[1] // 2)
+
+    def slowly(conv, norm, image, pool):
+        return nn.functional.max_pool2d(norm(conv(image)), (pool, 2)).relu()
+
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for way, dtype in ((slowly, torch.float64), (common.first_block, torch.float32)):
+        own = copy.deepcopy(layers).to(dtype)
         for _ in range(2):
-            outputs = way(*layers, image)
+            outputs = way(*own, x.to(dtype), pool)
         (outputs * wanted).sum().backward()
-        gradients = [weights.grad for weights in (image, *layers.parameters())]
-        found[way] = [outputs, *gradients, *layers.buffers()]
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(other, one)
+        gradients = [weights.grad for weights in own.parameters()]
+        found.append([value.double() for value in (outputs, *gradients, *own.buffers())])
+    torch.set_num_threads(before)
+    assert outputs.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
 
 
-def test_only_a_first_block_that_learns_is_normalised_by_its_kernel():
+def test_of_equal_outputs_the_first_has_the_gradient():
+    """As in torch's pooling; whole numbers, so that equal ones are equal."""
+    torch.manual_seed(0)
+    kernels, bias = (torch.randint(-1, 2, size).float() for size in ((6, 9), (6,)))
+    x = nn.functional.pad(torch.randint(0, 2, (3, 16, 20)).float(), (1, 1, 1, 1))
+    wanted, found = torch.randint(-3, 4, (3, 6, 4, 10)).float(), []
+
+    def by_torch(x, kernels, bias, pool):
+        maps = nn.functional.conv2d(x[:, None], kernels.view(-1, 1, 3, 3), bias)
+        return nn.functional.max_pool2d(maps, (pool, 2)).relu()
+
+    for way in (by_torch, common.FirstBlock.apply):
+        weights = [value.clone().requires_grad_() for value in (kernels, bias)]
+        outputs = way(x, *weights, 4)
+        (outputs * wanted).sum().backward()
+        found.append([outputs, *(value.grad for value in weights)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_a_first_block_that_learns_is_normalised_by_the_batch():
     """A frozen one keeps its running averages, in training as in scoring."""
     torch.manual_seed(0)
     network = CNNBackbone(20, channels=(4, 4, 6, 8))
@@ -763,39 +797,45 @@ def test_only_a_first_block_that_learns_is_normalised_by_its_kernel():
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-def test_normalising_by_the_kernel_bears_an_even_image():
+def test_the_first_block_bears_an_even_image():
     """Rounding makes the variance of equal numbers negative: nothing to take a root of."""
     conv, norm = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1)
     nn.init.dirac_(conv.weight)
     for level in (1000.1, 3000.3, 10_406.0, 20_000.2):
         for size in (16, 32, 33):
-            outputs = common.convolve_normalised(conv, norm, torch.full((2, 1, size, size), level))
+            outputs = common.first_block(conv, norm, torch.full((2, 1, size, size), level), 2)
             assert outputs.isfinite().all() and (norm.running_var >= 0).all()
 
 
-def test_the_first_convolution_is_as_fast_as_the_others():
-    """In half precision, too; what normalises it is not."""
-    conv, norm = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-    x = torch.randn(2, 1, 16, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = common.convolve_normalised(conv, norm, x)
-    assert half.dtype == torch.bfloat16
-    assert all(value.dtype != torch.bfloat16 for value in norm.state_dict().values())
-    whole = common.convolve_normalised(conv, norm, x)
-    torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.02)
+def test_the_first_block_computes_in_single_precision():
+    """Where the other blocks use half, too."""
+    x, found = torch.randn(2, 1, 16, 16), []
+    for half in (False, True):
+        conv, norm = layers_of_a_first_block()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            outputs = common.first_block(conv, norm, x, 4)
+        outputs.to(torch.bfloat16).sum().backward()  # as the next convolution asks for it
+        found.append([outputs, conv.weight.grad, norm.running_var])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert found[0][0].dtype == torch.float32
 
 
 def test_the_first_block_alone_takes_the_short_way(monkeypatch):
-    """And in training only. The numbers are the same, so nothing else would show it."""
-    network, seen, short = CNNBackbone(20, channels=(4, 4, 6, 8)), [], common.convolve_normalised
+    """In training, on data. The numbers are the same, so nothing else would show it."""
+    network, seen, short = CNNBackbone(20, channels=(4, 4, 6, 8)), [], common.first_block
     monkeypatch.setattr(
-        common, "convolve_normalised", lambda conv, *rest: seen.append(conv) or short(conv, *rest)
+        common, "first_block", lambda conv, *rest: seen.append(conv) or short(conv, *rest)
     )
     x, lengths = torch.randn(2, 64, 20), torch.full((2,), 64)
     network.eval()(x, lengths)
     assert not seen
     network.train()(x, lengths)
     assert seen == [network.blocks[0][0]]
+    CNNBackbone(20, channels=(4, 4, 6, 8), kernel_size=5).train()(x, lengths)
+    image = x.clone().requires_grad_()
+    network(image, lengths).sum().backward()
+    copy.deepcopy(network).double()(x.double(), lengths)
+    assert len(seen) == 1 and image.grad.abs().sum() > 0
 
 
 def trained_cnn(dtype=torch.float64):

@@ -1,6 +1,7 @@
 """lab.py with stand-ins for the steps: what is run, with which flags, what happens on failure."""
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -73,7 +74,8 @@ def lab(project, data, *flags, check=True):
 def test_all_steps_run_once_and_the_report_is_drafted(project, data):
     result, calls = lab(project, data, "--epochs", 3, "--seed", 7)
     assert set(calls) == set(NAMES)
-    assert list(calls)[2] == "step05_five"  # before those that build on it, after the others
+    order = [name for name in calls if name not in ("step01_one", "step03_three")]
+    assert order[0] == "step05_five"  # before those that build on it
     for name, words in calls.items():  # --epochs is for those that train
         epochs = ["--epochs", "3"] if name == "step05_five" else []
         assert words == ["--data-dir", str(data), "--seed", "7", *epochs]
@@ -93,34 +95,55 @@ def test_all_steps_run_once_and_the_report_is_drafted(project, data):
 
 
 def test_steps_wait_for_what_they_build_on_and_share_the_cores(monkeypatch, tmp_path):
-    """Two at once, where nothing forbids it; 5 and 10, which use all cores, alone."""
-    spans, at_once, most, eight = {}, set(), [], threading.Event()
+    """Two at once, where nothing forbids it; of 5 and 10, which use all cores, none besides.
 
-    def run(command, folder, log):
+    Beside them two of the first four, on which nothing builds.
+    """
+    spans, at_once, most, eight, five = {}, set(), [], threading.Event(), threading.Event()
+
+    def run(command, folder, log, fill):
         number, began = folder.name[4:6], time.monotonic()
         at_once.add(number)
-        most.append(len(at_once))
+        most.append([len(at_once & lab_script.FILL), len(at_once - lab_script.FILL)])
         if number == "08":
             eight.set()
         if number == "07":
             assert eight.wait(20)  # 8 begins while 7 runs
-        time.sleep(0.4 if number == "04" else 0.05)  # step 5 has to wait for it
+        if number == "05":
+            five.set()
+        if number == "01":
+            assert five.wait(20)  # 5 does not wait for it
+        time.sleep(0.4 if number == "08" else 0.05)
         at_once.remove(number)
-        spans[number] = began, time.monotonic(), log
+        spans[number] = began, time.monotonic(), log, fill
         return 1.0
 
     monkeypatch.setattr(lab_script, "run", run)
     numbers = [f"{n:02}" for n in range(1, 12)]
     jobs = {f"step{number}_x": [] for number in numbers}
     assert lab_script.run_all(jobs, tmp_path) == dict.fromkeys(jobs, 1.0)
-    assert max(most) == 2
-    for number, (began, ended, log) in spans.items():
+    assert [max(counts) for counts in zip(*most, strict=True)] == [2, 2]
+    for number, (began, ended, log, fill) in spans.items():
+        assert fill == (number in ("01", "02", "03", "04"))
         for earlier in EARLIER.get(number, ()):
             assert spans[earlier][1] <= began
-        others = [span for other, span in spans.items() if other != number]
-        beside = [1 for start, end, _ in others if start < ended and end > began]
+        others = [span for other, span in spans.items() if other != number and not span[3]]
+        beside = [1 for start, end, *_ in others if start < ended and end > began]
         assert not (beside and number in ("05", "10"))
         assert (log is None) == (number in ("05", "10"))
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="no priorities here")
+@pytest.mark.parametrize("fill", [True, False])
+def test_what_fills_gaps_has_the_lowest_priority(tmp_path, fill):
+    """And so have the processes that it begins."""
+    told = "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"
+    inner = "import subprocess, sys, time; time.sleep(1); "  # time to be told
+    inner += f"subprocess.run([sys.executable, '-c', {told!r}])"
+    log = tmp_path / "x.log"
+    assert lab_script.run([sys.executable, "-c", inner], tmp_path / "x", log, fill) > 0
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert int(log.read_text()) == (19 if fill else mine)
 
 
 @pytest.mark.parametrize("place", ["beside", "alone"])
@@ -213,7 +236,7 @@ def test_a_step_waits_for_one_that_runs(monkeypatch, tmp_path, slow, after):
     """Not only for those that are still to begin."""
     spans = {}
 
-    def run(command, folder, log):
+    def run(command, folder, log, fill):
         began = time.monotonic()
         time.sleep(0.4 if folder.name[4:6] == slow else 0.02)
         spans[folder.name[4:6]] = began, time.monotonic()
@@ -224,12 +247,12 @@ def test_a_step_waits_for_one_that_runs(monkeypatch, tmp_path, slow, after):
     assert spans[slow][1] <= spans[after][0]
 
 
-@pytest.mark.parametrize("numbers", [("05", "01"), ("10", "11"), ("10", "02", "11")])
+@pytest.mark.parametrize("numbers", [("05", "08"), ("10", "11"), ("10", "02", "11")])
 def test_nothing_begins_beside_a_step_that_is_alone(monkeypatch, tmp_path, numbers):
     """Where the others are done already, or come later."""
     running, beside = set(), []
 
-    def run(command, folder, log):
+    def run(command, folder, log, fill):
         running.add(folder.name[4:6])
         time.sleep(0.1)
         beside.append(set(running))
@@ -238,4 +261,5 @@ def test_nothing_begins_beside_a_step_that_is_alone(monkeypatch, tmp_path, numbe
 
     monkeypatch.setattr(lab_script, "run", run)
     lab_script.run_all({f"step{number}_x": [] for number in numbers}, tmp_path)
-    assert all(len(names) == 1 for names in beside if names & set(lab_script.ALONE))
+    beside = [names - lab_script.FILL for names in beside]
+    assert all(len(names) == 1 for names in beside if names & lab_script.ALONE)
