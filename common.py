@@ -3159,8 +3159,15 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
     -------
     torch.Tensor [shape=(B, T, F)], on the CPU
 
+    Raises
+    ------
+    ValueError
+        In training mode, where clips of a batch and chance have a say.
+
     Source: Sundararajan et al., 2017, Axiomatic Attribution for Deep Networks.
     """
+    if model.training:
+        raise ValueError("attributions are of a network in evaluation mode")
     total = torch.zeros_like(x)
     for step in range(n_steps):
         point = (x * ((step + 0.5) / n_steps)).requires_grad_()

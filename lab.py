@@ -8,8 +8,8 @@ A step that fails does not stop the others; it is named at the end, with exit co
 is done when its outputs are there and were made with the same flags and the same data folder,
 and no step that it builds on is run anew. A step begins when those that it builds on have
 ended; two run side by side, with half of the cores each, and what they print goes into
-OUT/<step>.log. Steps 5 and 10 train with all cores. Steps 1 to 4, on which no other builds,
-run beside the trainings at the lowest priority: they take what those leave idle.
+OUT/<step>.log. Steps 5 and 10 train with all cores, and nothing beside them but those on which no
+other builds (1 to 4, 6, 11): these run at the lowest priority and take what the others leave idle.
 """
 
 import json
@@ -33,8 +33,8 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-FILL = {"01", "02", "03", "04"}  # nothing waits for them
-ALONE = {"05", "10"}  # their trainings fill the cores, and little else is due beside them
+FILL = {"01", "02", "03", "04", "06", "11"}  # nothing waits for them
+ALL_CORES = {"05", "10"}  # they train networks side by side; by EARLIER alone, but for FILL
 LANES = 2  # steps at once, of FILL and of the others
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
@@ -108,18 +108,17 @@ def run_all(jobs, out) -> dict[str, float | None]:
             for name in list(waiting):
                 number, busy = name[4:6], {other[4:6] for other in running.values()}
                 alike = busy & FILL if number in FILL else busy - FILL
-                free = not alike if number in ALONE else len(alike) < LANES and not alike & ALONE
                 to_come = busy | {other[4:6] for other in waiting}
-                if not free or to_come & set(EARLIER.get(number, ())):
+                if len(alike) == LANES or to_come & set(EARLIER.get(number, ())):
                     continue
-                log = None if number in ALONE else out / f"{name}.log"
+                log = None if number in ALL_CORES else out / f"{name}.log"
                 print(f"{name}: begun, see {log}" if log else f"\n=== {name}", flush=True)
                 job = pool.submit(run, waiting.pop(name), out / name, log, number in FILL)
                 running[job] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 seconds[name], log = future.result(), out / f"{name}.log"
-                if seconds[name] is None and name[4:6] not in ALONE:
+                if seconds[name] is None and name[4:6] not in ALL_CORES:
                     print(f"{name}: failed\n{log.read_text()[-2000:]}", file=sys.stderr)
     return seconds
 

@@ -36,8 +36,11 @@ def test_attributions_of_a_linear_model_are_weight_times_input():
             return torch.einsum("btf,ktf->bk", x, weights) + 5
 
     x, classes = torch.stack([clip(40, 2), clip(40, 3)]), torch.tensor([2, 0])
-    found = common.integrated_gradients(Linear(), x, torch.full((2,), 40), classes, n_steps=3)
+    linear, lengths = Linear(), torch.full((2,), 40)
+    found = common.integrated_gradients(linear.eval(), x, lengths, classes, n_steps=3)
     torch.testing.assert_close(found, x * weights[classes], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        common.integrated_gradients(linear.train(), x, lengths, classes)
 
 
 @pytest.mark.parametrize("number", [0, 2])
