@@ -1551,9 +1551,9 @@ def first_block(conv, norm, x, pool) -> torch.Tensor:
     with single_precision(x.device):  # half is too coarse for this
         padded = nn.functional.pad(x[:, 0], (1, 1, 1, 1))  # (B, T + 2, F + 2)
         sums, products = map(sum, zip(*by_clips(cell_moments, [padded.numpy()]), strict=True))
-        mean, products = sums / n_cells, np.tril(products) + np.tril(products, -1).T
-        covariance = products / n_cells - np.outer(mean, mean)  # (9, 9)
-        mean, covariance = (torch.from_numpy(value).float() for value in (mean, covariance))
+        mean, products = (torch.from_numpy(total) / n_cells for total in (sums, products))
+        covariance = products + products.tril(-1).mT - torch.outer(mean, mean)  # (9, 9)
+        mean, covariance = mean.float(), covariance.float()
         kernels = conv.weight.flatten(1)  # (C, 9)
         means = kernels @ mean  # (C,), of each channel's outputs, and their variances:
         variances = (kernels @ covariance * kernels).sum(1).clamp(min=0)
@@ -1593,16 +1593,16 @@ class FirstBlock(torch.autograd.Function):
 def by_clips(function, batch, *rest) -> list:
     """What a compiled function returns for each part of a batch, one part per thread of torch."""
     n_parts = min(torch.get_num_threads(), len(batch[0]))
-    parts = zip(*(np.array_split(array, n_parts) for array in batch), strict=True)
     if n_parts == 1:
         return [function(*batch, *rest)]
-    with ThreadPoolExecutor(n_parts) as pool:
-        return list(pool.map(lambda part: function(*part, *rest), parts))
+    parts = zip(*(np.array_split(array, n_parts) for array in batch), strict=True)
+    with ThreadPoolExecutor(n_parts) as threads:
+        return list(threads.map(lambda part: function(*part, *rest), parts))
 
 
-# Loops only: what numba takes long to compile, such as an assignment to a slice, is left out.
-# "contract": a product and a sum may be one instruction.
-compiled = numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+# "contract": a product and a sum may be one instruction. Every process compiles anew, in 2 s, as
+# processes that share a cache can break it; so loops only: an assignment to a slice took 2 s more.
+compiled = numba.njit(nogil=True, fastmath={"contract"})
 
 
 @compiled
@@ -1638,7 +1638,7 @@ def cell_moments(x):
 def largest_outputs(x, maps, place, kernels, bias, pool):
     """Fill maps (B, T', F', C) with the largest outputs, place with where in the pool they were.
 
-    x (B, T + 2, F + 2), kernels (9, C), bias (C,). Outputs below 0 count as 0, with place -1; of
+    x (B, T + 2, F + 2), kernels (9, C), bias (C,). Where none is above 0 it is 0, with place -1; of
     equal ones the first counts, as in torch.
     """
     n_clips, n_steps, n_bands, n_channels = maps.shape
@@ -1648,7 +1648,9 @@ def largest_outputs(x, maps, place, kernels, bias, pool):
         for step in range(n_steps):
             for band in range(n_bands):
                 for channel in range(n_channels):
-                    best[channel], where[channel] = 0, -1
+                    # A bias that is not finite, as after NaN or inf anywhere, makes this NaN: a
+                    # training that diverged is to be seen.
+                    best[channel], where[channel] = 0 * bias[channel], -1
                 for k in range(2 * pool):
                     t, f = step * pool + k // 2, 2 * band + k % 2
                     for i in range(9):
@@ -3485,15 +3487,23 @@ def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tensor([len(clip) for clip in clips])
 
 
+def clock_of(device) -> Callable:
+    """A clock, in s, for what a device computes; on a CPU the time that this thread had a core.
+
+    So other programs, which take a core away for a while, are not measured.
+    """
+    return time.thread_time if torch.device(device).type == "cpu" else time.perf_counter
+
+
 def lstm_seconds(x) -> float:
     """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
-    times = []
+    clock, times = clock_of(x.device), []
     for _ in range(9):
-        began = time.perf_counter()
+        began = clock()
         lstm(x)[0][:, -1].sum().backward()
         lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     # The first pass allocates memory, and other programs only ever slow one down.
     return min(times[1:])
 

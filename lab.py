@@ -7,9 +7,10 @@
 A step that fails does not stop the others; it is named at the end, with exit code 1. A step
 is done when its outputs are there and were made with the same flags and the same data folder,
 and no step that it builds on is run anew. A step begins when those that it builds on have
-ended; two run side by side, with half of the cores each, and what they print goes into
-OUT/<step>.log. Steps 5 and 10 train with all cores, and nothing beside them but those on which no
-other builds (1 to 4, 6, 11): these run at the lowest priority and take what the others leave idle.
+ended. Two run side by side, with half of the cores each; 5 and 10 train with all cores, and of
+these no other beside them. Steps that no other waits for (1 to 4, 6, 11) run beside all of them,
+two at a time, where the system has priorities at the lowest: they take what is left idle. What a
+step prints goes into OUT/<step>.log, but for 5 and 10.
 """
 
 import json
@@ -33,8 +34,10 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-FILL = {"01", "02", "03", "04", "06", "11"}  # nothing waits for them
-ALL_CORES = {"05", "10"}  # they train networks side by side; by EARLIER alone, but for FILL
+FILL = {"01", "02", "03", "04", "06", "11"}  # no step waits for them, and none trains
+# These train networks side by side. None but FILL is due beside them, by EARLIER and as `main` runs
+# anew what builds on a step that is run.
+ALL_CORES = {"05", "10"}
 LANES = 2  # steps at once, of FILL and of the others
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}

@@ -16,7 +16,6 @@ outputs/step01_spectrograms/: figures and tables (summary.md), their numbers (me
 import argparse
 import functools
 import itertools
-import time
 import warnings
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from common import (
     SR,
     InputError,
     Step,
+    clock_of,
     extract_features,
     genre_share,
     likeness,
@@ -89,11 +89,11 @@ smoke = step.args.smoke
 def matmul_seconds(device, n) -> float:
     """Median time of an (n, n) @ (n, n) product in single precision, in s."""
     a, b = torch.rand(2, n, n, device=device)
-    times = []
+    clock, times = clock_of(device), []
     for _ in range(6):
-        began = time.perf_counter()
+        began = clock()
         (a @ b)[0, 0].item()  # reading a value waits for the GPU
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return float(np.median(times[1:]))  # the first one loads libraries
 
 
@@ -135,7 +135,7 @@ times = {
 }
 caption = (
     f"Product of two {n} x {n} matrices, median of 5, on the CPU (threads: "
-    f"{torch.get_num_threads()}) and on the device in use; other programs beside it slow it down"
+    f"{torch.get_num_threads()}; the time that the first has a core) and on the device in use"
 )
 step.table(pd.DataFrame(times).T.rename_axis("device"), caption)
 

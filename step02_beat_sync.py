@@ -154,7 +154,7 @@ ax.legend()
 device = f"cpu (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else step.device
 caption = (
     f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}, the "
-    "fastest of 8: other programs beside it slow it down. Both axes are logarithmic"
+    "fastest of 8 (on a CPU the time that the thread had a core). Both axes are logarithmic"
 )
 step.figure(fig, "lstm_cost", caption)
 epoch = {n: seconds[n] * len(n_steps["full"]) / n_batch for n in (n_full, n_beat)}

@@ -266,9 +266,9 @@ both, it scored lower (docs/experiments.md). One dense layer gives an output (lo
 Each block is convolution, batch normalisation, ReLU and max pooling, in this order; the layers
 below and the pictures of 7c are computed so. Training and scoring take two shortcuts, which give
 the same up to rounding. ReLU comes after pooling, in every block: it never swaps two values, so the
-largest stays the largest. And batch normalisation goes into the kernel: in the first block when it
-is trained on a processor, which pools as it goes (`first_block` in common.py), and in all four
-blocks when scoring (`for_scoring`).
+largest stays the largest. And batch normalisation goes into the kernel: when scoring in all four
+blocks (`for_scoring`), in training on a processor in the first, whose maps are not even written: of
+every pool only the maximum is kept (`first_block` in common.py).
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, for_scoring, Classifier)

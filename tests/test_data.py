@@ -807,6 +807,17 @@ def test_the_first_block_bears_an_even_image():
             assert outputs.isfinite().all() and (norm.running_var >= 0).all()
 
 
+@pytest.mark.parametrize("where", ["cell", "kernel", "norm.weight", "norm.bias"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_first_block_that_diverged_shows(where, bad):
+    """As in the layers: NaN is no 0, so that the loss says so at once."""
+    x, (conv, norm) = torch.randn(2, 1, 16, 16), layers_of_a_first_block()
+    places = {"cell": x, "kernel": conv.weight}
+    places |= {f"norm.{name}": value for name, value in norm.named_parameters()}
+    places[where].data.flatten()[3] = bad
+    assert common.first_block(conv, norm, x, 4).isnan().any()
+
+
 def test_the_first_block_computes_in_single_precision():
     """Where the other blocks use half, too."""
     x, found = torch.randn(2, 1, 16, 16), []
