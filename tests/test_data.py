@@ -727,7 +727,7 @@ def layers_of_a_first_block(n_channels=5):
     """A convolution and a normalisation with something to do, of either sign."""
     torch.manual_seed(0)
     conv = nn.Conv2d(1, n_channels, 3, padding=1, bias=False)
-    norm = nn.BatchNorm2d(n_channels, momentum=0.3)
+    norm = nn.BatchNorm2d(n_channels, eps=0.5, momentum=0.3)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return nn.ModuleList([conv, norm])
@@ -749,9 +749,9 @@ def test_the_first_block_is_what_its_layers_do(size, pool, threads):
     torch.set_num_threads(threads)
     for way, dtype in ((slowly, torch.float64), (common.first_block, torch.float32)):
         own = copy.deepcopy(layers).to(dtype)
-        for _ in range(2):
-            outputs = way(*own, x.to(dtype), pool)
-        (outputs * wanted).sum().backward()
+        # Two batches before either's gradient: neither takes the place of what the other kept.
+        first, outputs = (way(*own, image.to(dtype), pool) for image in (x.flip(3) - 1, x))
+        ((first + outputs) * wanted).sum().backward()
         gradients = [weights.grad for weights in own.parameters()]
         found.append([value.double() for value in (outputs, *gradients, *own.buffers())])
     torch.set_num_threads(before)
@@ -799,7 +799,7 @@ def test_only_a_first_block_that_learns_is_normalised_by_the_batch():
 
 def test_the_first_block_bears_an_even_image():
     """Rounding makes the variance of equal numbers negative: nothing to take a root of."""
-    conv, norm = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1)
+    conv, norm = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1, momentum=1)
     nn.init.dirac_(conv.weight)
     for level in (1000.1, 3000.3, 10_406.0, 20_000.2):
         for size in (16, 32, 33):
@@ -847,6 +847,23 @@ def test_the_first_block_alone_takes_the_short_way(monkeypatch):
     network(image, lengths).sum().backward()
     copy.deepcopy(network).double()(x.double(), lengths)
     assert len(seen) == 1 and image.grad.abs().sum() > 0
+    assert not common.takes_first_block(*network.blocks[0][:2], x[:, None].to("meta"))
+
+
+@pytest.mark.parametrize("first_pool", [2, 4])
+def test_a_cnn_learns_the_same_by_the_layers_of_its_first_block(monkeypatch, first_pool):
+    torch.manual_seed(0)
+    network = CNNBackbone(20, channels=(4, 4, 6, 8), first_pool=first_pool).train()
+    x, lengths, found = torch.randn(3, 130, 20), torch.tensor([130, 77, 20]), []
+    for quick in (True, False):
+        if not quick:
+            monkeypatch.setattr(common, "takes_first_block", lambda *layers: False)
+        own = copy.deepcopy(network)
+        outputs = own(x, lengths)
+        outputs.square().sum().backward()
+        found.append([outputs, *(weights.grad for weights in own.parameters()), *own.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def trained_cnn(dtype=torch.float64):

@@ -76,10 +76,12 @@ def mixup(n_classes=0, alpha=0.3):
 def test_mixup_by_hand(monkeypatch):
     """A weight of .25 means .75: the clip keeps the larger share, in input and target."""
     fixed(monkeypatch, [0.25, 0.6, 1.0], [1, 2, 0])
-    x = torch.tensor([1.0, 2.0, 4.0])[:, None, None].expand(3, 5, 6)
+    x = torch.tensor([1.0, 2.0, 4.0])[:, None, None].repeat(1, 5, 6)
+    before = x.clone()
     mixed, targets = mixup(n_classes=3)(x, torch.tensor([0, 1, 2]))
     expected = torch.tensor([0.75 * 1 + 0.25 * 2, 0.6 * 2 + 0.4 * 4, 4.0])
     torch.testing.assert_close(mixed, expected[:, None, None].expand(3, 5, 6))
+    assert torch.equal(x, before)  # the caller's batch stays
     torch.testing.assert_close(
         targets, torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.6, 0.4], [0.0, 0.0, 1.0]])
     )
