@@ -15,9 +15,9 @@ there is none); for a), scikit-learn's bundled digits. Output, in outputs/step07
 checkpoint and a history, pictures of the network at work, test scores (summary.md,
 metrics.json), each test clip's true and predicted class (predictions.csv).
 
-Measured on a small set of real music (see README), seed 42, bf16, two threads, torch
-2.13.0: test accuracy .694 [.624, .758], macro-F1 .660 [.579, .723] on 157 clips; with one
-thread, as in lab.py on two cores, .675 and .634 (a Xeon with AMX: .669 and .621).
+Measured on a small set of real music (see README), seed 42, bf16, one thread, as in lab.py on
+two cores, a Xeon with AMX, torch 2.13.0: test accuracy .669 [.599, .733], macro-F1 .638
+[.550, .701] on 157 clips (over three seeds: README).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").

@@ -14,8 +14,8 @@ outputs/step08_regression/: a checkpoint and a history per run, curves, scatter 
 scores (summary.md, metrics.json), predictions.csv for the held-out clips and
 submission.csv for the unlabelled ones.
 
-Measured on a small set of real music (see README), seed 42, bf16 on two cores, torch
-2.13.0: mean Spearman on 56 held-out clips, CNN .655 [.522, .741], LSTM .551 [.386, .695],
+Measured on a small set of real music (see README), seed 42, bf16, one thread, a Xeon with AMX,
+torch 2.13.0: mean Spearman on 56 held-out clips, CNN .660 [.529, .747], LSTM .572 [.422, .693],
 SVR .634 [.497, .721].
 """
 

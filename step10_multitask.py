@@ -14,8 +14,8 @@ checkpoint and a history per run, curves and scores (summary.md, metrics.json),
 predictions.csv for the held-out clips and submission.csv for the unlabelled ones.
 
 Measured on a small set of real music (see README), seed 42, --folds 5, bf16, one thread
-per training, torch 2.13.0: mean Spearman on 278 clips, average .659 [.602, .706], CNN from
-genre weights .653, LSTM .606, SVR .606 (over three seeds: README).
+per training, torch 2.13.0: mean Spearman on 278 clips, average .661 [.601, .714], CNN from
+genre weights .657, LSTM .602, SVR .606 (over three seeds: README).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --learned-weights").
