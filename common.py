@@ -1514,8 +1514,8 @@ def masked_mean_max(x, mask):
 
 
 def takes_first_block(conv, norm, x) -> bool:
-    """Whether `first_block` can take the place of the layers, and saves time."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether `first_block` can take the place of the layers, and is worth compiling."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= WORTH_COMPILING
     learns = norm.training and not x.requires_grad  # a frozen one keeps its running averages
     return on_cpu and learns and conv.in_channels == 1 and conv.kernel_size == (3, 3)
 
@@ -1601,7 +1601,9 @@ def by_clips(function, batch, *rest) -> list:
 
 
 # "contract": a product and a sum may be one instruction. Every process compiles anew, in 2 s, as
-# processes that share a cache can break it; so loops only: an assignment to a slice took 2 s more.
+# processes that share a cache can break it; so not for a batch of fewer cells than 8 crops of 6 s
+# have, and loops only: an assignment to a slice took 2 s more.
+WORTH_COMPILING = 8 * 128 * N_MELS
 compiled = numba.njit(nogil=True, fastmath={"contract"})
 
 

@@ -97,10 +97,14 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def single_precision(request, monkeypatch):
-    """The device is compared, not the format: a processor with bf16 would compute in it."""
+    """The device is compared, not the format: a processor with bf16 would compute in it.
+
+    Nor what only a processor takes in another order (`first_block`).
+    """
     if request.node.get_closest_marker("cuda"):
         return
     monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
+    monkeypatch.setattr(common, "takes_first_block", lambda *layers: False)
 
 
 @pytest.fixture

@@ -723,6 +723,12 @@ def backbones():
     return networks
 
 
+@pytest.fixture
+def worth_it(monkeypatch):
+    """The short way for small batches, too."""
+    monkeypatch.setattr(common, "WORTH_COMPILING", 0)
+
+
 def layers_of_a_first_block(n_channels=5):
     """A convolution and a normalisation with something to do, of either sign."""
     torch.manual_seed(0)
@@ -780,7 +786,7 @@ def test_of_equal_outputs_the_first_has_the_gradient():
         assert torch.equal(one, other)
 
 
-def test_only_a_first_block_that_learns_is_normalised_by_the_batch():
+def test_only_a_first_block_that_learns_is_normalised_by_the_batch(worth_it):
     """A frozen one keeps its running averages, in training as in scoring."""
     torch.manual_seed(0)
     network = CNNBackbone(20, channels=(4, 4, 6, 8))
@@ -831,7 +837,7 @@ def test_the_first_block_computes_in_single_precision():
     assert found[0][0].dtype == torch.float32
 
 
-def test_the_first_block_alone_takes_the_short_way(monkeypatch):
+def test_the_first_block_alone_takes_the_short_way(monkeypatch, worth_it):
     """In training, on data. The numbers are the same, so nothing else would show it."""
     network, seen, short = CNNBackbone(20, channels=(4, 4, 6, 8)), [], common.first_block
     monkeypatch.setattr(
@@ -850,8 +856,15 @@ def test_the_first_block_alone_takes_the_short_way(monkeypatch):
     assert not common.takes_first_block(*network.blocks[0][:2], x[:, None].to("meta"))
 
 
+@pytest.mark.parametrize("n_crops, quick", [(7, False), (8, True)])
+def test_a_small_batch_is_not_worth_compiling(n_crops, quick):
+    network = CNNBackbone()
+    crops = torch.zeros(n_crops, 1, common.BUDGETS["cnn"].crop // network.frames_per_step, 128)
+    assert common.takes_first_block(*network.blocks[0][:2], crops) is quick
+
+
 @pytest.mark.parametrize("first_pool", [2, 4])
-def test_a_cnn_learns_the_same_by_the_layers_of_its_first_block(monkeypatch, first_pool):
+def test_a_cnn_learns_the_same_by_the_layers_of_its_first_block(monkeypatch, worth_it, first_pool):
     torch.manual_seed(0)
     network = CNNBackbone(20, channels=(4, 4, 6, 8), first_pool=first_pool).train()
     x, lengths, found = torch.randn(3, 130, 20), torch.tensor([130, 77, 20]), []
