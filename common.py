@@ -1513,6 +1513,9 @@ def masked_mean_max(x, mask):
     return torch.cat([mean, highest], dim=1)
 
 
+WORTH_COMPILING = 8 * 128 * N_MELS  # cells of a batch: 8 crops of 6 s; compiling takes 2 s
+
+
 def takes_first_block(conv, norm, x) -> bool:
     """Whether `first_block` can take the place of the layers, and is worth compiling."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= WORTH_COMPILING
@@ -1584,7 +1587,7 @@ class FirstBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         padded, place = ctx.saved_tensors
-        by_cell = gradient.permute(0, 2, 3, 1).float().contiguous()
+        by_cell = gradient.permute(0, 2, 3, 1).contiguous()
         arrays = [tensor.numpy() for tensor in (padded, place, by_cell)]
         kernels, bias = map(sum, zip(*by_clips(kernel_gradient, arrays, ctx.pool), strict=True))
         return None, torch.from_numpy(kernels), torch.from_numpy(bias), None
@@ -1601,9 +1604,7 @@ def by_clips(function, batch, *rest) -> list:
 
 
 # "contract": a product and a sum may be one instruction. Every process compiles anew, in 2 s, as
-# processes that share a cache can break it; so not for a batch of fewer cells than 8 crops of 6 s
-# have, and loops only: an assignment to a slice took 2 s more.
-WORTH_COMPILING = 8 * 128 * N_MELS
+# processes that share a cache can break it; so loops only: an assignment to a slice took 2 s more.
 compiled = numba.njit(nogil=True, fastmath={"contract"})
 
 

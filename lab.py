@@ -34,10 +34,11 @@ from common import (
 from kaggle_kernel import EARLIER
 
 HERE = Path(__file__).resolve().parent
-FILL = {"01", "02", "03", "04", "06", "11"}  # no step waits for them, and none trains
 # These train networks side by side. None but FILL is due beside them, by EARLIER and as `main` runs
 # anew what builds on a step that is run.
 ALL_CORES = {"05", "10"}
+# No step waits for these, and none trains.
+FILL = {f"{n:02}" for n in range(1, 12)} - ALL_CORES - set().union(*EARLIER.values())
 LANES = 2  # steps at once, of FILL and of the others
 # Flags that change how a step runs and not what it makes.
 HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
