@@ -49,7 +49,6 @@ from typing import NamedTuple
 import filelock
 import joblib
 import matplotlib.pyplot as plt
-import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -179,8 +178,6 @@ def make_parser(description, training=False) -> Parser:
         add("--max-minutes", type=number(float, 0.01), help="stop training cleanly after this long")
         workers = "processes that train side by side; else one per core or graphics card"
         add("--workers", type=number(int, 1, 1024), metavar="N", help=workers)
-        scheduler = "train on the Dask cluster of this scheduler, e.g. tcp://HOST:8786"
-        add("--dask", metavar="ADDRESS", help=scheduler)
     return parser
 
 
@@ -1513,181 +1510,6 @@ def masked_mean_max(x, mask):
     return torch.cat([mean, highest], dim=1)
 
 
-WORTH_COMPILING = 8 * 128 * N_MELS  # cells of a batch: 8 crops of 6 s; compiling takes 2 s
-
-
-def takes_first_block(conv, norm, x) -> bool:
-    """Whether `first_block` can take the place of the layers, and is worth compiling."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= WORTH_COMPILING
-    learns = norm.training and not x.requires_grad  # a frozen one keeps its running averages
-    return on_cpu and learns and conv.in_channels == 1 and conv.kernel_size == (3, 3)
-
-
-def first_block(conv, norm, x, pool) -> torch.Tensor:
-    """relu(max_pool(norm(conv(x)))) in training, of one channel on a processor, in less time.
-
-    The maps between these layers are the largest tensors of a training step, and writing and
-    reading them takes a processor longer than computing them. So none is made: the kernels do the
-    normalising, and only the maxima are kept and where they were (`FirstBlock`).
-
-    An output of conv is y = w'u: w the 9 weights of a kernel (3 x 3), u the 9 cells below it, 0
-    outside the image. So over all places and clips, padding included as in the layers, y has mean
-    w'm and variance w'Cw, with m the mean and C the covariance (9 x 9) of the cells. To normalise
-    y, w is divided by its standard deviation and a bias is added. Gradients and running averages
-    are those of the layers, up to rounding.
-
-    Parameters
-    ----------
-    conv : nn.Conv2d, 1 channel in, 3 x 3, padded by 1, no bias
-    norm : nn.BatchNorm2d, in training mode
-    x : torch.Tensor [shape=(B, 1, T, F)]
-        In float32, standardised: too coarse a format where the mean is far above the spread. It is
-        data: no gradient is computed for it.
-    pool : int
-        Steps that are pooled; of the bands 2.
-
-    Returns
-    -------
-    maps : torch.Tensor [shape=(B, C, T // pool, F // 2)], float32, channels last
-    """
-    n_cells = x.numel()
-    with single_precision(x.device):  # half is too coarse for this
-        padded = nn.functional.pad(x[:, 0], (1, 1, 1, 1))  # (B, T + 2, F + 2)
-        sums, products = map(sum, zip(*by_clips(cell_moments, [padded.numpy()]), strict=True))
-        mean, products = (torch.from_numpy(total) / n_cells for total in (sums, products))
-        covariance = products + products.tril(-1).mT - torch.outer(mean, mean)  # (9, 9)
-        mean, covariance = mean.float(), covariance.float()
-        kernels = conv.weight.flatten(1)  # (C, 9)
-        means = kernels @ mean  # (C,), of each channel's outputs, and their variances:
-        variances = (kernels @ covariance * kernels).sum(1).clamp(min=0)
-        with torch.no_grad():
-            unbiased = variances * n_cells / (n_cells - 1)
-            norm.running_mean.lerp_(means, norm.momentum)
-            norm.running_var.lerp_(unbiased, norm.momentum)
-            norm.num_batches_tracked += 1
-        scale = norm.weight / (variances + norm.eps).sqrt()
-        kernels, bias = kernels * scale[:, None], norm.bias - means * scale
-    return FirstBlock.apply(padded, kernels, bias, pool)
-
-
-class FirstBlock(torch.autograd.Function):
-    """relu(max_pool(conv(x))): padded (B, T + 2, F + 2), kernels (C, 9) -> (B, C, T', F')."""
-
-    @staticmethod
-    def forward(ctx, padded, kernels, bias, pool):
-        n_clips, n_steps, n_bands = len(padded), padded.shape[1] - 2, padded.shape[2] - 2
-        shape = (n_clips, n_steps // pool, n_bands // 2, len(bias))  # channels last
-        maps, place = torch.empty(shape), torch.empty(shape, dtype=torch.int8)
-        weights = kernels.detach().T.contiguous().numpy(), bias.detach().numpy()
-        by_clips(largest_outputs, [a.numpy() for a in (padded, maps, place)], *weights, pool)
-        ctx.save_for_backward(padded, place)
-        ctx.pool = pool
-        return maps.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        padded, place = ctx.saved_tensors
-        by_cell = gradient.permute(0, 2, 3, 1).contiguous()
-        arrays = [tensor.numpy() for tensor in (padded, place, by_cell)]
-        kernels, bias = map(sum, zip(*by_clips(kernel_gradient, arrays, ctx.pool), strict=True))
-        return None, torch.from_numpy(kernels), torch.from_numpy(bias), None
-
-
-def by_clips(function, batch, *rest) -> list:
-    """What a compiled function returns for each part of a batch, one part per thread of torch."""
-    n_parts = min(torch.get_num_threads(), len(batch[0]))
-    if n_parts == 1:
-        return [function(*batch, *rest)]
-    parts = zip(*(np.array_split(array, n_parts) for array in batch), strict=True)
-    with ThreadPoolExecutor(n_parts) as threads:
-        return list(threads.map(lambda part: function(*part, *rest), parts))
-
-
-# "contract": a product and a sum may be one instruction. Every process compiles anew, in 2 s, as
-# processes that share a cache can break it; so loops only: an assignment to a slice took 2 s more.
-compiled = numba.njit(nogil=True, fastmath={"contract"})
-
-
-@compiled
-def cell_moments(x):
-    """Sums (9,) and sums of products (9, 9) of the 9 cells below a kernel, over all its places.
-
-    Of the symmetric products those of i and j <= i.
-
-    x : np.ndarray [shape=(B, T + 2, F + 2)], float32, with a frame of zeros
-    """
-    n_clips, n_steps, n_bands = len(x), x.shape[1] - 2, x.shape[2] - 2
-    sums, products = np.zeros(9), np.zeros((9, 9))
-    for clip in range(n_clips):
-        by_band = np.zeros((10, 9, n_bands), np.float32)  # products, and in the last row sums
-        for step in range(n_steps):
-            for i in range(9):
-                t, f = step + i // 3, i % 3
-                for band in range(n_bands):
-                    by_band[9, i, band] += x[clip, t, f + band]
-                for j in range(i + 1):
-                    for band in range(n_bands):
-                        other = x[clip, step + j // 3, j % 3 + band]
-                        by_band[i, j, band] += x[clip, t, f + band] * other
-        for band in range(n_bands):  # in double precision
-            for i in range(9):
-                sums[i] += by_band[9, i, band]
-                for j in range(i + 1):
-                    products[i, j] += by_band[i, j, band]
-    return sums, products
-
-
-@compiled
-def largest_outputs(x, maps, place, kernels, bias, pool):
-    """Fill maps (B, T', F', C) with the largest outputs, place with where in the pool they were.
-
-    x (B, T + 2, F + 2), kernels (9, C), bias (C,). Where none is above 0 it is 0, with place -1; of
-    equal ones the first counts, as in torch.
-    """
-    n_clips, n_steps, n_bands, n_channels = maps.shape
-    cells = np.empty(9, np.float32)
-    best, where = np.empty(n_channels, np.float32), np.empty(n_channels, np.int32)
-    for clip in range(n_clips):
-        for step in range(n_steps):
-            for band in range(n_bands):
-                for channel in range(n_channels):
-                    # A bias that is not finite, as after NaN or inf anywhere, makes this NaN: a
-                    # training that diverged is to be seen.
-                    best[channel], where[channel] = 0 * bias[channel], -1
-                for k in range(2 * pool):
-                    t, f = step * pool + k // 2, 2 * band + k % 2
-                    for i in range(9):
-                        cells[i] = x[clip, t + i // 3, f + i % 3]
-                    for channel in range(n_channels):
-                        output = bias[channel]
-                        for i in range(9):
-                            output += kernels[i, channel] * cells[i]
-                        if output > best[channel]:
-                            best[channel], where[channel] = output, k
-                for channel in range(n_channels):
-                    maps[clip, step, band, channel] = best[channel]
-                    place[clip, step, band, channel] = where[channel]
-
-
-@compiled
-def kernel_gradient(x, place, gradient, pool):
-    """The gradient of the kernels (C, 9) and of the bias (C,), from that of the maps."""
-    n_clips, n_steps, n_bands, n_channels = gradient.shape
-    kernels, bias = np.zeros((n_channels, 9), np.float32), np.zeros(n_channels, np.float32)
-    for clip in range(n_clips):
-        for step in range(n_steps):
-            for band in range(n_bands):
-                for channel in range(n_channels):
-                    k = place[clip, step, band, channel]
-                    if k >= 0:
-                        value = gradient[clip, step, band, channel]
-                        t, f = step * pool + k // 2, 2 * band + k % 2
-                        bias[channel] += value
-                        for i in range(9):
-                            kernels[channel, i] += value * x[clip, t + i // 3, f + i % 3]
-    return kernels, bias
-
-
 class CNNBackbone(Backbone):
     """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
 
@@ -1753,37 +1575,13 @@ class CNNBackbone(Backbone):
             x = nn.functional.pad(x, (0, 0, 0, shortest - x.shape[1]))
         x = x.unsqueeze(1)  # (B, 1, T, F)
         for block, pool in zip(self.blocks, self.pools, strict=True):
-            if self.training:
-                # The same function in less time. In every block ReLU comes after pooling, to an
-                # eighth or a quarter of the cells: it swaps no two values, so the largest stays so.
-                conv, norm, relu, max_pool = block
-                quick = takes_first_block(conv, norm, x)
-                x = first_block(conv, norm, x, pool) if quick else relu(max_pool(norm(conv(x))))
-            else:
-                x = block(x)
+            x = block(x)
             lengths = torch.div(lengths, pool, rounding_mode="floor").clamp(min=1)
             mask = time_mask(lengths, x.shape[2], x.device)  # (B, T, 1)
             if (lengths < x.shape[2]).any():
                 x = x * mask.unsqueeze(1)
         x = x.transpose(1, 2).flatten(2).float()  # (B, T, C * F)
         return masked_mean_max(x, mask)
-
-
-def for_scoring(model) -> nn.Module:
-    """A copy in evaluation mode; a CNN's gives the same answers, up to rounding, in less time.
-
-    When scoring, batch normalisation is a fixed scale and shift per channel: the kernels take in
-    the scale, a bias the shift. ReLU comes after pooling, as in training. The copy is for scoring
-    only: in training mode its blocks lack what `forward` expects. Others are copied as they are.
-    """
-    model = copy.deepcopy(model).eval()
-    for network in [module for module in model.modules() if isinstance(module, CNNBackbone)]:
-        for place, block in enumerate(network.blocks):
-            if len(block) == 4:  # 3: merged already
-                conv, norm, relu, max_pool = block
-                merged = nn.utils.fuse_conv_bn_eval(conv, norm)
-                network.blocks[place] = nn.Sequential(merged, max_pool, relu).eval()
-    return model
 
 
 class Classifier(nn.Module):
@@ -1990,7 +1788,6 @@ class Training:
     resume: bool = False
     ends: float = math.inf  # when --max-minutes are over, as time.time() tells it
     workers: int | None = None  # processes that train side by side; None: see `count_workers`
-    dask: str | None = None  # address of a Dask scheduler whose workers train instead
 
     smoke = property(lambda self: self.source.smoke)
 
@@ -2287,14 +2084,9 @@ def half_precision(device):
     return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def single_precision(device):
-    """Context in which, within one of `half_precision`, matrix work runs in single precision."""
-    return torch.autocast(torch.device(device).type, enabled=False)
-
-
 @torch.inference_mode()
 def predict(model, loader, device="cpu", window=None, overlap=True):
-    """Run a model over a loader's clips. A copy answers (`for_scoring`); the model stays as it is.
+    """Run a model over a loader's clips, in evaluation mode.
 
     Parameters
     ----------
@@ -2310,7 +2102,8 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
     outputs : torch.Tensor [shape=(N, ...)], float32, on the CPU
     targets : torch.Tensor [shape=(N,) or (N, K)], on the CPU
     """
-    model, outputs, targets, fast = for_scoring(model), [], [], half_precision(device)
+    model.eval()
+    outputs, targets, fast = [], [], half_precision(device)
     for x, y, lengths in loader:
         x = x.to(device)
         n_clips = len(x)
@@ -2582,7 +2375,7 @@ def fit_all(training, runs, later=0) -> dict[str, Trained]:
     runs = list(runs)
     jobs = [(run, fold) for run in runs for fold in range(run.n_folds)]
     workers = count_workers(training, len(jobs))
-    if workers > 1 or training.dask:
+    if workers > 1:
         # Here first: bad input is one line before anything is begun, and files are read once.
         for part, beat in {(run.target == "genre", run.network.beat) for run in runs}:
             name = "genre" if part else "emotion"
@@ -2591,10 +2384,7 @@ def fit_all(training, runs, later=0) -> dict[str, Trained]:
     tasks = [(training, run, fold, left) for (run, fold), left in zip(jobs, rounds, strict=True)]
     done = []
     try:
-        for result in side_by_side(fit_fold, tasks, workers, training.dask):
-            done.append(result)
-            if training.dask:  # whose workers' lines are on other terminals
-                print(f"{len(done)} of {len(jobs)} trainings are done", flush=True)
+        done += side_by_side(fit_fold, tasks, workers)
     except WorkerDied as error:
         cure = "fewer --workers need less memory; --resume goes on from the finished epochs"
         raise StepFailed(f"{error}; {cure}") from None
@@ -3817,7 +3607,6 @@ class Step:
             args.resume,
             time.time() + 60 * minutes,
             args.workers,
-            args.dask,
         )
         self.demo = (root / "DEMO.txt").exists()
         if self.demo:

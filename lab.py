@@ -41,7 +41,7 @@ ALL_CORES = {"05", "10"}
 FILL = {f"{n:02}" for n in range(1, 12)} - ALL_CORES - set().union(*EARLIER.values())
 LANES = 2  # steps at once, of FILL and of the others
 # Flags that change how a step runs and not what it makes.
-HOW = {"resume", "max_minutes", "workers", "dask", "out_dir", "device"}
+HOW = {"resume", "max_minutes", "workers", "out_dir", "device"}
 
 
 def flags_of(args, parser, known) -> list[str]:

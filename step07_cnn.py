@@ -59,7 +59,6 @@ from common import (
     difference_line,
     fit_all,
     fit_temperature,
-    for_scoring,
     genre_models,
     genre_scores,
     genre_val_scores,
@@ -263,15 +262,11 @@ The image is a random crop of 6 s; two frames are averaged into one of its colum
 block its channels are pooled over time, by mean and maximum, and not over frequency: pooled over
 both, it scored lower (docs/experiments.md). One dense layer gives an output (logit) per class.
 
-Each block is convolution, batch normalisation, ReLU and max pooling, in this order; the layers
-below and the pictures of 7c are computed so. Training and scoring take two shortcuts, which give
-the same up to rounding. ReLU comes after pooling, in every block: it never swaps two values, so the
-largest stays the largest. And batch normalisation goes into the kernel: when scoring in all four
-blocks (`for_scoring`), in training on a processor in the first, whose maps are not even written: of
-every pool only the maximum is kept (`first_block` in common.py).
+Each block is convolution, batch normalisation, ReLU and max pooling, in this order, in one
+`nn.Sequential`. Training and scoring run these layers as they stand here.
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, for_scoring, Classifier)
+step.show_source(CNNBackbone, Classifier)
 step.show_layers(model, data)
 
 # %% 7b. The training
@@ -636,9 +631,9 @@ window, test = cnn.settings["window"], load_test(step.source, cnn.settings)
 n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
 rng = np.random.default_rng(step.args.seed)
 chosen = rng.permutation(len(test))[:n_judged]
-model = for_scoring(cnn.model).cpu()
+model = copy.deepcopy(cnn.model).cpu().eval()
 seed_everything(step.args.seed + 1000)  # not where the trained network began
-random_twin = for_scoring(build_model(model_spec(cnn.model)))
+random_twin = build_model(model_spec(cnn.model)).eval()
 
 
 def middle(x):

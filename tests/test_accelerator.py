@@ -97,14 +97,10 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def single_precision(request, monkeypatch):
-    """The device is compared, not the format: a processor with bf16 would compute in it.
-
-    Nor what only a processor takes in another order (`first_block`).
-    """
+    """The device is compared, not the format: a processor with bf16 would compute in it."""
     if request.node.get_closest_marker("cuda"):
         return
     monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
-    monkeypatch.setattr(common, "takes_first_block", lambda *layers: False)
 
 
 @pytest.fixture
@@ -113,8 +109,7 @@ def card(monkeypatch):
     # `compute` knows.
     monkeypatch.setattr(common, "predict", torch.no_grad()(common.predict.__wrapped__))
     # Torch has no half precision for the stand-in, as for an Apple GPU.
-    for name in ("half_precision", "single_precision"):
-        monkeypatch.setattr(common, name, lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(common, "half_precision", lambda device: contextlib.nullcontext())
     with Card():
         yield CARD
 

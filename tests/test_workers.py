@@ -4,7 +4,6 @@ By the real command line, in processes of their own: what is tested is processes
 """
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_clean_error, run_forked, run_script, write_data_set
+from conftest import ROOT, run_forked, run_script, write_data_set
 from torch import nn
 
 import common
@@ -238,7 +237,7 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
     """By how many rounds are still to come, those of a later phase included."""
     asked = []
 
-    def side_by_side(function, tasks, workers, dask):
+    def side_by_side(function, tasks, workers):
         asked.extend(task[-1] for task in tasks)
         raise common.StepFailed("enough seen")
 
@@ -263,75 +262,3 @@ def test_workers_share_the_cores(monkeypatch):
 
 
 # --- Dask -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A scheduler and two worker processes of this machine; its address and their log."""
-    pytest.importorskip("distributed")
-    folder = tmp_path_factory.mktemp("dask")
-    logs, processes = folder / "log", []
-
-    def begin(*words):
-        command = [sys.executable, "-m", "dask", *words, "--no-dashboard"]
-        with open(logs, "a") as log:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=folder, stdout=log, stderr=log, start_new_session=True
-                )
-            )
-
-    begin("scheduler", "--port", "0", "--scheduler-file", "scheduler.json")
-    wait_for((folder / "scheduler.json").exists)
-    address = json.loads((folder / "scheduler.json").read_text())["address"]
-    for _ in range(2):
-        begin("worker", address, "--nthreads", "1", "--nworkers", "1")
-    yield address
-    for process in processes[::-1]:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_a_dask_cluster_gives_the_same_numbers(data, alone, cluster, tmp_path):
-    result = run(data, tmp_path, "--dask", cluster)
-    assert results(tmp_path) == alone
-    assert "2 of 2 trainings are done" in result.stdout
-
-
-FAILS = """import sys
-sys.path.insert(0, {root!r})
-from common import *
-
-class Loss(nn.Module):
-    def forward(self, outputs, targets):
-        raise InputError("a fault that names its cure")
-
-def model(network, data):
-    return Classifier(make_backbone(network), len(data.names))
-
-sys.excepthook = end_in_one_line
-folder = Path({folder!r})
-training = Training(Source(Path({data!r})), folder, folder, epochs=1, dask={address!r})
-run = Run("one", GENRE_RUNS["beat_mel"], model, lambda data: Loss(), torch.optim.AdamW)
-fit_all(training, [run])
-"""
-
-
-def test_a_fault_on_a_dask_worker_is_one_line_here(data, cluster, tmp_path):
-    paths = {"root": str(ROOT), "data": str(data), "folder": str(tmp_path)}
-    (tmp_path / "fails.py").write_text(FAILS.format(address=cluster, **paths))
-    result = run_script(tmp_path / "fails.py", check=False)
-    assert_clean_error(result, "a fault that names its cure")
-
-
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
-def test_an_address_without_a_scheduler_is_bad_input(address):
-    pytest.importorskip("distributed")
-    with pytest.raises(common.InputError, match=f"--dask {address}: no scheduler"):
-        next(common.side_by_side(max, [(1, 2)], 1, address))
-
-
-def test_without_dask_installed_it_says_what_to_install(data, tmp_path):
-    (tmp_path / "distributed.py").write_text("raise ImportError\n")
-    result = run(data, tmp_path / "out", "--dask", "x", check=False, PYTHONPATH=str(tmp_path))
-    assert_clean_error(result, 'pip install "dask[distributed]"')
