@@ -5,8 +5,8 @@ Read it from top to bottom; a clip travels the same way:
     label file -> entries -> arrays -> one resident tensor -> Subset -> batch
     -> backbone -> head -> loss -> answers (clip x target) -> scores -> files
 
-Genre, one emotion and three emotions take the same way: one `load_data`, one `fit`, one
-`answer`. Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train
+Genre, one emotion and three emotions take the same way: one `load_data`, one `train`, one
+`predict_clips`. Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train
 and evaluate, 8 Metrics, 9 Plots, 10 Records.
 
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
@@ -119,7 +119,7 @@ def on_kaggle() -> bool:
     return (kaggle_root() / "working").is_dir()
 
 
-def number(kind, low, high=math.inf):
+def bounded(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
@@ -159,7 +159,7 @@ def make_parser(description, training=False) -> Parser:
     add = parser.flag
     add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
     add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
-    add("--seed", type=number(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
+    add("--seed", type=bounded(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
     devices = ["auto", "cpu", "cuda", "mps"]
     add("--device", choices=devices, default="auto", help="where to compute")
     add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
@@ -168,16 +168,18 @@ def make_parser(description, training=False) -> Parser:
     add("--no-merge", action="store_true", help="keep the classes instead of merging 20 into 10")
     if training:
         scaled = "passes over the training clips; else scaled to their number"
-        add("--epochs", type=number(int, 1), help=scaled)
-        add("--batch-size", type=number(int, 2), default=32, help="clips in a batch")
-        add("--lr", type=number(float, 1e-8, 10), default=2e-3, help="highest learning rate")
-        add("--subset", type=number(int, 8), metavar="N", help="train on N clips (torch Subset)")
+        add("--epochs", type=bounded(int, 1), help=scaled)
+        add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
+        add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
+        add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
         check = "only check that the network can learn 4 batches by heart"
         add("--overfit-batch", action="store_true", help=check)
         add("--resume", action="store_true", help="go on from the last finished epoch")
-        add("--max-minutes", type=number(float, 0.01), help="stop training cleanly after this long")
+        add(
+            "--max-minutes", type=bounded(float, 0.01), help="stop training cleanly after this long"
+        )
         workers = "processes that train side by side; else one per core or graphics card"
-        add("--workers", type=number(int, 1, 1024), metavar="N", help=workers)
+        add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     return parser
 
 
@@ -331,7 +333,7 @@ class WorkerDied(StepFailed):
     """A worker process ended before its task did."""
 
 
-def side_by_side(function, tasks, workers, dask=None, order="generator"):
+def parallel_map(function, tasks, workers, dask=None, order="generator"):
     """Yield function(*task) for every task, from so many processes or from a Dask cluster.
 
     The order is that of the tasks or, with "generator_unordered", in which they are done.
@@ -504,7 +506,7 @@ def percussive_part(waveform, size=31) -> np.ndarray:
 
 
 def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
-    """Make sound of a mel spectrogram again: a likeness, at a level of its own.
+    """Make sound of a mel spectrogram again, at a level of its own.
 
     The bands are spread over the FFT's frequencies by the pseudo-inverse of the mel filters
     (three times as fast as librosa's non-negative least squares, and as close), the phase,
@@ -531,7 +533,7 @@ def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
     return (0.9 * waveform / max(np.abs(waveform).max(), 1e-9)).astype(np.float32)
 
 
-def likeness(waveform, mel_db) -> dict:
+def spectrogram_similarity(waveform, mel_db) -> dict:
     """How close a sound's mel spectrogram is to one in dB (128, T): correlation, mean distance."""
     import librosa
 
@@ -1102,7 +1104,7 @@ def load_data(
     labels = {entry.clip_id: entry.label for entry in entries}
     if part == "genre":
         refuse_lone_clips(list(labels.values()), label_file(entries))
-    parts = cut_ids(source, part, labels, fold, n_folds)
+    parts = split_ids(source, part, labels, fold, n_folds)
     row = {entry.clip_id: index for index, entry in enumerate(store.entries)}
     train, val, held_out = ([row[i] for i in ids if i in row] for ids in parts)
     if not (train and val and (held_out or part == "genre")):
@@ -1142,7 +1144,7 @@ def load_data(
     return Data(crops, Subset(whole, val), Subset(whole, held_out), names, mean, std, settings)
 
 
-def cut_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
+def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
     """Ids of the training, validation and held-out clips of a part.
 
     labels : {id: label} of the clips that the network hears
@@ -1358,7 +1360,7 @@ class LSTMBackbone(Backbone):
     hidden_size : int
         H, units of one direction.
     frames_per_step : int
-        Frames described by one step, see `describe_steps`. 1,293 steps are slow and the
+        Frames described by one step, see `frame_statistics`. 1,293 steps are slow and the
         gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
         frames as they are.
     projection : int
@@ -1419,7 +1421,7 @@ class LSTMBackbone(Backbone):
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
-        describe = describe_steps if self.config["frames_per_step"] > 1 else average_frames
+        describe = frame_statistics if self.config["frames_per_step"] > 1 else average_frames
         x, lengths = describe(x, lengths, self.frames_per_step)  # (B, S, 3 F) or (B, S, F)
         x = self.stem(x)
         for index, layer in enumerate(self.blocks):
@@ -1457,7 +1459,7 @@ class StripeMask(nn.Module):
         self.widest = min(widest, n_bands // 4)
 
     def forward(self, x):
-        """(B, S, n_bands) or, as `describe_steps` gives them, (B, S, 3 n_bands)."""
+        """(B, S, n_bands) or, as `frame_statistics` gives them, (B, S, 3 n_bands)."""
         if not (self.training and self.widest):
             return x
         # The same stripe of bands in means, spreads and changes.
@@ -1479,7 +1481,7 @@ def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     return x.sum(2) / counts.unsqueeze(2).to(x), n_steps
 
 
-def describe_steps(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
+def frame_statistics(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """Describe every n frames: (B, T, F) -> (B, ceil(T / n), 3 F).
 
     Mean, standard deviation and mean absolute change from frame to frame of each band,
@@ -1732,7 +1734,7 @@ class Network(NamedTuple):
         return BANDS[self.features].stop - BANDS[self.features].start
 
 
-GENRE_RUNS = {  # the runs of steps 5 and 7, which steps 6, 8, 9, 10 and 11 go on from
+GENRE_NETWORKS = {  # the runs of steps 5 and 7, which steps 6, 8, 9, 10 and 11 go on from
     "mel": Network("lstm", "mel"),
     "beat_mel": Network("lstm", "mel", beat=True),
     "chroma": Network("lstm", "chroma"),
@@ -1742,7 +1744,7 @@ GENRE_RUNS = {  # the runs of steps 5 and 7, which steps 6, 8, 9, 10 and 11 go o
     "cnn_mel": Network("cnn", "mel"),
     "plain_mel": Network("lstm", "mel", plain=True),
 }
-LSTM_RUNS = [name for name, net in GENRE_RUNS.items() if net.kind == "lstm" and not net.plain]
+LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
 
 
 def make_backbone(network) -> nn.Module:
@@ -1776,7 +1778,7 @@ BUDGETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     """How a step trains and where it looks for what others have trained: what its flags say."""
 
     source: Source
@@ -1786,7 +1788,7 @@ class Training:
     batch_size: int = 32
     lr: float = 2e-3
     resume: bool = False
-    ends: float = math.inf  # when --max-minutes are over, as time.time() tells it
+    deadline: float = math.inf  # when --max-minutes are over, as time.time() tells it
     workers: int | None = None  # processes that train side by side; None: see `count_workers`
 
     smoke = property(lambda self: self.source.smoke)
@@ -1807,7 +1809,7 @@ class Recipe:
     settled: float = 0.2  # the last share of the epochs, of which the best one is kept
 
 
-def plan(network, data, training, share=1.0) -> Recipe:
+def make_recipe(network, data, training, share=1.0) -> Recipe:
     """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
 
     A small data set gets more passes, up to the budget's limit, so that as many examples are
@@ -1833,13 +1835,13 @@ def plan(network, data, training, share=1.0) -> Recipe:
         training.lr,
         training.batch_size,
         crops,
-        window=window_of(network),
+        window=window_size(network),
         augment=make_augment(network, len(data.names) if genre else 0),
         ema=0.0 if network.plain else 0.99,
     )
 
 
-def window_of(network) -> int | None:
+def window_size(network) -> int | None:
     """Frames that a network hears at once; None: whole clips, of beats or for the textbook."""
     return None if network.beat or network.plain else BUDGETS[network.kind].crop
 
@@ -1862,7 +1864,7 @@ def make_augment(network, n_classes=0) -> Augment | None:
 
 
 @dataclasses.dataclass
-class Fit:
+class TrainedModel:
     """A trained network and how it came about.
 
     model : nn.Module, holding the epoch that was kept
@@ -1882,7 +1884,7 @@ class Fit:
 UNFINISHED = "unfinished"  # a file in the folder of a run that is being trained
 
 
-def fit(
+def train(
     model,
     data,
     loss_fn,
@@ -1893,7 +1895,7 @@ def fit(
     device="cpu",
     resume=False,
     max_seconds=math.inf,
-) -> Fit:
+) -> TrainedModel:
     """Train a network, genre or emotion, and keep the best of its last epochs.
 
     One-cycle learning rate (with Adam's beta1 against it, .95 to .85, torch's default), gradients
@@ -1947,7 +1949,7 @@ def fit(
     first_settled = recipe.epochs - max(1, round(recipe.settled * recipe.epochs)) + 1
     history, best = [], (-math.inf, -math.inf)
     if resume and (folder / "last.pt").exists():
-        history, best = restore(folder / "last.pt", parts, recipe, settings)
+        history, best = restore_training(folder / "last.pt", parts, recipe, settings)
         print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
     elif not resume:  # stopped in its first epoch, a new run must not go on as the old one
         (folder / "last.pt").unlink(missing_ok=True)
@@ -1979,7 +1981,7 @@ def fit(
         write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
         # Last of the three: what it says is done is never missing from the others, whenever
         # the process is killed.
-        save_torch(folder / "last.pt", state_of(parts, recipe, settings, history, best))
+        save_torch(folder / "last.pt", training_state(parts, recipe, settings, history, best))
         scores = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}"
         line = f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  {scores}  {seconds:.1f} s"
         print(line, flush=True)
@@ -1990,7 +1992,7 @@ def fit(
     (folder / UNFINISHED).unlink()
     checkpoint = load_checkpoint(folder / "best.pt")
     model.load_state_dict(checkpoint["state"])
-    return fit_of(model, checkpoint, folder / "best.pt")
+    return trained_model(model, checkpoint, folder / "best.pt")
 
 
 def training_parts(model, loss_fn, optimizer, schedule, decay, device) -> dict:
@@ -2009,7 +2011,7 @@ def training_parts(model, loss_fn, optimizer, schedule, decay, device) -> dict:
     }
 
 
-def fit_of(model, checkpoint, path) -> Fit:
+def trained_model(model, checkpoint, path) -> TrainedModel:
     """The Fit of a network and its checkpoint, with the facts of its training."""
     settings, curve = checkpoint["settings"], path.with_name("history.csv")
     history = pd.read_csv(curve) if curve.exists() else pd.DataFrame({"seconds": []})
@@ -2019,12 +2021,12 @@ def fit_of(model, checkpoint, path) -> Fit:
         "train_seconds": float(history["seconds"].sum()),
         "val": {score_name(settings): checkpoint["val_score"]},
     }
-    return Fit(model, settings, facts, history, path)
+    return TrainedModel(model, settings, facts, history, path)
 
 
-def load_fit(path, device="cpu") -> Fit:
-    """What `fit` has left in a folder: the kept network and the facts of its training."""
-    return fit_of(*load_model(path, device), path)
+def load_trained(path, device="cpu") -> TrainedModel:
+    """What `train` has left in a folder: the kept network and the facts of its training."""
+    return trained_model(*load_model(path, device), path)
 
 
 @contextlib.contextmanager
@@ -2073,8 +2075,8 @@ def train_epoch(loader, parts, recipe, device, epoch) -> float:
 
 def show_bars() -> bool:
     """Progress bars belong on terminals and in notebooks; logs get a line per epoch."""
-    side_by_side = multiprocessing.current_process().name != "MainProcess"  # lines, then
-    return in_notebook() or (sys.stderr.isatty() and not side_by_side)
+    is_worker = multiprocessing.current_process().name != "MainProcess"  # lines, then
+    return in_notebook() or (sys.stderr.isatty() and not is_worker)
 
 
 def half_precision(device):
@@ -2164,7 +2166,7 @@ def validation_score(outputs, targets, settings) -> float:
     return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
 
 
-def answer(model, dataset, settings, device="cpu") -> pd.DataFrame:
+def predict_clips(model, dataset, settings, device="cpu") -> pd.DataFrame:
     """What a network answers for every clip: a row per clip id, a column per class or emotion.
 
     For genre log-probabilities after logit adjustment, for emotion values.
@@ -2175,7 +2177,7 @@ def answer(model, dataset, settings, device="cpu") -> pd.DataFrame:
     return pd.DataFrame(outputs.numpy(), clip_ids(dataset), settings["names"])
 
 
-def truth(dataset, settings) -> pd.Series | pd.DataFrame:
+def true_labels(dataset, settings) -> pd.Series | pd.DataFrame:
     """True class names, or true emotion values (a column each), by clip id."""
     rows = dataset.indices if isinstance(dataset, Subset) else slice(None)
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
@@ -2185,7 +2187,7 @@ def truth(dataset, settings) -> pd.Series | pd.DataFrame:
     return pd.DataFrame(targets, clip_ids(dataset), settings["names"])
 
 
-def average(frames) -> pd.DataFrame:
+def average_predictions(frames) -> pd.DataFrame:
     """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
     frames = list(frames)
     return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
@@ -2230,7 +2232,7 @@ def overfit(
             loss = train_epoch(batches, parts, recipe, device, number)
             history.append({"pass": number, "loss": loss})
             if number % 10 == 1 or loss < goal or number == limit:  # a third of a pass's time
-                right = share_right(model, batches, device)
+                right = batch_accuracy(model, batches, device)
                 learned = loss < goal and right in (None, 1.0)
                 accuracy = "" if right is None else f"  accuracy {right:.3f}"
                 print(f"overfit pass {number:3d}  loss {loss:.4f}{accuracy}", flush=True)
@@ -2240,7 +2242,7 @@ def overfit(
 
 
 @torch.no_grad()
-def share_right(model, batches, device) -> float | None:
+def batch_accuracy(model, batches, device) -> float | None:
     """Share of right answers over some batches, in training mode; None for regression."""
     if batches[0][1].is_floating_point():
         return None
@@ -2250,34 +2252,34 @@ def share_right(model, batches, device) -> float | None:
     return float(torch.cat(right).float().mean())
 
 
-def state_of(parts, recipe, settings, history, best) -> dict:
+def training_state(parts, recipe, settings, history, best) -> dict:
     """All that an uninterrupted run would hold after this epoch."""
     states = {name: part.state_dict() for name, part in parts.items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    facts = {"plan": plan_text(recipe, parts["schedule"]), "settings": settings}
+    facts = {"plan": recipe_text(recipe, parts["schedule"]), "settings": settings}
     return states | facts | {"rng": rng, "history": history, "best": list(best)}
 
 
-def plan_text(recipe, schedule) -> str:
+def recipe_text(recipe, schedule) -> str:
     return f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {schedule.total_steps} batches"
 
 
-def restore(path, parts, recipe, settings):
-    """Put a training back into the state that `state_of` kept; returns history and best."""
+def restore_training(path, parts, recipe, settings):
+    """Put a training back into the state that `training_state` kept; returns history and best."""
     state = load_torch(path)
     keys = {*parts, "rng", "plan", "settings", "history", "best"}
     if not isinstance(state, dict) or not keys <= set(state):
         raise InputError(f"{path}: not the state of a training; leave out --resume")
-    planned = plan_text(recipe, parts["schedule"])
+    planned = recipe_text(recipe, parts["schedule"])
     if state["plan"] != planned:
         fault = f"begun with {state['plan']}, now {planned}"
         raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
     # Other clips, or the same ones split by another seed: what was validated would now be
     # trained on.
     known = state["settings"]
-    odd = [name for name, value in settings.items() if not same(value, known.get(name))]
+    odd = [name for name, value in settings.items() if not equal_settings(value, known.get(name))]
     if odd:
         fault = f"begun with other clips or another --seed ({' and '.join(odd)} differ)"
         raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
@@ -2293,7 +2295,7 @@ def restore(path, parts, recipe, settings):
     return state["history"], tuple(state["best"])
 
 
-def same(value, other) -> bool:
+def equal_settings(value, other) -> bool:
     """Equality of two settings: plain values or, the band statistics, tuples of tensors."""
     if isinstance(value, tuple) and isinstance(other, tuple):
         return len(value) == len(other) and all(map(torch.equal, value, other))
@@ -2306,7 +2308,7 @@ def same(value, other) -> bool:
 
 
 @dataclasses.dataclass
-class Run:
+class Experiment:
     """One network to train, on every fold.
 
     name : str, of the run and its folder
@@ -2336,7 +2338,7 @@ class Run:
 
 
 @dataclasses.dataclass
-class Trained:
+class Result:
     """A run that is done: one Fit per fold.
 
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
@@ -2346,7 +2348,7 @@ class Trained:
     folds : pd.Series or None, which fold that was, from 1 on
     """
 
-    members: list[Fit]
+    members: list[TrainedModel]
     facts: dict
     answers: pd.DataFrame | None = None
     truth: pd.DataFrame | None = None
@@ -2358,14 +2360,14 @@ class Trained:
     path = property(lambda self: self.members[0].path)
 
 
-def fit_all(training, runs, later=0) -> dict[str, Trained]:
+def train_all(training, runs, to_come=0) -> dict[str, Result]:
     """Train the networks of a step, genre or emotion, side by side; returns them by name.
 
     Each training is a process with its share of the processor's cores, or with a graphics
     card of its own; one alone trains in this process, with all of them. What a training
     gives does not depend on what trains beside it.
 
-    later : trainings still to come in this step, which share what is left of --max-minutes
+    to_come : trainings still to come in this step, which share what is left of --max-minutes
 
     Raises
     ------
@@ -2380,11 +2382,11 @@ def fit_all(training, runs, later=0) -> dict[str, Trained]:
         for part, beat in {(run.target == "genre", run.network.beat) for run in runs}:
             name = "genre" if part else "emotion"
             load_data(training.source, beat=beat, target=name)
-    rounds = [math.ceil((later + len(jobs) - place) / workers) for place in range(len(jobs))]
+    rounds = [math.ceil((to_come + len(jobs) - place) / workers) for place in range(len(jobs))]
     tasks = [(training, run, fold, left) for (run, fold), left in zip(jobs, rounds, strict=True)]
     done = []
     try:
-        done += side_by_side(fit_fold, tasks, workers)
+        done += parallel_map(train_fold, tasks, workers)
     except WorkerDied as error:
         cure = "fewer --workers need less memory; --resume goes on from the finished epochs"
         raise StepFailed(f"{error}; {cure}") from None
@@ -2407,7 +2409,7 @@ def count_workers(training, n_jobs) -> int:
     return max(min(most, n_jobs), 1)
 
 
-def fit_fold(training, run, fold, rounds_left):
+def train_fold(training, run, fold, rounds_left):
     """Train a run on one fold.
 
     rounds_left : trainings one after another, this one included, that share what is left of
@@ -2424,11 +2426,11 @@ def fit_fold(training, run, fold, rounds_left):
     network, source = run.network, training.source
     if run.seed is not None:
         source = dataclasses.replace(source, seed=run.seed)
-    cut = {"crop": window_of(network), "fold": fold, "n_folds": run.n_folds, "stats": run.stats}
+    cut = {"crop": window_size(network), "fold": fold, "n_folds": run.n_folds, "stats": run.stats}
     data = load_data(source, network.features, network.beat, run.target, **cut)
     if network.plain:  # the textbook does not adjust its logits: as if all were as common
         data.settings["priors"] = [1 / len(data.names)] * len(data.names)
-    recipe = plan(network, data, training, run.share)
+    recipe = make_recipe(network, data, training, run.share)
     recipe.lr *= run.lr_factor
     seed_everything(source.seed)
     device = source.device
@@ -2439,31 +2441,31 @@ def fit_fold(training, run, fold, rounds_left):
     name = run.name if run.n_folds == 1 else f"{run.name}_fold{fold + 1}of{run.n_folds}"
     limits = {
         "resume": training.resume,
-        "max_seconds": max(0.0, training.ends - time.time()) / rounds_left,
+        "max_seconds": max(0.0, training.deadline - time.time()) / rounds_left,
     }
     folder = training.folder / name
-    fitted = fit(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
+    fitted = train(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
     if run.target == "genre":
         return fitted.path, None, None
-    answers = answer(fitted.model, data.held_out, fitted.settings, device)
-    return fitted.path, answers, truth(data.held_out, fitted.settings)
+    answers = predict_clips(fitted.model, data.held_out, fitted.settings, device)
+    return fitted.path, answers, true_labels(data.held_out, fitted.settings)
 
 
-def join_folds(folds, device) -> Trained:
-    """One Trained of what `fit_fold` returned for every fold of a run."""
+def join_folds(folds, device) -> Result:
+    """One Result of what `train_fold` returned for every fold of a run."""
     paths, answers, truths = zip(*folds, strict=True)
-    members = [load_fit(path, device) for path in paths]
+    members = [load_trained(path, device) for path in paths]
     facts = dict(members[0].facts)
     for key in ("epochs", "train_seconds"):
         facts[key] = sum(member.facts[key] for member in members)
     vals = [member.facts["val"] for member in members]
     facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
     if answers[0] is None:
-        return Trained(members, facts)
+        return Result(members, facts)
     numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
     answers = pd.concat(answers)
     folds = pd.Series(numbers, answers.index)
-    return Trained(members, facts, answers, pd.concat(truths), folds)
+    return Result(members, facts, answers, pd.concat(truths), folds)
 
 
 def epochs_kept(run) -> str:
@@ -2477,11 +2479,11 @@ def epochs_kept(run) -> str:
 # --------------------------------------------------------------------------------------
 
 
-def genre_run(name) -> Run:
-    """One of GENRE_RUNS as steps 5 and 7 train it, for a step that finds none to go on from."""
-    return Run(
+def genre_experiment(name) -> Experiment:
+    """One of GENRE_NETWORKS as steps 5 and 7 train it, for a step that finds none to go on from."""
+    return Experiment(
         name,
-        GENRE_RUNS[name],
+        GENRE_NETWORKS[name],
         make_model=lambda network, data: Classifier(make_backbone(network), len(data.names)),
         make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
         optimizer=torch.optim.AdamW,
@@ -2504,13 +2506,13 @@ def find_genre_checkpoint(training, name) -> Path | None:
     another network or a smoke run is passed over, saying so; only a smoke run takes those of
     smoke runs, only a --subset run those of its own N.
     """
-    network, source = GENRE_RUNS[name], training.source
+    network, source = GENRE_NETWORKS[name], training.source
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
     wanted = {
         "fingerprint": fingerprint(source.root, "genre", network.beat),
         "merge": source.merge,
         "seed": source.seed,
-        "window": window_of(network),
+        "window": window_size(network),
     }
     if wanted["fingerprint"] is None:
         return None  # emotion clips alone, which step 8 can do with
@@ -2535,18 +2537,18 @@ def find_genre_checkpoint(training, name) -> Path | None:
     return None
 
 
-def genre_models(training, names) -> dict[str, Fit]:
+def genre_models(training, names) -> dict[str, TrainedModel]:
     """Find the trained networks of genre runs; those that are missing are trained, saying so."""
     found, device = {}, training.source.device
     for name in names:
         if path := find_genre_checkpoint(training, name):
-            found[name] = load_fit(path, device)
+            found[name] = load_trained(path, device)
             facts = found[name].facts
             epochs = f"{facts['epochs']} of {facts['planned_epochs']} epochs"
             print(f"{name}: using {path}, {epochs}")
         else:
             print(f"{name}: no checkpoint of these clips in {training.out}; training it here")
-    trained = fit_all(training, [genre_run(name) for name in names if name not in found])
+    trained = train_all(training, [genre_experiment(name) for name in names if name not in found])
     return {name: found[name] if name in found else trained[name].members[0] for name in names}
 
 
@@ -2556,9 +2558,9 @@ def genre_val_scores(training) -> pd.DataFrame:
     Columns: val macro-F1, val clips, epochs (of planned).
     """
     rows = {}
-    for name, network in GENRE_RUNS.items():
+    for name, network in GENRE_NETWORKS.items():
         if not network.plain and (path := find_genre_checkpoint(training, name)):
-            facts = load_fit(path).facts
+            facts = load_trained(path).facts
             epochs = f"{facts['epochs']} of {facts['planned_epochs']}"
             rows[name] = [facts["val"]["macro_f1"], facts["n_val"], epochs]
     table = pd.DataFrame(rows, ["val macro-F1", "val clips", "epochs"]).T.infer_objects()
@@ -2589,7 +2591,7 @@ def find_emotion_leak(source, held_out) -> str | None:
     return fault
 
 
-class Earlier(NamedTuple):
+class EarlierPredictions(NamedTuple):
     """What an earlier emotion step has left for these clips.
 
     answers : {model: pd.DataFrame (clip x emotion)}; empty where there are none
@@ -2602,7 +2604,7 @@ class Earlier(NamedTuple):
     note: str
 
 
-def earlier_answers(training, owner, clips, folds=None) -> Earlier:
+def earlier_predictions(training, owner, clips, folds=None) -> EarlierPredictions:
     """What an earlier emotion step answered for these very clips.
 
     Nothing where it was not run, or with other labels, another seed, other held-out clips or
@@ -2635,16 +2637,16 @@ def earlier_answers(training, owner, clips, folds=None) -> Earlier:
         for model, rows in table.groupby("model"):
             frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
             answers[model] = frame[[name for name in EMOTIONS if name in frame]]
-        return Earlier(
+        return EarlierPredictions(
             answers, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
         )
-    return Earlier({}, {}, note)
+    return EarlierPredictions({}, {}, note)
 
 
-def answer_unlabelled(source, run) -> pd.DataFrame:
+def predict_unlabelled(source, run) -> pd.DataFrame:
     """What a run answers for the emotion clips without labels, averaged over its folds."""
-    return average(
-        answer(fit.model, load_test(source, fit.settings), fit.settings, source.device)
+    return average_predictions(
+        predict_clips(fit.model, load_test(source, fit.settings), fit.settings, source.device)
         for fit in run.members
     )
 
@@ -2792,7 +2794,7 @@ def emotion_table(scores) -> pd.DataFrame:
     return frame.rename(columns={"mean_spearman": "mean of the three"})
 
 
-def together(parts, scores) -> dict:
+def combine_emotions(parts, scores) -> dict:
     """One record for {emotion: facts} of single-emotion models that answer together."""
     val = {name: part["val"][name] for name, part in parts.items()}
     val["mean_spearman"] = float(np.mean(list(val.values())))
@@ -2811,7 +2813,7 @@ def paired_difference(true, first, second) -> dict:
     ----------
     true : pd.Series of class names, or pd.DataFrame of emotion values
     first, second : pd.DataFrame
-        Answers, see `answer`; clips and emotions that both have are compared.
+        Answers, see `predict_clips`; clips and emotions that both have are compared.
 
     Returns
     -------
@@ -2884,7 +2886,7 @@ def band_features(store, indices=None) -> np.ndarray:
     return np.array(rows)
 
 
-FLOORS = """
+BASELINES = """
 `constant`, `ridge` and `svr` are what a network has to beat. `constant` is the mean training label
 (of several folds the first one's, for all). `ridge`, a linear regression, and `svr`, support vector
 regression, get the mean, spread, percentiles and mean change from frame to frame of each mel band
@@ -2894,10 +2896,20 @@ the larger training set.
 """
 
 
-def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
-    """Answers for the held-out emotion clips by the methods that FLOORS describes.
+def regression_baselines(features, targets, folds, seed) -> dict[str, list[np.ndarray]]:
+    """Predictions for held-out clips by the methods that BASELINES describes.
 
-    Their parameters are chosen by cross-validation within training and validation part.
+    The parameters of `ridge` and `svr` are chosen by cross-validation within the known clips.
+
+    Parameters
+    ----------
+    features : np.ndarray [shape=(N, D)], see `band_features`
+    targets : np.ndarray [shape=(N, K)]
+    folds : list of (rows of the known clips, rows of the held-out clips)
+
+    Returns
+    -------
+    {baseline: one array (held-out clips, K) per fold}
     """
     from sklearn.linear_model import Ridge
     from sklearn.metrics import make_scorer
@@ -2906,30 +2918,39 @@ def emotion_floors(source, n_folds=1) -> dict[str, pd.DataFrame]:
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVR
 
-    inner = KFold(5, shuffle=True, random_state=source.seed)
+    inner = KFold(5, shuffle=True, random_state=seed)
     svr_grid = {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}
     grids = {"ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}), "svr": (SVR(), svr_grid)}
-    answers = {"constant": [], "ridge": [], "svr": []}
-    features = constant = None
-    for fold in range(n_folds):
-        data = load_data(source, target="emotion", fold=fold, n_folds=n_folds)
-        whole = data.train.dataset
-        features = band_features(whole.store) if features is None else features  # (N, 640)
-        known = np.array(data.train.indices + data.val.indices)
-        asked, targets = data.held_out.indices, whole.targets.numpy()
-        frame = functools.partial(pd.DataFrame, index=clip_ids(data.held_out), columns=EMOTIONS)
-        # One constant for all folds: a fold's own mean is low where its held-out labels are
-        # high, which would rank backwards.
-        constant = targets[known].mean(0) if constant is None else constant
-        answers["constant"].append(frame(np.tile(constant, (len(asked), 1))))
+    # One constant for all folds: the mean of a fold's known clips is low where its held-out
+    # labels are high, which would rank backwards.
+    constant = targets[folds[0][0]].mean(0)
+    predictions = {"constant": [], "ridge": [], "svr": []}
+    for known, held_out in folds:
+        predictions["constant"].append(np.tile(constant, (len(held_out), 1)))
         for name, (model, grid) in grids.items():
             pipeline = Pipeline([("scale", StandardScaler()), ("model", model)])
             search = GridSearchCV(pipeline, grid, cv=inner, scoring=make_scorer(spearman))
             columns = [
-                search.fit(features[known], y).predict(features[asked]) for y in targets[known].T
+                search.fit(features[known], y).predict(features[held_out]) for y in targets[known].T
             ]
-            answers[name].append(frame(np.stack(columns, axis=1)))
-    return {name: pd.concat(frames) for name, frames in answers.items()}
+            predictions[name].append(np.stack(columns, axis=1))
+    return predictions
+
+
+def emotion_baselines(source, n_folds=1) -> dict[str, pd.DataFrame]:
+    """`regression_baselines` for the held-out emotion clips: {baseline: clip x emotion}."""
+    parts = [
+        load_data(source, target="emotion", fold=fold, n_folds=n_folds) for fold in range(n_folds)
+    ]
+    whole = parts[0].train.dataset
+    folds = [(part.train.indices + part.val.indices, part.held_out.indices) for part in parts]
+    found = regression_baselines(
+        band_features(whole.store), whole.targets.numpy(), folds, source.seed
+    )
+    ids = [clip_id for part in parts for clip_id in clip_ids(part.held_out)]
+    return {
+        name: pd.DataFrame(np.concatenate(arrays), ids, EMOTIONS) for name, arrays in found.items()
+    }
 
 
 # --------------------------------------------------------------------------------------
@@ -3002,19 +3023,19 @@ def patches(cells, frames=8, bands=4) -> torch.Tensor:
     return spread[..., :t, :f].reshape(cells.shape)
 
 
-def ranks(values) -> torch.Tensor:
+def cell_ranks(values) -> torch.Tensor:
     """Share of the cells that have a higher value: 0 for the highest; the shape of `values`."""
     order = values.flatten().argsort(descending=True, stable=True).argsort()
     return (order / order.numel()).view(values.shape)
 
 
 @torch.no_grad()
-def answer_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tensor:
+def probability_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tensor:
     """Probability of a class while the cells of a clip are put back, or taken away, by rank.
 
     What is away is the mean of its band (0). The mean of the curve is the area under it.
 
-    x (T, F), rank (T, F) from `ranks`, number of the class -> (n_levels + 1,)
+    x (T, F), rank (T, F) from `cell_ranks`, number of the class -> (n_levels + 1,)
 
     Source: insertion and deletion; Petsiuk et al., 2018, RISE.
     """
@@ -3551,7 +3572,7 @@ class Step:
     ----------
     args, device, out, folder
     source : Source, what the data flags say
-    training : Training, what the flags of a training say
+    training : TrainingOptions, what the flags of a training say
     """
 
     def __init__(
@@ -3597,7 +3618,7 @@ class Step:
         make_folder(self.folder)
         self.lock = lock_folder(self.folder)
         minutes = math.inf if args.max_minutes is None else args.max_minutes
-        self.training = Training(
+        self.training = TrainingOptions(
             self.source,
             self.out.absolute(),  # a worker may have another working directory
             self.folder.absolute(),
@@ -3676,10 +3697,13 @@ class Step:
         x, lengths = (torch.stack(column) for column in (list(zip(*items, strict=True))[::2]))
         rows, hooks = [], []
 
+        def weights_of(module):
+            return sum(weights.numel() for weights in module.parameters())
+
         def note(module, _, output, name):
             output = output[0] if isinstance(output, tuple) else output
             shape = " x ".join(map(str, output.shape))
-            rows.append([name, type(module).__name__, shape, count_weights(module)])
+            rows.append([name, type(module).__name__, shape, weights_of(module)])
 
         for name, module in model.named_modules():
             if not list(module.children()):
@@ -3692,7 +3716,7 @@ class Step:
             hook.remove()
         batch = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
         table = pd.DataFrame(rows, columns=["layer", "operation", "output", "weights"])
-        self.table(table.set_index("layer"), f"{batch}; {count_weights(model):,} weights")
+        self.table(table.set_index("layer"), f"{batch}; {weights_of(model):,} weights")
 
     def require(self, reached, message):
         """End the step with exit code 1 where a goal was not reached; what is shown is kept."""
@@ -3738,7 +3762,7 @@ def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.Data
     """A table of answers as rows of predictions.csv: one per clip and target.
 
     For genre the target is 'genre', truth and prediction are class names; for emotion the
-    targets are the emotions. fold : '' or, by clip id, `Trained.folds`
+    targets are the emotions. fold : '' or, by clip id, `Result.folds`
     """
     true = true.loc[answers.index]
     fold = fold.loc[answers.index] if isinstance(fold, pd.Series) else fold
@@ -3778,7 +3802,7 @@ def overfit_emotions(step, runs) -> None:
     """
     args, device, checks = step.args, step.device, {}
     for name, (network, target) in runs.items():
-        crop = window_of(network)
+        crop = window_size(network)
         data = load_data(step.source, network.features, network.beat, target, crop=crop)
         seed_everything(args.seed)
         model = Regressor(make_backbone(network), data.names, data.mean, data.std)

@@ -43,6 +43,7 @@ from common import (
     Parser,
     Source,
     adjust_logits,
+    bounded,
     clip_attributions,
     clip_ids,
     cut_windows,
@@ -54,14 +55,13 @@ from common import (
     load_model,
     make_folder,
     mel_and_chroma,
-    number,
     output_folder,
     patches,
     pick_device,
     predict,
     show_bars,
     stack_rows,
-    truth,
+    true_labels,
     write_text,
 )
 
@@ -110,7 +110,7 @@ class Heard:
         return cut, lengths, starts + size // 2
 
     @torch.inference_mode()
-    def answer(self, rows, every=None):
+    def predict_clips(self, rows, every=None):
         """Outputs (W, K) for the windows of (140, T) rows, and the windows' middles."""
         x, lengths, middles = self.windows(rows, every)
         device = next(self.model.parameters()).device
@@ -180,7 +180,7 @@ def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
     device = next(cnn.model.parameters()).device
     loader = torch.utils.data.DataLoader(data.train, 64)
     vectors, _ = predict(cnn.model.backbone, loader, device, settings["window"], overlap=False)
-    return vectors.numpy(), truth(data.train, settings).loc[clip_ids(data.train)]
+    return vectors.numpy(), true_labels(data.train, settings).loc[clip_ids(data.train)]
 
 
 # ======================================================================================
@@ -524,7 +524,7 @@ def what_it_cannot_know(out, networks, temperature) -> str:
     for step, _ in NETWORKS.values():
         metrics = out / step / "metrics.json"
         if metrics.exists() and json.loads(metrics.read_text())["data"]["demo"]:
-            demo = """<p class="note"><b>Trained on synthesised demo music:</b> these answers show
+            demo = """<p class="note"><b>Result on synthesised demo music:</b> these answers show
             that the pipeline runs; they say nothing about the song.</p>"""
     genres = html.escape(", ".join(cnn["names"]))
     return f"""{demo}<p>It knows {len(cnn["names"])} genres: {genres}. Whatever is played, speech or
@@ -549,7 +549,7 @@ def main(argv=None):
     add("--out-dir", type=Path, help="where the steps' outputs are, and where pages go")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--train", action="store_true", help="run the steps whose checkpoints are missing")
-    add("--top", type=number(int, 1, 20), default=3, help="classes in the table")
+    add("--top", type=bounded(int, 1, 20), default=3, help="classes in the table")
     args = parser.parse_args(argv)
     keep_freed_memory()
     out = output_folder(args.out_dir)

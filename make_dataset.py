@@ -62,14 +62,14 @@ from common import (
     Parser,
     StepFailed,
     WorkerDied,
+    bounded,
     cache_dir,
     end_in_one_line,
     extract_features,
     in_notebook,
-    number,
+    parallel_map,
     part_folder,
     show_bars,
-    side_by_side,
     write_bytes,
     write_text,
 )
@@ -565,7 +565,7 @@ def make_all(root, clips, workers=None, dask=None) -> dict[Clip, str]:
     def make(some, workers):
         nonlocal shown
         tasks = [(root, clip) for clip in some]
-        results = side_by_side(make_arrays, tasks, workers, dask, "generator_unordered")
+        results = parallel_map(make_arrays, tasks, workers, dask, "generator_unordered")
         for clip_id, reason in results:
             bar.update()
             clip = left.pop(clip_id)
@@ -908,7 +908,7 @@ def main(argv=None) -> dict:
     parts = "demo: genre clips, emotion clips or (default) both; what is there is kept"
     add("--parts", nargs="+", choices=FOLDERS, default=list(FOLDERS), help=parts)
     workers = "processes that extract side by side (default: one per core)"
-    add("--workers", type=number(int, 1, 1024), metavar="N", help=workers)
+    add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     scheduler = "extract on the Dask cluster of this scheduler, e.g. tcp://HOST:8786"
     add("--dask", metavar="ADDRESS", help=scheduler)
     add("--seed", type=int, default=42, help="seed of the music and of the split (default: 42)")

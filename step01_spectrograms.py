@@ -38,7 +38,6 @@ from common import (
     clock_of,
     extract_features,
     genre_share,
-    likeness,
     mean_spectrogram,
     mel_measures,
     mel_to_waveform,
@@ -46,6 +45,7 @@ from common import (
     plot_panels,
     plot_spectrogram,
     sample_clips,
+    spectrogram_similarity,
 )
 
 
@@ -212,7 +212,7 @@ close = {}
 for place, title in enumerate(titles[:2], start=1):
     waveform = mel_to_waveform(mels[place - 1])
     step.sound(waveform, f"clip_{place}", f"{title}, made audible from its mel spectrogram")
-    facts = likeness(waveform, mels[place - 1])
+    facts = spectrogram_similarity(waveform, mels[place - 1])
     close[title] = {
         "file": f"`clip_{place}.mp3`",
         "correlation": f"{facts['correlation']:.3f}",

@@ -230,7 +230,7 @@ step.text(
     1994). What arrives at a step is all that the step can teach. The forget gate of an LSTM can
     preserve the gradient, where training has brought the gate close to 1.
 
-    Trained means, from one start: {n_updates} updates of Adam on batches of
+    Result means, from one start: {n_updates} updates of Adam on batches of
     {min(16, len(clips))} of the {len(clips)} drawn clips and their {len(genres)} genres, read at
     each clip's last step. The loss is the mean of the last 10 updates; equal chances for all
     genres would give {np.log(len(genres)):.2f}. How far a trained LSTM reaches depends on the

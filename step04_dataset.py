@@ -29,7 +29,7 @@ from common import (
     COLORS,
     DB_FLOOR,
     FOLDERS,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
     MERGE,
     N_MELS,
     N_READERS,
@@ -43,7 +43,7 @@ from common import (
     read_entries,
     show_bars,
     time_mask,
-    window_of,
+    window_size,
 )
 
 step = Step("step04_dataset", __doc__)
@@ -128,7 +128,7 @@ def follow(beat) -> tuple[dict, dict]:
     t, band = int(array[:N_MELS].max(0).argmax()), int(array[:N_MELS].max(1).argmax())
     xs, targets, lengths = next(iter(DataLoader(data.train, 8)))  # the batch
     mask = time_mask(lengths, xs.shape[1], xs.device)
-    crop = window_of(GENRE_RUNS["beat_mel" if beat else "mel"])
+    crop = window_size(GENRE_NETWORKS["beat_mel" if beat else "mel"])
     crops = Subset(whole.variant(crop=crop), data.train.indices)
     shape = tuple(next(iter(DataLoader(crops, 8)))[0].shape)
     cropped = f"random crops of {crop} frames: x {shape}" if crop else "whole clips, as here"

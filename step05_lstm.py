@@ -26,15 +26,13 @@ import torch
 from torch import nn
 
 from common import (
-    GENRE_RUNS,
-    LSTM_RUNS,
+    GENRE_NETWORKS,
+    LSTM_NAMES,
     Classifier,
+    Experiment,
     LSTMBackbone,
-    Run,
     Step,
-    answer,
-    describe_steps,
-    fit_all,
+    frame_statistics,
     genre_scores,
     load_data,
     load_test,
@@ -44,10 +42,12 @@ from common import (
     plot_histories,
     plot_overfit,
     plot_scores,
+    predict_clips,
     prediction_rows,
     seed_everything,
-    truth,
-    window_of,
+    train_all,
+    true_labels,
+    window_size,
     with_interval,
     write_predictions,
 )
@@ -55,7 +55,9 @@ from common import (
 
 def add_flags(parser):
     inputs = "which LSTMs to train (default: all six)"
-    parser.add_argument("--features", nargs="+", choices=LSTM_RUNS, default=LSTM_RUNS, help=inputs)
+    parser.add_argument(
+        "--features", nargs="+", choices=LSTM_NAMES, default=LSTM_NAMES, help=inputs
+    )
     textbook = (
         "train the textbook LSTM instead: every frame, two layers, one direction, last step; "
         "Adam, plain cross-entropy, nothing averaged or adjusted"
@@ -86,11 +88,11 @@ def classifier(network, data):
     return Classifier(make_backbone(network), n_classes=len(data.names))
 
 
-network = GENRE_RUNS[names[0]]
-data = load_data(step.source, network.features, network.beat, crop=window_of(network))
+network = GENRE_NETWORKS[names[0]]
+data = load_data(step.source, network.features, network.beat, crop=window_size(network))
 seed_everything(step.args.seed)
 model = classifier(network, data).to(step.device)
-step.show_source(make_backbone, LSTMBackbone.forward, describe_steps, masked_mean_max)
+step.show_source(make_backbone, LSTMBackbone.forward, frame_statistics, masked_mean_max)
 step.show_layers(model, data)
 
 # %% 5b. Overfitting a few batches
@@ -127,7 +129,9 @@ recipe = {
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
     "optimizer": torch.optim.Adam if step.args.plain else torch.optim.AdamW,
 }
-runs = fit_all(step.training, [Run(name, GENRE_RUNS[name], **recipe) for name in names])
+runs = train_all(
+    step.training, [Experiment(name, GENRE_NETWORKS[name], **recipe) for name in names]
+)
 
 step.text("""
 - *Optimiser* (lab: Adam): AdamW, which is Adam whose weight decay, .01 here, does not pass through
@@ -151,7 +155,7 @@ differ as the columns say.
 ITEMS = {"mel": "5c", "beat_mel": "5d", "chroma": "5e", "beat_chroma": "5e", "plain_mel": "5c"}
 hears = {}
 for name, run in runs.items():
-    network, crop = GENRE_RUNS[name], window_of(GENRE_RUNS[name])
+    network, crop = GENRE_NETWORKS[name], window_size(GENRE_NETWORKS[name])
     step_of = "1 beat: median" if network.beat else "8 frames: mean, sd, mean change"
     hears[name] = {
         "item": ITEMS.get(name, "5f"),
@@ -192,15 +196,15 @@ scored on the beat-synchronised test set. Step 6 compares them on the same clips
 rows, scores = [], {}
 for name, run in runs.items():
     test = load_test(step.source, run.settings)
-    answers = answer(run.model, test, run.settings, step.device)
-    true = truth(test, run.settings)
+    answers = predict_clips(run.model, test, run.settings, step.device)
+    true = true_labels(test, run.settings)
     scores[name] = genre_scores(true, answers)
     test_set = test.store.entries[0].path.parts[-3]
     rows.append(prediction_rows(name, true, answers, test_set=test_set, seed=step.args.seed))
 write_predictions(step.folder, rows)
 table = {
     name: {
-        "test set": "beats" if GENRE_RUNS[name].beat else "frames",
+        "test set": "beats" if GENRE_NETWORKS[name].beat else "frames",
         "clips": test["n_clips"],
         "val macro-F1": runs[name].facts["val"]["macro_f1"],
         "test accuracy": with_interval(test, "accuracy"),

@@ -26,10 +26,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from common import (
-    LSTM_RUNS,
+    LSTM_NAMES,
     Step,
-    answer,
-    average,
+    average_predictions,
     band_features,
     band_statistics,
     difference_line,
@@ -42,9 +41,10 @@ from common import (
     part_folder,
     plot_confusion,
     plot_scores,
+    predict_clips,
     prediction_rows,
     read_entries,
-    truth,
+    true_labels,
     with_interval,
     write_predictions,
 )
@@ -65,7 +65,7 @@ step = Step("step06_eval", __doc__, parts=("genre",), add_flags=add_flags)
 # best is settled here too, by its validation score: a name given after the test scores
 # would make the best of them look better than it is.
 step.heading("The models, and what they have to beat")
-models = genre_models(step.training, LSTM_RUNS)
+models = genre_models(step.training, LSTM_NAMES)
 classes = models["mel"].settings["names"]
 val = {name: model.facts["val"]["macro_f1"] for name, model in models.items()}
 epochs = {
@@ -117,7 +117,7 @@ frames_per_beat = round(float(frames_of["full"] / frames_of["beat"]))
 for name, model in models.items():
     for set_name, beat in SETS.items():
         tests[set_name] = load_test(step.source, model.settings, beat=beat)
-        true[set_name] = truth(tests[set_name], model.settings)
+        true[set_name] = true_labels(tests[set_name], model.settings)
         settings, backbone = model.settings, model.model.backbone
         usual = backbone.frames_per_step
         test = tests[set_name]
@@ -127,7 +127,7 @@ for name, model in models.items():
             store = forms[set_name]
             stats = band_statistics(store, range(len(store.entries)), settings["features"])
             test = test.variant(stats=stats)
-        answers[name, set_name] = answer(model.model, test, settings, step.device)
+        answers[name, set_name] = predict_clips(model.model, test, settings, step.device)
         backbone.frames_per_step = usual
 
 for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 for the one named
@@ -144,7 +144,9 @@ for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 f
 own_set = {name: "beat" if model.settings["beat"] else "full" for name, model in models.items()}
 own_set |= {"majority": "full", "svm": "full", "beat_svm": "beat"}
 if step.args.ensemble:
-    answers["lstm_ensemble", "full"] = average(answers[name, own_set[name]] for name in models)
+    answers["lstm_ensemble", "full"] = average_predictions(
+        answers[name, own_set[name]] for name in models
+    )
     own_set["lstm_ensemble"] = "full"
 
 scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}

@@ -34,30 +34,28 @@ from common import (
     BANDS,
     COLORS,
     DB_FLOOR,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
     HOP,
-    LSTM_RUNS,
+    LSTM_NAMES,
     N_MELS,
     SR,
     Classifier,
     CNNBackbone,
-    Run,
+    Experiment,
     Step,
     adjust_logits,
-    answer,
-    answer_curve,
-    average,
     average_frames,
+    average_predictions,
     bootstrap,
     build_model,
     calibration_error,
+    cell_ranks,
     class_numbers,
     clip_attributions,
     clip_ids,
     count_weights,
     cut_windows,
     difference_line,
-    fit_all,
     fit_temperature,
     genre_models,
     genre_scores,
@@ -75,14 +73,16 @@ from common import (
     plot_histories,
     plot_overfit,
     plot_spectrogram,
+    predict_clips,
     prediction_rows,
-    ranks,
+    probability_curve,
     sample_clips,
     seed_everything,
     spearman,
     split_indices,
-    truth,
-    window_of,
+    train_all,
+    true_labels,
+    window_size,
     with_interval,
     write_predictions,
 )
@@ -116,8 +116,8 @@ def learn_by_heart(step, data):
 
 
 step = Step("step07_cnn", __doc__, parts=("genre",), training=True, add_flags=add_flags)
-network = GENRE_RUNS["cnn_mel"]
-data = load_data(step.source, network.features, crop=window_of(network))
+network = GENRE_NETWORKS["cnn_mel"]
+data = load_data(step.source, network.features, crop=window_size(network))
 # The cells keep the lab's order, in which the check (d) follows the training (b). Asked for
 # alone, it comes before everything else, as it should when the network was changed.
 if step.args.overfit_batch:
@@ -278,13 +278,13 @@ recipe = {
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
     "optimizer": torch.optim.AdamW,
 }
-trainings = [Run("cnn_mel", network, **recipe)]
+trainings = [Experiment("cnn_mel", network, **recipe)]
 for seed in seeds[1:]:  # --ensemble: other weights, batches and validation clips
-    trainings.append(Run(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
-runs = fit_all(step.training, trainings)
+    trainings.append(Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
+runs = train_all(step.training, trainings)
 cnn = runs["cnn_mel"]
 step.text(f"""
-Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
+Result on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of
 {cnn.facts["planned_epochs"]} planned epochs of {cnn.facts["examples_per_epoch"]:,} crops each,
 with AdamW (Adam with decoupled weight decay, .01; Loshchilov & Hutter, 2019), one-cycle rate of at
 most {cnn.facts["lr"]:g}, batches of {cnn.facts["batch_size"]}, cross-entropy with label smoothing
@@ -311,8 +311,8 @@ def score_on_test(runs):
     """Answers to the test set, and the truth, of some trained genre networks."""
     for name, run in runs.items():
         test = load_test(step.source, run.settings)
-        answers[name] = answer(run.model, test, run.settings, step.device)
-        truths[name] = truth(test, run.settings)
+        answers[name] = predict_clips(run.model, test, run.settings, step.device)
+        truths[name] = true_labels(test, run.settings)
         test_sets[name] = test.store.entries[0].path.parts[-3]
 
 
@@ -477,14 +477,14 @@ check_facts = learn_by_heart(step, data)
 # what makes a clip hard for both models cancels, so they tell more than two intervals side by side.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
 lstms = genre_models(step.training, ["mel"])
-best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_RUNS)
+best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_NAMES)
 lstms |= genre_models(step.training, {best_lstm} - {"mel"})
 score_on_test(lstms)
 members = {}
 if step.args.ensemble:  # log-probabilities are averaged, clip by clip
     members = {"cnn_ensemble": list(runs), "cnn_lstm_ensemble": [*runs, best_lstm]}
-    answers["cnn_ensemble"] = average(answers[name] for name in runs)
-    half_and_half = average([answers["cnn_ensemble"], answers[best_lstm]])
+    answers["cnn_ensemble"] = average_predictions(answers[name] for name in runs)
+    half_and_half = average_predictions([answers["cnn_ensemble"], answers[best_lstm]])
     answers["cnn_lstm_ensemble"] = half_and_half.dropna()  # of clips that both answered
     truths |= dict.fromkeys(members, truths["cnn_mel"])
     test_sets |= dict.fromkeys(members, test_sets["cnn_mel"])
@@ -502,10 +502,10 @@ write_predictions(step.folder, predictions)
 # The lab asks for a comparison of two networks; their training differs too, so that stands beside.
 table = {}
 for name, run in (runs | lstms).items():
-    net = GENRE_RUNS.get(name, network)  # the further seeds are of the same network
+    net = GENRE_NETWORKS.get(name, network)  # the further seeds are of the same network
     kinds = {"mixup": make_augment(net).mixup, "pitch": net.features != "chroma", "masks": True}
-    kinds |= {"crops": window_of(net)}
-    length = f"{window_of(net) * HOP / SR:.0f} s" if window_of(net) else "whole clips"
+    kinds |= {"crops": window_size(net)}
+    length = f"{window_size(net) * HOP / SR:.0f} s" if window_size(net) else "whole clips"
     table[name] = {
         "network": net.kind.upper(),
         "test set": test_sets[name],
@@ -590,7 +590,10 @@ step.figure(fig, "confusion", caption)
 # expected calibration error; temperature scaling (Guo et al., 2017), one number fitted on the
 # validation clips, may mend what is off on average: the test row tells. listen.py uses it.
 step.heading("7e, besides. How sure the network is")
-on_val = answer(cnn.model, data.val, cnn.settings, step.device), truth(data.val, cnn.settings)
+on_val = (
+    predict_clips(cnn.model, data.val, cnn.settings, step.device),
+    true_labels(data.val, cnn.settings),
+)
 judged = {"validation": on_val, "test": (answers["cnn_mel"], truths["cnn_mel"])}
 logits = {
     split: (
@@ -656,7 +659,7 @@ for index in chosen:
     row = {}
     for way in ("insertion", "deletion"):
         for order, values in (("attribution", named), ("random", noise)):
-            curve = answer_curve(model, x, ranks(values), label, way == "insertion")
+            curve = probability_curve(model, x, cell_ranks(values), label, way == "insertion")
             row[way, order] = float(curve.mean())
     areas.append(row)
     cells = slice(None, None, 8), slice(None, None, 4)  # one of each patch
@@ -722,7 +725,7 @@ for place, ((title, mel), row) in enumerate(zip(looked_at, axes, strict=True), s
     row[1].images[0].set_extent((0, len(x) * HOP / SR, 0, N_MELS))
     row[0].set_title(title, fontsize="medium")
     row[1].set_title(said, fontsize="medium")
-    quieter = (mel - 30.0 * (ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
+    quieter = (mel - 30.0 * (cell_ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
     for name, sound in (("all", mel), ("deciding", quieter)):
         waveform = mel_to_waveform(sound.T.numpy())
         heard = {"all": "made of its mel spectrogram", "deciding": QUIETER}[name]

@@ -26,21 +26,20 @@ import pandas as pd
 import torch
 
 from common import (
+    BASELINES,
     COLORS,
     EMOTIONS,
-    FLOORS,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
+    Experiment,
     RegressionLoss,
     Regressor,
-    Run,
     Step,
-    answer_unlabelled,
+    combine_emotions,
     difference_line,
-    emotion_floors,
+    emotion_baselines,
     emotion_scores,
     emotion_table,
     epochs_kept,
-    fit_all,
     genre_val_scores,
     held_out_rows,
     load_data,
@@ -49,10 +48,11 @@ from common import (
     paired_difference,
     plot_emotion_scores,
     plot_histories,
+    predict_unlabelled,
     read_entries,
     regression_loss,
-    together,
-    window_of,
+    train_all,
+    window_size,
     write_predictions,
     write_submission,
 )
@@ -75,7 +75,7 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 # equally wrong however near it lies, gives way to a loss for which the distance counts.
 step.heading("8a. From classifier to regressor")
 genre_val = genre_val_scores(step.training)
-lstms = [name for name in genre_val.index if GENRE_RUNS[name].kind == "lstm"]
+lstms = [name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]
 networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}  # step 7 has one CNN only
 step.text("""
     Taken are, of the LSTMs that step 5 has left for these clips, the one with the highest
@@ -95,9 +95,9 @@ def regressor(network, data):
 
 
 for kind, name in networks.items():
-    network = GENRE_RUNS[name]
+    network = GENRE_NETWORKS[name]
     data = load_data(
-        step.source, network.features, network.beat, EMOTIONS[0], crop=window_of(network)
+        step.source, network.features, network.beat, EMOTIONS[0], crop=window_size(network)
     )
     model = regressor(network, data).to(step.device)
     step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
@@ -115,7 +115,7 @@ step.text("""
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends here
     first = EMOTIONS[0]
-    pair = {f"{kind}_{first}": (GENRE_RUNS[name], first) for kind, name in networks.items()}
+    pair = {f"{kind}_{first}": (GENRE_NETWORKS[name], first) for kind, name in networks.items()}
     overfit_emotions(step, pair)
 
 # %% 8b-d. One model of each network per emotion
@@ -128,10 +128,10 @@ recipe = {
     "optimizer": torch.optim.AdamW,
     "n_folds": step.args.folds,
 }
-runs = fit_all(
+runs = train_all(
     step.training,
     [
-        Run(f"{kind}_{emotion}", GENRE_RUNS[name], **recipe, target=emotion)
+        Experiment(f"{kind}_{emotion}", GENRE_NETWORKS[name], **recipe, target=emotion)
         for emotion in EMOTIONS
         for kind, name in networks.items()
     ],
@@ -141,7 +141,7 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     if letter == "b":
         step.text("""
-            Trained as in steps 5 and 7, on fewer examples: AdamW (Adam with decoupled weight decay
+            Result as in steps 5 and 7, on fewer examples: AdamW (Adam with decoupled weight decay
             .01), one-cycle rate, averaged weights, the same augmentation (mixup averages the labels
             too), the loss of 8a. Kept is the epoch, of the last fifth, with the highest Spearman on
             the validation clips; as the best of several that value is optimistic.
@@ -180,7 +180,7 @@ answers = {
     for kind in networks
 }
 true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
-answers |= emotion_floors(step.source, step.args.folds)
+answers |= emotion_baselines(step.source, step.args.folds)
 scores = {name: emotion_scores(true, table) for name, table in answers.items()}
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in answers.items()}
 mean_rmse = {name: float(errors.mean()) for name, errors in rmse.items()}
@@ -189,7 +189,7 @@ step.table(
     f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
     "one training seed",
 )
-step.text(FLOORS)
+step.text(BASELINES)
 step.text("""
     Spearman's correlation compares ranks: 1 if the clips are put in the right order, 0 if
     the order says nothing; a constant ranks nothing, its correlation is undefined and counted
@@ -235,7 +235,7 @@ facts = {
 }
 for kind, name in networks.items():
     parts = {emotion: facts[f"{kind}_{emotion}"] for emotion in EMOTIONS}
-    facts[kind] = together(parts, scores[kind]) | {"network": name}
+    facts[kind] = combine_emotions(parts, scores[kind]) | {"network": name}
 facts |= {name: {"val": {}, "test": scores[name]} for name in scores if name not in networks}
 val = {kind: facts[kind]["val"]["mean_spearman"] for kind in networks}
 best = max(val, key=val.get)
@@ -247,7 +247,7 @@ step.text(f"""
     ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
 """)
 if unlabelled:
-    columns = [answer_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
+    columns = [predict_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
     write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
 rows = held_out_rows(true, answers, step.args.seed, runs["cnn_valence"].folds)
 write_predictions(step.folder, rows)

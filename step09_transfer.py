@@ -30,23 +30,23 @@ import pandas as pd
 import torch
 
 from common import (
+    BASELINES,
     COLORS,
     EMOTIONS,
-    FLOORS,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
+    Experiment,
     InputError,
     RegressionLoss,
     Regressor,
-    Run,
     Step,
     clip_ids,
+    combine_emotions,
     difference_line,
-    earlier_answers,
+    earlier_predictions,
     emotion_scores,
     emotion_table,
     epochs_kept,
     find_emotion_leak,
-    fit_all,
     genre_models,
     genre_val_scores,
     held_out_rows,
@@ -54,12 +54,12 @@ from common import (
     load_checkpoint,
     load_data,
     make_backbone,
+    make_recipe,
     overfit_emotions,
     paired_difference,
-    plan,
-    together,
-    truth,
-    window_of,
+    train_all,
+    true_labels,
+    window_size,
     write_predictions,
 )
 
@@ -104,9 +104,9 @@ trained here.
 # macro-F1. Genre test clips and emotion clips have no say in it.
 step.heading("9b. The model that is transferred")
 val = genre_val_scores(step.training)
-val = val.loc[[name for name in val.index if not GENRE_RUNS[name].beat]]
+val = val.loc[[name for name in val.index if not GENRE_NETWORKS[name].beat]]
 genre_name = val.index[0] if len(val) else "cnn_mel"
-network = GENRE_RUNS[genre_name]
+network = GENRE_NETWORKS[genre_name]
 n_blocks = len(make_backbone(network).blocks)
 if len(val):
     caption = "Genre networks on full spectrograms that earlier runs have left for these clips"
@@ -126,8 +126,8 @@ if step.args.freeze > n_blocks:
 
 # The clips held out are step 8's. Had the genre network heard them, its features would know
 # them: that is looked into before anything is trained.
-data = load_data(step.source, network.features, target="emotion", crop=window_of(network))
-true = truth(data.held_out, data.settings)
+data = load_data(step.source, network.features, target="emotion", crop=window_size(network))
+true = true_labels(data.held_out, data.settings)
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends here
     overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
 if leak := find_emotion_leak(step.source, data.held_out):
@@ -202,7 +202,7 @@ def untrained(network, data):
 
 def is_twin(kind):
     """Whether step 8's model is this network, trained from scratch on the whole budget."""
-    recipe = plan(network, data, step.training)
+    recipe = make_recipe(network, data, step.training)
     wanted = [recipe.epochs, recipe.epochs, recipe.lr, recipe.batch_size, len(data.train)]
     keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
     parts = [step8.runs.get(f"{kind}_{emotion}", {}) for emotion in emotions]
@@ -213,7 +213,7 @@ def is_twin(kind):
 # The twins. `scratch` has the budget of both phases together, at the full rate;
 # `scratch_full` the whole budget. The latter is what step 8 trains (same network, clips, seed
 # and recipe): its answers are taken from there if it was run so, else it is trained here.
-step8 = earlier_answers(step.training, "step08_regression", clip_ids(data.held_out))
+step8 = earlier_predictions(step.training, "step08_regression", clip_ids(data.held_out))
 step.text(step8.note)
 twin = next(filter(is_twin, step8.answers), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
@@ -223,9 +223,9 @@ recipe = {"make_loss": lambda data: RegressionLoss(data.std), "optimizer": torch
 from_genre = recipe | {"stats": genre_stats}
 
 # First phase, the new heads; beside it, the twins.
-first = {}  # (model, emotion) -> Run
+first = {}  # (model, emotion) -> Experiment
 for emotion in emotions:
-    make = functools.partial(Run, network=network, target=emotion)
+    make = functools.partial(Experiment, network=network, target=emotion)
     new_head = functools.partial(copied, frozen=n_blocks)
     first["head", emotion] = make(f"head_{emotion}", make_model=new_head, **from_genre, **HEAD)
     budget = {"share": HEAD["share"] + TUNE["share"]}
@@ -234,7 +234,7 @@ for emotion in emotions:
     if twin is None:
         full = make(f"scratch_full_{emotion}", make_model=untrained, **recipe)
         first["scratch_full", emotion] = full
-done = fit_all(step.training, first.values(), later=len(emotions) * len(tunings))
+done = train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
 
 # Second phase: everything that is not frozen, with the head that the first one has left.
 second = {}
@@ -242,8 +242,8 @@ for emotion, (depth, kind) in itertools.product(emotions, tunings.items()):
     name = kind.replace("transfer", f"transfer_{emotion}")
     head = done[f"head_{emotion}"].model.heads
     tuned = functools.partial(copied, frozen=depth, head=head)
-    second[kind, emotion] = Run(name, network, tuned, target=emotion, **from_genre, **TUNE)
-done |= fit_all(step.training, second.values())
+    second[kind, emotion] = Experiment(name, network, tuned, target=emotion, **from_genre, **TUNE)
+done |= train_all(step.training, second.values())
 runs = {key: done[run.name] for key, run in (first | second).items()}
 names = {key: run.name for key, run in (first | second).items()}
 
@@ -322,7 +322,7 @@ step.table(
     "one training seed",
 )
 if step8.answers:
-    step.text(FLOORS)
+    step.text(BASELINES)
 differences = {
     name: paired_difference(true, shown["transfer"], table)
     for name, table in shown.items()
@@ -362,7 +362,7 @@ facts = {
 if len(emotions) == len(EMOTIONS):
     for kind, table in answers.items():
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
-        facts[kind] = together(parts, emotion_scores(true, table))
+        facts[kind] = combine_emotions(parts, emotion_scores(true, table))
 step.finish(
     facts,
     genre_model=genre_name,

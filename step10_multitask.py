@@ -25,23 +25,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import (
+    BASELINES,
     EMOTIONS,
-    FLOORS,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
+    Experiment,
     RegressionLoss,
     Regressor,
-    Run,
     Step,
-    answer_unlabelled,
-    average,
+    average_predictions,
     difference_line,
-    earlier_answers,
-    emotion_floors,
+    earlier_predictions,
+    emotion_baselines,
     emotion_scores,
     emotion_table,
     epochs_kept,
     find_emotion_leak,
-    fit_all,
     genre_models,
     held_out_rows,
     load_backbone,
@@ -52,10 +50,12 @@ from common import (
     paired_difference,
     plot_emotion_scores,
     plot_histories,
+    predict_unlabelled,
     read_entries,
     regression_loss,
     seed_everything,
-    window_of,
+    train_all,
+    window_size,
     write_predictions,
     write_submission,
 )
@@ -71,7 +71,7 @@ def add_flags(parser):
 
 
 step = Step("step10_multitask", __doc__, training=True, add_flags=add_flags)
-cnn, lstm = GENRE_RUNS["cnn_mel"], GENRE_RUNS["fused"]
+cnn, lstm = GENRE_NETWORKS["cnn_mel"], GENRE_NETWORKS["fused"]
 
 
 def untrained(network, data):
@@ -109,7 +109,7 @@ data = load_data(
     step.source,
     cnn.features,
     target="emotion",
-    crop=window_of(cnn),
+    crop=window_size(cnn),
     n_folds=step.args.folds,
 )
 seed_everything(step.args.seed)
@@ -191,13 +191,15 @@ recipe = {"optimizer": torch.optim.AdamW, "target": "emotion", "n_folds": step.a
 summed = {"make_loss": lambda data: RegressionLoss(data.std)} | recipe
 weighted = {"make_loss": lambda data: RegressionLoss(data.std, learned=True)} | recipe
 trainings = [
-    Run("multitask", cnn, from_genre, stats=genre_stats, **summed),
-    Run("multitask_scratch", cnn, untrained, **summed),
-    Run("multitask_lstm", lstm, untrained, **summed),
+    Experiment("multitask", cnn, from_genre, stats=genre_stats, **summed),
+    Experiment("multitask_scratch", cnn, untrained, **summed),
+    Experiment("multitask_lstm", lstm, untrained, **summed),
 ]
 if step.args.learned_weights:
-    trainings.append(Run("multitask_learned", cnn, from_genre, stats=genre_stats, **weighted))
-runs = fit_all(step.training, trainings)
+    trainings.append(
+        Experiment("multitask_learned", cnn, from_genre, stats=genre_stats, **weighted)
+    )
+runs = train_all(step.training, trainings)
 plans = {run.name: run for run in trainings}
 table = {
     name: {
@@ -245,7 +247,9 @@ if step.args.learned_weights:
 step.heading("10d. Together and alone")
 answers = {name: run.answers for name, run in runs.items()}
 true, folds = runs["multitask"].truth, runs["multitask"].folds
-single, single_runs, note = earlier_answers(step.training, "step08_regression", true.index, folds)
+single, single_runs, note = earlier_predictions(
+    step.training, "step08_regression", true.index, folds
+)
 step.text(note)
 rows = {"multitask_scratch": answers["multitask_scratch"]}
 keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
@@ -281,14 +285,14 @@ elif "cnn" in single:
 # and step 9's models and the floors of step 8 beside them.
 step.heading("10d. All models on the held-out clips")
 averaged = ("multitask", "multitask_lstm")
-answers["multitask_average"] = average(answers[name] for name in averaged)
+answers["multitask_average"] = average_predictions(answers[name] for name in averaged)
 fitted_on = single_runs.get("cnn_valence", {}).get("n_train")
 if fitted_on == runs["multitask"].facts["n_train"]:  # step 8 has fitted them on these very clips
     floors = {name: single[name] for name in ("constant", "ridge", "svr")}
 else:
-    floors = emotion_floors(step.source, step.args.folds)
+    floors = emotion_baselines(step.source, step.args.folds)
 answers |= floors
-transfer, _, note = earlier_answers(step.training, "step09_transfer", true.index, folds)
+transfer, _, note = earlier_predictions(step.training, "step09_transfer", true.index, folds)
 step.text(note)
 shown = dict(answers)
 shown |= {f"{name} (step 8)": single[name] for name in ("lstm", "cnn") if name in single}
@@ -299,7 +303,7 @@ step.table(
     f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
     "one training seed",
 )
-step.text(FLOORS)
+step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the answers of `multitask` and `multitask_lstm`. That
     these two are averaged, and the CNN's budget, were settled in cross-validation on all labelled
@@ -324,8 +328,8 @@ step.text(f"""
     beforehand (see above): no choice is made by the scores of this run.
 """)
 if unlabelled:
-    members = (answer_unlabelled(step.source, runs[name]) for name in averaged)
-    write_submission(step.folder / "submission.csv", average(members))
+    members = (predict_unlabelled(step.source, runs[name]) for name in averaged)
+    write_submission(step.folder / "submission.csv", average_predictions(members))
 write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds))
 facts = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}
 facts["multitask_average"] = {"members": averaged, "val": {}, "test": scores["multitask_average"]}

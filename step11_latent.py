@@ -41,9 +41,9 @@ from torch.utils.data import DataLoader
 from common import (
     BANDS,
     COLORS,
-    GENRE_RUNS,
+    GENRE_NETWORKS,
     HOP,
-    LSTM_RUNS,
+    LSTM_NAMES,
     MARKERS,
     SR,
     InputError,
@@ -58,10 +58,10 @@ from common import (
     load_test,
     mel_to_waveform,
     model_spec,
+    parallel_map,
     plot_scores,
     predict,
     seed_everything,
-    side_by_side,
     with_interval,
     write_bytes,
     write_text,
@@ -80,7 +80,7 @@ step = Step("step11_latent", __doc__, parts=("genre",))
 # so the LSTMs to choose from are those trained on them. Best and worst go by the validation
 # score in their checkpoints: the test scores belong to the very clips that are shown here.
 step.heading("11a. The vectors before the output layer, with their genres")
-lstms = [name for name in LSTM_RUNS if not GENRE_RUNS[name].beat]
+lstms = [name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat]
 models = genre_models(step.training, [*lstms, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
 worst, *_, best = sorted(lstms, key=val.get)
@@ -490,7 +490,7 @@ if importlib.util.find_spec("plotly"):
         "models": {name: f"{role} ({name})" for name, role in roles.items()},
         "methods": list(methods),
         "runs": {name: called[name] | {"points": drawn[name]} for name in roles},
-        "sounds": list(side_by_side(sound_of, [(mel,) for mel in heard], workers)),
+        "sounds": list(parallel_map(sound_of, [(mel,) for mel in heard], workers)),
         "colors": COLORS,
         "symbols": SYMBOLS,
     }

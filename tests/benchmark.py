@@ -130,7 +130,7 @@ def measure(side, args) -> dict:
     for entry in entries:  # both sides read from a warm page cache
         entry.path.read_bytes()
     common.seed_everything(0)
-    run = {"LSTM": common.GENRE_RUNS["mel"], "CNN": common.GENRE_RUNS["cnn_mel"]}
+    run = {"LSTM": common.GENRE_NETWORKS["mel"], "CNN": common.GENRE_NETWORKS["cnn_mel"]}
     numbers = {}
     began = time.perf_counter()
     if side == "ours":
@@ -152,7 +152,7 @@ def measure(side, args) -> dict:
         return numbers
     for name in ("LSTM", "CNN"):
         if side == "ours":
-            window = common.window_of(run[name])
+            window = common.window_size(run[name])
             model = common.Classifier(common.make_backbone(run[name]), len(classes)).to(device)
             fetch = torch.utils.data.Subset(data.variant(crop=window), train_idx.tolist())
             whole = torch.utils.data.Subset(data, val_idx.tolist())
@@ -210,7 +210,7 @@ def ours_epoch(model, fetch, recipe, device, batch_size):
 
 
 def training_parts(model, lr, n_steps, device) -> dict:
-    """What common.train_epoch works with, as common.fit makes it."""
+    """What common.train_epoch works with, as common.train makes it."""
     swa, kind = torch.optim.swa_utils, torch.device(device).type
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     half = common.fast_dtype(kind) == torch.float16
@@ -262,9 +262,9 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     best score of the textbook, seconds it took, seconds ours took (inf: not reached)
     """
     device = common.pick_device(args.device)
-    network = common.GENRE_RUNS["cnn_mel"]
+    network = common.GENRE_NETWORKS["cnn_mel"]
     source = common.Source(args.data_dir, seed=0, device=device)
-    data = common.load_data(source, crop=common.window_of(network))
+    data = common.load_data(source, crop=common.window_size(network))
     n_classes = len(data.names)
     equal = data.settings | {"priors": [1 / n_classes] * n_classes}  # the largest logit as it is
     store = data.val.dataset.store
@@ -290,7 +290,7 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     common.seed_everything(0)
     ours = common.Classifier(common.make_backbone(network), n_classes).to(device)
     flags = argparse.Namespace(epochs=None, smoke=False, lr=2e-3, batch_size=32)
-    recipe = common.plan(network, data, flags)
+    recipe = common.make_recipe(network, data, flags)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=recipe.lr, weight_decay=0.01, fused=True)
     loss_fn, score = nn.CrossEntropyLoss(label_smoothing=0.1), common.validation_score
 
@@ -307,7 +307,7 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
         contextlib.suppress(Reached),
     ):
         cnn = Path(folder) / "cnn"
-        common.fit(ours, data, loss_fn, optimizer, recipe, cnn, device=device)
+        common.train(ours, data, loss_fn, optimizer, recipe, cnn, device=device)
         return best, reached, float("inf")
     return best, reached, time.perf_counter() - began
 

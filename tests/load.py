@@ -73,7 +73,7 @@ def watch(peak, stop) -> None:
 def train_batches(data, n_batches) -> float:
     """Train step 7's CNN for so many batches, drawn from all over the set; returns s per clip."""
     common.seed_everything(0)
-    network, n_classes = common.GENRE_RUNS["cnn_mel"], len(data.names)
+    network, n_classes = common.GENRE_NETWORKS["cnn_mel"], len(data.names)
     model = common.Classifier(common.make_backbone(network), n_classes)
     recipe = common.Recipe(epochs=1, lr=1e-3, augment=common.make_augment(network, n_classes))
     loader = common.DataLoader(data.train, recipe.batch_size, shuffle=True)

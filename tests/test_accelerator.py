@@ -137,7 +137,7 @@ def prepare(device, data_dir, name, head, quiet=False):
     quiet : without dropout and changes of the input, whose random numbers devices draw
         differently
     """
-    network = common.GENRE_RUNS[name]
+    network = common.GENRE_NETWORKS[name]
     window = None if network.beat or network.plain else 64
     common.seed_everything(0)
     n_clips = 12 if network.plain else 24  # the stand-in is slow where every frame is a step
@@ -177,7 +177,7 @@ def train_on(device, data_dir, folder, name, head, quiet=False, **options):
     fused = device.type != CARD.type  # torch has no fused optimiser for the stand-in
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01, fused=fused)
     recipe = common.Recipe(epochs=2, lr=2e-3, batch_size=12, augment=augment, window=window)
-    result = common.fit(model, data, loss_fn, optimizer, recipe, folder, device=device, **options)
+    result = common.train(model, data, loss_fn, optimizer, recipe, folder, device=device, **options)
     loaded, _ = common.load_model(folder / "best.pt", device)  # what the next step finds
     assert all(value.device.type == device.type for value in loaded.state_dict().values())
     outputs, _ = common.predict(loaded, DataLoader(data.val, 12), device, window)
@@ -384,7 +384,7 @@ def tiny_training(folder, epochs=3, **options):
     data = common.Data(part, part, part, list("abc"), None, None, settings)
     recipe = common.Recipe(epochs=epochs, lr=0.05, batch_size=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01, fused=True)
-    result = common.fit(model, data, nn.CrossEntropyLoss(), optimizer, recipe, folder, **options)
+    result = common.train(model, data, nn.CrossEntropyLoss(), optimizer, recipe, folder, **options)
     return result.history["train_loss"].tolist(), model.state_dict()
 
 

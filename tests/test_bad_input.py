@@ -516,7 +516,7 @@ def test_batches_of_every_size_are_trained_on(make_step, monkeypatch, name):
     for batch_size in (10, 1000):
         sizes.clear()
         made = make_step("--epochs", 1, "--batch-size", batch_size, "--subset", 11)
-        run = common.fit_all(made.training, [common.genre_run(name)])[name]
+        run = common.train_all(made.training, [common.genre_experiment(name)])[name]
         assert sizes[: 2 if batch_size == 10 else 1] == ([10, 1] if batch_size == 10 else [11])
         assert np.isfinite(run.history["train_loss"][0])
 
@@ -524,15 +524,15 @@ def test_batches_of_every_size_are_trained_on(make_step, monkeypatch, name):
 @pytest.mark.parametrize("target", ["emotion", "energy"])
 def test_emotion_batch_of_one(make_step, target):
     step = make_step("--epochs", 1, "--batch-size", 8, "--subset", 9)
-    run = common.Run(
+    run = common.Experiment(
         "cnn",
-        common.GENRE_RUNS["cnn_mel"],
+        common.GENRE_NETWORKS["cnn_mel"],
         lambda _, data: common.Regressor(common.CNNBackbone(), data.names, data.mean, data.std),
         lambda data: common.RegressionLoss(data.std, learned=target == "emotion"),
         torch.optim.AdamW,
         target=target,
     )
-    run = common.fit_all(step.training, [run])["cnn"]
+    run = common.train_all(step.training, [run])["cnn"]
     assert run.facts["n_train"] == 9 and run.answers.shape[1] == (3 if target == "emotion" else 1)
     assert np.isfinite(run.history["train_loss"][0]) and np.isfinite(run.answers).all(axis=None)
 

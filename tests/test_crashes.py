@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, read_metrics, run_inside, write_data_set
-from test_train import fit
+from test_train import train
 
 import common
 
@@ -159,23 +159,23 @@ def test_kill_9_at_random_moments(tmp_path):
 
 
 def test_a_finished_run_stays_as_it_was_when_resumed(tmp_path):
-    _, whole = fit(tmp_path / "run", epochs=3)
+    _, whole = train(tmp_path / "run", epochs=3)
     state = (tmp_path / "run" / "last.pt").read_bytes()
-    _, again = fit(tmp_path / "run", epochs=3, resume=True)
+    _, again = train(tmp_path / "run", epochs=3, resume=True)
     assert whole.facts["epochs"] == again.facts["epochs"] == 3
     assert whole.history.equals(again.history)
     assert (tmp_path / "run" / "last.pt").read_bytes() == state
 
 
 def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_path):
-    fit(tmp_path / "run", epochs=2)
+    train(tmp_path / "run", epochs=2)
 
     class Stopped(torch.nn.CrossEntropyLoss):
         def forward(self, outputs, targets):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", epochs=2, loss=Stopped())
+        train(tmp_path / "run", epochs=2, loss=Stopped())
     best = common.load_checkpoint(
         tmp_path / "run" / "best.pt"
     )  # the old run's, until the new one has one

@@ -630,7 +630,7 @@ def test_targets_go_with_their_clips_and_not_with_a_row_number(own_data):
             for subset in (data.train, data.val, data.held_out):
                 if not len(subset):
                     continue
-                true = common.truth(subset, data.settings)
+                true = common.true_labels(subset, data.settings)
                 if target == "genre":
                     assert true.to_dict() == {i: labels[i] for i in true.index}
                     continue
@@ -643,14 +643,16 @@ def test_targets_go_with_their_clips_and_not_with_a_row_number(own_data):
 def test_folds_hold_every_clip_out_once(own_data, n_folds):
     labels = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5))
     source = Source(own_data / "nowhere")  # then the order is that of the labels
-    cuts = [common.cut_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)]
+    cuts = [common.split_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)]
     for parts in cuts:
         assert sorted(sum(parts, [])) == sorted(labels), "parts overlap, or miss a clip"
     held_out = [clip_id for _, _, part in cuts for clip_id in part]
     assert sorted(held_out) == sorted(labels)
-    assert common.cut_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
+    assert common.split_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
     with pytest.raises(InputError, match="too few for"):
-        common.cut_ids(source, "emotion", dict(list(labels.items())[: 4 * n_folds - 1]), 0, n_folds)
+        common.split_ids(
+            source, "emotion", dict(list(labels.items())[: 4 * n_folds - 1]), 0, n_folds
+        )
 
 
 def test_parts_without_a_readable_clip_are_one_error(own_data):
@@ -672,7 +674,7 @@ def test_labels_of_training_clips_alone_scale_an_emotion(own_data):
 def test_priors_are_shares_of_the_training_part_and_never_zero(own_data, capsys):
     """A class whose only training clips are bad must not become an infinite logit."""
     data = load_data(Source(own_data))
-    named = Counter(common.truth(data.train, data.settings))
+    named = Counter(common.true_labels(data.train, data.settings))
     shares = [named[name] / len(data.train) for name in data.names]
     assert data.settings["priors"] == pytest.approx(shares)
     for entry in read_entries(own_data, "genre", "train", merge=True):
@@ -793,7 +795,7 @@ def test_steps_are_described_by_mean_spread_and_change_of_their_own_frames():
     x = torch.randn(2, 11, 5).masked_fill(
         torch.arange(11)[None, :, None] >= lengths[:, None, None], 0.0
     )
-    steps, n_steps = common.describe_steps(x, lengths, 4)
+    steps, n_steps = common.frame_statistics(x, lengths, 4)
     assert steps.shape == (2, 3, 15) and n_steps.tolist() == [3, 2]
     for clip, length in enumerate(lengths.tolist()):
         frames = x[clip, :length].numpy()
@@ -807,7 +809,7 @@ def test_steps_are_described_by_mean_spread_and_change_of_their_own_frames():
 def test_every_feature_of_a_step_reaches_the_lstm_standardised():
     backbone = LSTMBackbone(6, frames_per_step=4, projection=5)
     x = 30 + 7 * torch.randn(64, 40, 6)
-    steps, _ = common.describe_steps(x, torch.full((64,), 40), 4)
+    steps, _ = common.frame_statistics(x, torch.full((64,), 40), 4)
     normed = backbone.stem[0](steps).flatten(0, 1)
     assert normed.mean(0).abs().max() < 1e-3 and (normed.std(0) - 1).abs().max() < 0.01
 

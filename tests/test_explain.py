@@ -112,14 +112,14 @@ def test_patches_are_sums_in_their_own_cells():
 
 
 def test_ranks_go_from_the_highest_down():
-    rank = common.ranks(torch.tensor([[0.1, 0.9], [0.5, -3.0]]))
+    rank = common.cell_ranks(torch.tensor([[0.1, 0.9], [0.5, -3.0]]))
     assert rank.tolist() == [[0.5, 0.0], [0.25, 0.75]]
 
 
 @pytest.mark.parametrize("insert", [True, False])
 def test_a_curve_begins_and_ends_at_nothing_and_all(model, insert):
-    x, rank = clip(), common.ranks(clip(seed=5))
-    curve = common.answer_curve(model, x, rank, 1, insert)
+    x, rank = clip(), common.cell_ranks(clip(seed=5))
+    curve = common.probability_curve(model, x, rank, 1, insert)
     whole, nothing = (logits_of(model, y).softmax(0)[1] for y in (x, torch.zeros_like(x)))
     first, last = (nothing, whole) if insert else (whole, nothing)
     torch.testing.assert_close(curve[0], first, rtol=1e-3, atol=1e-4)
@@ -161,16 +161,18 @@ def test_sound_comes_back_like_the_spectrogram_it_was_made_of(mel):
     waveform = common.mel_to_waveform(mel)
     assert waveform.dtype == np.float32 and np.abs(waveform).max() == pytest.approx(0.9)
     assert len(waveform) == (mel.shape[1] - 1) * common.HOP
-    close = common.likeness(waveform, mel)
+    close = common.spectrogram_similarity(waveform, mel)
     # This clip is flat and noisy, hard to bring back; on real music it is .98 and 1.7 dB.
     assert close["correlation"] > 0.7 and close["mean_distance_db"] < 6.5
-    other = common.likeness(waveform, mel[:, ::-1])  # played backwards
+    other = common.spectrogram_similarity(waveform, mel[:, ::-1])  # played backwards
     assert other["correlation"] < close["correlation"] - 0.05
     noise = np.random.default_rng(1).standard_normal(len(waveform)).astype("f4")
-    assert common.likeness(noise, mel)["correlation"] < 0.4
+    assert common.spectrogram_similarity(noise, mel)["correlation"] < 0.4
     itself = make_dataset.demo_waveform(0, 1000, "Rock", 3.0)
-    assert common.likeness(itself, mel)["mean_distance_db"] < 0.01
-    assert common.likeness(itself, mel - 20)["mean_distance_db"] < 0.01  # a level of its own
+    assert common.spectrogram_similarity(itself, mel)["mean_distance_db"] < 0.01
+    assert (
+        common.spectrogram_similarity(itself, mel - 20)["mean_distance_db"] < 0.01
+    )  # a level of its own
 
 
 def test_a_sound_has_the_magnitudes_it_was_asked_for(mel):

@@ -331,7 +331,7 @@ def test_rate_and_running_average_follow_their_formulas(
 
     monkeypatch.setattr(common, "validation_score", score)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
-    result = common.fit(model, toy, MeanAnswer(), optimizer, recipe, tmp_path)
+    result = common.train(model, toy, MeanAnswer(), optimizer, recipe, tmp_path)
     weight, average, gradient, averages = 0.0, 0.0, 0.0, []
     for step in range(n_steps):
         rate, momentum = one_cycle(step, n_steps, 0.1)
@@ -363,10 +363,10 @@ def test_planned_epochs_by_hand(monkeypatch, n_clips, examples, most_passes, exp
         monkeypatch.setattr(common, "BUDGETS", {"lstm": budget})
         settings = {"part": part}
         data = types.SimpleNamespace(train=range(n_clips), names=["a"], settings=settings)
-        recipe = common.plan(network, data, args)
+        recipe = common.make_recipe(network, data, args)
         assert (recipe.epochs, recipe.crops) == expected
     args.smoke = True
-    assert common.plan(network, data, args).epochs == 2
+    assert common.make_recipe(network, data, args).epochs == 2
 
 
 def test_share_of_a_budget_by_hand(monkeypatch):
@@ -377,7 +377,7 @@ def test_share_of_a_budget_by_hand(monkeypatch):
     for n_clips, expected in ((400, (15, 1)), (100_000, (4, 1)), (10, (16, 1))):
         settings = {"part": "genre"}
         data = types.SimpleNamespace(train=range(n_clips), names=["a"], settings=settings)
-        recipe = common.plan(common.Network("lstm", "mel"), data, args, share=0.2)
+        recipe = common.make_recipe(common.Network("lstm", "mel"), data, args, share=0.2)
         assert (recipe.epochs, recipe.crops) == expected
 
 
@@ -460,10 +460,10 @@ def test_average_is_taken_clip_by_clip():
     first = pd.DataFrame({"a": [0.0, 2.0, 4.0], "b": [1.0, 1.0, 1.0]}, ["7", "10", "9"])
     second = pd.DataFrame({"b": [3.0, 5.0, 1.0], "a": [8.0, 0.0, 2.0]}, ["9", "7", "10"])
     third = first * 0
-    mean = common.average(table for table in (first, second, third))
+    mean = common.average_predictions(table for table in (first, second, third))
     by_hand = pd.DataFrame({"a": [0.0, 4 / 3, 4.0], "b": [2.0, 2 / 3, 4 / 3]}, ["7", "10", "9"])
     pd.testing.assert_frame_equal(mean.loc[by_hand.index, ["a", "b"]], by_hand)
-    pd.testing.assert_frame_equal(common.average([first]), first)
+    pd.testing.assert_frame_equal(common.average_predictions([first]), first)
 
 
 def genre_answers(classes, rows):
@@ -544,7 +544,7 @@ def test_frames_are_averaged_by_hand():
 def test_steps_are_described_by_hand():
     """Means, population standard deviations, mean absolute changes; padding counts in none."""
     x = torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0], [2.0, 6.0, 4.0, 0.0, 0.0]])[:, :, None]
-    steps, lengths = common.describe_steps(x, torch.tensor([5, 3]), 2)
+    steps, lengths = common.frame_statistics(x, torch.tensor([5, 3]), 2)
     assert lengths.tolist() == [3, 2]
     # Changes: clip 1: 0, 2 | 2, 2 | 2; clip 2: 0, 4 | 2 (the next one leads into the padding).
     by_hand = [[[2, 1, 1], [6, 1, 2], [9, 0, 2]], [[4, 2, 2], [4, 0, 2]]]
@@ -663,16 +663,16 @@ def test_band_statistics_are_those_of_the_given_clips(features, rows):
     np.testing.assert_allclose(std, frames.std(1), rtol=0.12)
 
 
-@pytest.mark.parametrize("name", common.GENRE_RUNS)
+@pytest.mark.parametrize("name", common.GENRE_NETWORKS)
 def test_a_run_hears_what_its_name_says(name):
-    network = common.GENRE_RUNS[name]
+    network = common.GENRE_NETWORKS[name]
     assert network.features == name.split("_")[-1]
     assert network.beat == name.startswith("beat_")
     assert network.kind == ("cnn" if name.startswith("cnn") else "lstm")
     assert network.plain == name.startswith("plain")
     assert network.n_bands == {"mel": 128, "chroma": 12, "fused": 140}[network.features]
     crop = None if network.beat or network.plain else {"cnn": 256, "lstm": 640}[network.kind]
-    assert common.window_of(network) == crop
+    assert common.window_size(network) == crop
 
 
 GENRE = {"part": "genre", "names": ["a", "b"], "priors": [0.9, 0.1], "window": None}
@@ -702,7 +702,9 @@ def test_each_clip_gets_its_own_adjusted_answer():
     store = common.ClipStore(
         entries, frames.half(), torch.arange(n), torch.ones(n).long(), [""] * n
     )
-    answers = common.answer(Says(), common.SpectrogramDataset(store, np.zeros(n, int)), GENRE)
+    answers = common.predict_clips(
+        Says(), common.SpectrogramDataset(store, np.zeros(n, int)), GENRE
+    )
     assert list(answers.index) == [str(1000 - i) for i in range(n)]
     logits = frames.half().float()[:, :2] - 0.5 * torch.tensor([0.9, 0.1]).log()
     np.testing.assert_allclose(answers, logits.log_softmax(1), atol=1e-4)
@@ -758,7 +760,7 @@ def test_unlabelled_clips_are_answered_by_all_folds(monkeypatch):
     )
     folds = [types.SimpleNamespace(model=model, settings={}) for model in (0.1, 0.2, 0.6)]
     source = types.SimpleNamespace(device="cpu")
-    mean = common.answer_unlabelled(source, types.SimpleNamespace(members=folds))
+    mean = common.predict_unlabelled(source, types.SimpleNamespace(members=folds))
     assert mean["energy"].tolist() == pytest.approx([0.3, 0.6])
 
 

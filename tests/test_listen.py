@@ -56,7 +56,7 @@ def save_networks(out, data, **odd):
             model = common.Regressor(backbone, cut.names, cut.mean, cut.std)
             for head in model.heads.values():  # untrained, all would answer the mean label
                 torch.nn.init.normal_(head.weight, std=0.05)
-        settings = cut.settings | {"run": run, "window": common.window_of(network)}
+        settings = cut.settings | {"run": run, "window": common.window_size(network)}
         settings |= odd if role == "cnn" else {}
         (out / step / run).mkdir(parents=True)
         path = out / step / run / "best.pt"
@@ -203,7 +203,7 @@ def test_what_decided_is_asked_for_the_class_that_the_whole_song_is_called(
     """Not for that of its first window."""
 
     class Undecided(listen.Heard):
-        def answer(self, rows, every=None):
+        def predict_clips(self, rows, every=None):
             answers, middles = super().answer(rows, every)
             answers = torch.zeros_like(answers)
             answers[0, 3], answers[1:, 5] = 9.0, 9.0

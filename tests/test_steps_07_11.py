@@ -32,12 +32,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common import (
-    LSTM_RUNS,
+    LSTM_NAMES,
     SR,
     Classifier,
     CNNBackbone,
     Source,
-    average,
+    average_predictions,
     clip_ids,
     genre_scores,
     load_checkpoint,
@@ -47,7 +47,7 @@ from common import (
     paired_difference,
     predict,
     stack_rows,
-    truth,
+    true_labels,
     with_interval,
 )
 
@@ -180,7 +180,7 @@ def test_ensemble_averages_by_clip_id():
     true = pd.Series(["a", "b"] * 3, ids)
     is_class = true.to_numpy()[:, None] == np.array(["a", "b"])
     sure = pd.DataFrame(np.where(is_class, -0.01, -5.0), ids, ["a", "b"])
-    mean = average([sure * 0 - 0.7, sure.iloc[::-1]])
+    mean = average_predictions([sure * 0 - 0.7, sure.iloc[::-1]])
     assert genre_scores(true, mean)["accuracy"] == 1
 
 
@@ -328,7 +328,9 @@ def test_latent_files(outputs, data_dir):
         test = load_test(Source(data_dir), settings)
         assert clips["vectors"].shape == (len(test), model.backbone.feature_size)
         assert clips["ids"].tolist() == clip_ids(test)
-        assert [clips["classes"][k] for k in clips["labels"]] == truth(test, settings).tolist()
+        assert [clips["classes"][k] for k in clips["labels"]] == true_labels(
+            test, settings
+        ).tolist()
         # These are the very vectors that the output layer answers to.
         logits, _ = predict(model, DataLoader(test, 8), window=settings["window"])
         with torch.no_grad():
@@ -359,7 +361,7 @@ def test_best_and_worst_lstm_by_validation(outputs):
     metrics = read_metrics(outputs / "step11_latent")
     folder = outputs / "step11_latent"
     # The lab names the test set of full spectrograms: no network of beats is a candidate.
-    names = [name for name in LSTM_RUNS if not name.startswith("beat")]
+    names = [name for name in LSTM_NAMES if not name.startswith("beat")]
     val = {name: load_checkpoint(folder / name / "best.pt")["val_score"] for name in names}
     roles = {role: name for name, role in metrics["roles"].items()}
     assert val[roles["best LSTM"]] == max(val.values())

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 import common
-from common import EMOTIONS, GENRE_RUNS, RegressionLoss, Regressor, Source
+from common import EMOTIONS, GENRE_NETWORKS, RegressionLoss, Regressor, Source
 
 STEPS = ("step08_regression", "step09_transfer", "step10_multitask")
 FLAGS = {
@@ -81,7 +81,7 @@ def test_outputs_keep_the_contract(outputs, name):
     assert "nan" not in summary.lower().replace("np.nan", "").replace("finance", "")
     figures = sorted(path.stem for path in folder.glob("*.png"))
     assert figures and all(f"]({figure}.png)" in summary for figure in figures)
-    trained = {path.parent.name for path in folder.glob("*/best.pt")} - set(GENRE_RUNS)
+    trained = {path.parent.name for path in folder.glob("*/best.pt")} - set(GENRE_NETWORKS)
     assert trained and trained <= set(metrics["runs"])
     for run in trained:
         record = metrics["runs"][run]
@@ -243,7 +243,7 @@ def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
         "plan": lambda network, data, training: recipe,
         "data": SimpleNamespace(train=range(46)),
         "step": SimpleNamespace(training=None),
-        "step8": common.Earlier({}, runs, ""),
+        "step8": common.EarlierPredictions({}, runs, ""),
         "network": None,
         "emotions": ("valence",),
         "genre_name": genre_name,
@@ -257,12 +257,13 @@ def test_the_short_twins_have_the_same_budget(source):
     data = common.load_data(source, target="emotion", crop=256)
     args = common.make_parser("x", training=True).parse_args([])
     plans = [
-        common.plan(GENRE_RUNS["cnn_mel"], data, args, share) for share in (0.05, 0.25, 0.3, 1.0)
+        common.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, share)
+        for share in (0.05, 0.25, 0.3, 1.0)
     ]
     head, tune, scratch, full = (recipe.epochs * recipe.crops for recipe in plans)
     assert abs(head + tune - scratch) <= 2 and scratch == pytest.approx(0.3 * full, rel=0.1)
     args = common.make_parser("x", training=True).parse_args(["--epochs", "40"])
-    assert common.plan(GENRE_RUNS["cnn_mel"], data, args, 0.25).epochs == 10
+    assert common.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, 0.25).epochs == 10
 
 
 def test_step_10_measures_its_loss_and_compares_with_both_steps(outputs):
@@ -294,14 +295,14 @@ def test_earlier_scores_are_taken_from_the_same_clips_only(outputs, data_dir, ma
     for name in ("metrics.json", "predictions.csv"):
         (copy / name).write_bytes((outputs / STEPS[0] / name).read_bytes())
     same = make_step(data_dir, tmp_path, "--smoke")
-    answers, _, _ = common.earlier_answers(same.training, STEPS[0], ids)
+    answers, _, _ = common.earlier_predictions(same.training, STEPS[0], ids)
     assert set(answers) >= {"lstm", "cnn", "svr"} and list(answers["cnn"].index) == ids
-    assert common.earlier_answers(same.training, STEPS[0], ids[:-1])[:2] == ({}, {})
-    assert common.earlier_answers(same.training, "step11_latent", ids)[:2] == ({}, {})
+    assert common.earlier_predictions(same.training, STEPS[0], ids[:-1])[:2] == ({}, {})
+    assert common.earlier_predictions(same.training, "step11_latent", ids)[:2] == ({}, {})
     # A check is no result; another seed holds out other clips.
     for number, flags in enumerate(([], ["--smoke", "--seed", "7"])):
         other = make_step(data_dir, tmp_path, *flags, name=f"other{number}")
-        assert common.earlier_answers(other.training, STEPS[0], ids)[:2] == ({}, {})
+        assert common.earlier_predictions(other.training, STEPS[0], ids)[:2] == ({}, {})
 
 
 def test_cross_validation_predicts_every_clip_once(data_dir, tmp_path):
@@ -428,7 +429,7 @@ def test_axis_is_learned_from_its_own_column(data_dir, source, axis):
 def genre_checkpoint(request, tmp_path):
     """A genre model as step 5 or 7 saves it, its weights and statistics unlike fresh ones."""
     torch.manual_seed(1)
-    network = GENRE_RUNS[request.param]
+    network = GENRE_NETWORKS[request.param]
     model = common.Classifier(common.make_backbone(network), 10)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -457,13 +458,13 @@ def test_frozen_blocks_stay_as_they_were(data_dir, tmp_path, make_step, genre_ch
     step = make_step(data_dir, tmp_path, "--epochs", "2", "--batch-size", "8")
     n_blocks, before = len(model.backbone.blocks), model.backbone.state_dict()
     for frozen in {1, n_blocks}:
-        run = common.Run(
+        run = common.Experiment(
             f"frozen{frozen}", network,
             lambda _, data, frozen=frozen: Regressor(
                 common.load_backbone(path, frozen), data.names, data.mean, data.std),
             lambda data: RegressionLoss(data.std), torch.optim.AdamW, target="valence",
         )  # fmt: skip
-        trained = common.fit_all(step.training, [run])[run.name]
+        trained = common.train_all(step.training, [run])[run.name]
         unfrozen = [w for block in model.backbone.blocks[frozen:] for w in block.parameters()]
         stem = [] if frozen else [*model.backbone.stem.parameters()]
         n_trained = sum(w.numel() for w in [*unfrozen, *stem, *trained.model.heads.parameters()])
@@ -518,11 +519,11 @@ def test_best_genre_model_is_chosen_by_validation_score(data_dir, tmp_path, make
         "beat_chroma": (0.7, {"seed": 43}),
     }
     for name, (score, odd) in cases.items():
-        network = GENRE_RUNS[name]
+        network = GENRE_NETWORKS[name]
         folder = "step07_cnn" if name == "cnn_mel" else "step05_lstm"
         (tmp_path / folder / name).mkdir(parents=True)
         data = common.load_data(step.source, network.features, network.beat)
-        settings = data.settings | {"run": name, "window": common.window_of(network)} | odd
+        settings = data.settings | {"run": name, "window": common.window_size(network)} | odd
         model = common.Classifier(common.make_backbone(network), len(data.names))
         path = tmp_path / folder / name / "best.pt"
         facts = {"planned_epochs": 1, "n_val": 9}
@@ -658,7 +659,7 @@ def test_a_difference_is_of_the_emotions_that_both_models_have():
 
 
 def train_beat_mel(step, learned=False, **options):
-    """A regressor of beats, trained by `fit_all`."""
+    """A regressor of beats, trained by `train_all`."""
 
     def regressor(network, data):
         return Regressor(common.make_backbone(network), data.names, data.mean, data.std)
@@ -666,9 +667,9 @@ def train_beat_mel(step, learned=False, **options):
     def make_loss(data):
         return RegressionLoss(data.std, learned=learned)
 
-    network = GENRE_RUNS["beat_mel"]
-    run = common.Run("run", network, regressor, make_loss, torch.optim.AdamW, **options)
-    return common.fit_all(step.training, [run])["run"]
+    network = GENRE_NETWORKS["beat_mel"]
+    run = common.Experiment("run", network, regressor, make_loss, torch.optim.AdamW, **options)
+    return common.train_all(step.training, [run])["run"]
 
 
 def test_a_run_of_several_folds_knows_which_fold_answered(data_dir, tmp_path, make_step):
@@ -686,7 +687,7 @@ def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(data_dir, tmp
     run = train_beat_mel(step, learned=True, target="emotion", n_folds=2, lr_factor=0.5)
     for fold, member in enumerate(run.members):
         data = common.load_data(step.source, "mel", True, "emotion", fold=fold, n_folds=2)
-        answers = common.answer(member.model, data.held_out, member.settings)
+        answers = common.predict_clips(member.model, data.held_out, member.settings)
         pd.testing.assert_frame_equal(run.answers.loc[answers.index], answers)
         learned = common.load_torch(member.path.with_name("last.pt"))["loss"]["log_var"]
         assert (learned != 0).all(), "the weights of the losses are not learned"
@@ -698,8 +699,8 @@ def test_step_10_hands_in_the_average_of_both_networks(outputs, source):
     for name in ("multitask", "multitask_lstm"):
         model, checkpoint = common.load_model(outputs / STEPS[2] / name / "best.pt")
         test = common.load_test(source, checkpoint["settings"])
-        answers.append(common.answer(model, test, checkpoint["settings"]))
-    expected = common.average(answers)[list(EMOTIONS)].clip(0, 1)
+        answers.append(common.predict_clips(model, test, checkpoint["settings"]))
+    expected = common.average_predictions(answers)[list(EMOTIONS)].clip(0, 1)
     found = submission(outputs / STEPS[2]).loc[expected.index]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(answers[0] - answers[1]).to_numpy().max() > 1e-3  # or one would do

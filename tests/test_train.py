@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import common
 from common import (
-    GENRE_RUNS,
+    GENRE_NETWORKS,
     Augment,
     Classifier,
     InputError,
@@ -67,7 +67,7 @@ def toy_data(tensors):
     return common.Data(part, part, Subset(tensors, []), names, None, None, settings)
 
 
-def fit(folder, epochs=4, model=None, data=None, loss=None, recipe=None, **options):
+def train(folder, epochs=4, model=None, data=None, loss=None, recipe=None, **options):
     """Train on the toy clips; returns (model, Fit)."""
     common.seed_everything(3)
     model = model or classifier()
@@ -76,7 +76,7 @@ def fit(folder, epochs=4, model=None, data=None, loss=None, recipe=None, **optio
     plan = dataclasses.replace(plan, **(recipe or {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=0.01)
     toy, loss = toy_data(data or clips()), loss or nn.CrossEntropyLoss()
-    return model, common.fit(model, toy, loss, optimizer, plan, folder, **options)
+    return model, common.train(model, toy, loss, optimizer, plan, folder, **options)
 
 
 def val_score(result):
@@ -94,7 +94,7 @@ def scored(monkeypatch):
 
 
 def test_learns_and_returns_the_best_epoch(tmp_path):
-    model, result = fit(tmp_path / "run", epochs=8)
+    model, result = train(tmp_path / "run", epochs=8)
     assert val_score(result) > 0.9 and result.model is model
     outputs, targets = common.predict(model, DataLoader(clips(), 8))
     again = common.validation_score(outputs, targets, result.settings)
@@ -105,7 +105,7 @@ def test_best_checkpoint_is_not_the_last_model(tmp_path, scored):
     """Bug 7: 'best' was an alias of the live model, or overwritten by the last one."""
     scores = iter([0.1, 0.9, 0.2, 0.3])
     scored(lambda *_: next(scores))
-    model, result = fit(tmp_path / "run", recipe={"settled": 0.75})
+    model, result = train(tmp_path / "run", recipe={"settled": 0.75})
     best, last = (
         torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt")
     )
@@ -118,7 +118,7 @@ def test_best_checkpoint_is_not_the_last_model(tmp_path, scored):
 def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path, scored):
     scores = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1])
     scored(lambda *_: next(scores))
-    _, result = fit(tmp_path / "run", epochs=10)
+    _, result = train(tmp_path / "run", epochs=10)
     assert result.facts["best_epoch"] == 9 and val_score(result) == 0.15
     assert result.history.query("kept == 1")["epoch"].tolist() == [1, 9]
 
@@ -134,7 +134,7 @@ def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path, scored):
 
     scored(stop_in_fourth_epoch)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", epochs=20)
+        train(tmp_path / "run", epochs=20)
     assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 2
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1 + 3
 
@@ -142,7 +142,7 @@ def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path, scored):
 def test_something_is_kept_although_every_score_is_negative(tmp_path, scored):
     """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1."""
     scored(lambda *_: -5.0)
-    _, result = fit(tmp_path / "run", epochs=2)
+    _, result = train(tmp_path / "run", epochs=2)
     assert (tmp_path / "run" / "best.pt").exists() and val_score(result) == -5.0
 
 
@@ -155,14 +155,14 @@ def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_pa
     """
     model, seen = classifier().train(mode == "training"), []
     model.head[0].register_forward_hook(lambda module, *_: seen.append(module.training))
-    fit(
+    train(
         tmp_path / "run", epochs=2, model=model
     )  # the averaged copy that is validated carries the hook too
     assert seen == ([True] * 3 + [False] * 3) * 2
 
 
 def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypatch):
-    whole, result = fit(tmp_path / "whole", epochs=5)
+    whole, result = train(tmp_path / "whole", epochs=5)
     calls, score = iter(range(100)), common.validation_score
 
     def stop_in_third_epoch(*args):
@@ -173,8 +173,8 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(common, "validation_score", stop_in_third_epoch)
         with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "parts", epochs=5)
-    resumed, again = fit(tmp_path / "parts", epochs=5, resume=True)
+            train(tmp_path / "parts", epochs=5)
+    resumed, again = train(tmp_path / "parts", epochs=5, resume=True)
     assert again.history["epoch"].tolist() == [1, 2, 3, 4, 5]
     for key in ("train_loss", "val_loss", "val_score"):
         assert again.history[key].tolist() == result.history[key].tolist()
@@ -183,17 +183,17 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypa
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
-    fit(tmp_path / "run", epochs=2)
+    train(tmp_path / "run", epochs=2)
     with pytest.raises(InputError, match="begun with --epochs 2"):
-        fit(tmp_path / "run", epochs=3, resume=True)
+        train(tmp_path / "run", epochs=3, resume=True)
     with pytest.raises(InputError, match="another model"):
         torch.manual_seed(0)
         other = Classifier(LSTMBackbone(6, hidden_size=4, n_layers=1), 3)
-        fit(tmp_path / "run", epochs=2, model=other, resume=True)
+        train(tmp_path / "run", epochs=2, model=other, resume=True)
 
 
 def test_time_limit_ends_training_with_a_scored_epoch(tmp_path, capsys):
-    _, result = fit(tmp_path / "run", epochs=50, max_seconds=0)
+    _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
     assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
     assert "time is up" in capsys.readouterr().out
 
@@ -209,7 +209,7 @@ def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
             )  # 3 batches + 1 validation per epoch
 
     with pytest.raises(StepFailed, match=r"epoch 2, batch 2, learning rate"):
-        fit(tmp_path / "run", loss=Bad())
+        train(tmp_path / "run", loss=Bad())
     assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
 
 
@@ -301,18 +301,18 @@ def test_small_sets_get_more_passes_and_several_crops_per_epoch(
     genre = types.SimpleNamespace(
         train=range(n_clips), settings={"part": "genre"}, names=list("abc")
     )
-    recipe = common.plan(Network("cnn", "mel"), genre, args)
+    recipe = common.make_recipe(Network("cnn", "mel"), genre, args)
     assert (recipe.epochs, recipe.crops) == (epochs, crops)
     assert (recipe.lr, recipe.batch_size, recipe.window) == (0.003, 7, 256)
     # Half as many emotion clips and half the budget: as many passes.
     emotion = types.SimpleNamespace(
         train=range(n_clips // 2), settings={"part": "emotion"}, names=["energy"]
     )
-    recipe = common.plan(Network("cnn", "mel"), emotion, args)
+    recipe = common.make_recipe(Network("cnn", "mel"), emotion, args)
     assert (recipe.epochs, recipe.crops) == (epochs, crops)
     args.epochs = 7  # what was asked for is done, a fine-tuning's share of it
     for share, expected in ((1, 7), (0.3, 2), (0.01, 1)):
-        recipe = common.plan(Network("cnn", "mel"), genre, args, share)
+        recipe = common.make_recipe(Network("cnn", "mel"), genre, args, share)
         assert (recipe.epochs, recipe.crops) == (expected, 1)
 
 
@@ -353,7 +353,7 @@ def test_classification_scores_equal_scikit_learn():
 
 
 def test_checkpoint_rebuilds_the_model(tmp_path):
-    model, _ = fit(tmp_path / "run", epochs=1)
+    model, _ = train(tmp_path / "run", epochs=1)
     again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
     x, _, lengths = next(iter(DataLoader(clips(), 8)))
     assert torch.equal(model.eval()(x, lengths), again(x, lengths))
@@ -362,7 +362,7 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
 
 @pytest.mark.parametrize("fault", ["truncated", "pickle", "empty", "other weights"])
 def test_bad_checkpoint_is_one_clear_error(tmp_path, fault):
-    fit(tmp_path / "run", epochs=1)
+    train(tmp_path / "run", epochs=1)
     path = tmp_path / "run" / "best.pt"
     if fault == "truncated":
         path.write_bytes(path.read_bytes()[:1000])
@@ -397,7 +397,7 @@ def outputs(tiny_data, tmp_path_factory):
 
 def test_test_split_is_read_only_after_training(tiny_data, tmp_path, monkeypatch):
     """Bug 3: test clips in training, or validation scores shown as test scores."""
-    order, read_array, train = [], common.read_array, common.fit
+    order, read_array, train = [], common.read_array, common.train
 
     def read(path, *lock):
         order.append(path.parent.name)
@@ -409,7 +409,7 @@ def test_test_split_is_read_only_after_training(tiny_data, tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(common, "read_array", read)
-    monkeypatch.setattr(common, "fit", train_noted)
+    monkeypatch.setattr(common, "train", train_noted)
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
     flags = ("--smoke", "--features", "beat_mel", "beat_chroma", "--data-dir", tiny_data)
     assert run_inside("step05_lstm.py", *flags, "--out-dir", tmp_path / "out") == 0
@@ -524,11 +524,13 @@ def test_what_vanishes_is_zero_in_a_step(tiny_data, tmp_path, make_step):
 
 def save_mel(step, folder, odd, **network):
     """A checkpoint as step 5 leaves one for `mel`, odd in one way."""
-    backbone = common.make_backbone(GENRE_RUNS["mel"])
+    backbone = common.make_backbone(GENRE_NETWORKS["mel"])
     if network:
         backbone = LSTMBackbone(**backbone.config | network)
     data = common.load_data(step.source, "mel")
-    settings = data.settings | {"run": "mel", "window": common.window_of(GENRE_RUNS["mel"])} | odd
+    settings = (
+        data.settings | {"run": "mel", "window": common.window_size(GENRE_NETWORKS["mel"])} | odd
+    )
     folder.mkdir(parents=True, exist_ok=True)
     model = Classifier(backbone, len(data.names))
     common.save_checkpoint(folder / "best.pt", model, settings, epoch=1, val_score=0.5, facts={})
@@ -619,7 +621,7 @@ def write_earlier(folder, step, table, **changes):
 
 def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path, make_step):
     step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
-    answers, runs, note = common.earlier_answers(step.training, folder.name, ["7"])
+    answers, runs, note = common.earlier_predictions(step.training, folder.name, ["7"])
     assert (answers, runs) == ({}, {}) and "missing here" in note
     ids = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
     numbers = np.random.default_rng(0).random((3, 3)).round(3)
@@ -631,7 +633,7 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
     ]
     write_earlier(folder, step, rows)
     asked = ["9", "7", "010"]
-    answers, runs, note = common.earlier_answers(step.training, folder.name, asked)
+    answers, runs, note = common.earlier_predictions(step.training, folder.name, asked)
     assert folder.name in note and "missing" not in note
     assert set(answers) == set(tables) and runs == {"cnn": 1}
     for name, frame in answers.items():
@@ -640,16 +642,16 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
         wanted = tables[name].loc[asked].to_numpy()
         np.testing.assert_allclose(frame.to_numpy(), wanted, atol=1e-9)
     for clips in (asked[:2], [*asked, "11"], ["9", "7", "10"]):
-        answers, runs, note = common.earlier_answers(step.training, folder.name, clips)
+        answers, runs, note = common.earlier_predictions(step.training, folder.name, clips)
         assert (answers, runs) == ({}, {}) and "other labels, held-out clips" in note
     odd = {"fingerprint": {"emotion": "of other labels"}}
     for changes in ({"seed": 43}, {"smoke": True}, {"data": odd}):
         write_earlier(folder, step, rows, **changes)
-        assert common.earlier_answers(step.training, folder.name, asked)[:2] == ({}, {})
+        assert common.earlier_predictions(step.training, folder.name, asked)[:2] == ({}, {})
     for text in ("{", "{}"):
         (folder / "metrics.json").write_text(text)
         with pytest.raises(InputError, match="step08_regression.*cannot be read"):
-            common.earlier_answers(step.training, folder.name, asked)
+            common.earlier_predictions(step.training, folder.name, asked)
 
 
 def test_answers_of_other_folds_are_not_compared(tiny_data, tmp_path, make_step):
@@ -659,9 +661,9 @@ def test_answers_of_other_folds_are_not_compared(tiny_data, tmp_path, make_step)
     full = pd.DataFrame(np.eye(3), ids, common.EMOTIONS)
     folds = pd.Series([1, 2, 1], ids)
     write_earlier(folder, step, common.held_out_rows(full, {"cnn": full}, 42, folds))
-    answers, _, _ = common.earlier_answers(step.training, folder.name, ids, folds)
+    answers, _, _ = common.earlier_predictions(step.training, folder.name, ids, folds)
     assert list(answers) == ["cnn"]
-    answers, _, note = common.earlier_answers(step.training, folder.name, ids, 3 - folds)
+    answers, _, note = common.earlier_predictions(step.training, folder.name, ids, 3 - folds)
     assert not answers and "folds" in note
 
 
@@ -671,7 +673,9 @@ def test_folds_are_summed_up_as_one_run(monkeypatch):
         {"epochs": e, "train_seconds": s, "n_train": 40, "val": {"energy": v}}
         for e, s, v in ((4, 10.0, 0.2), (6, 14.5, 0.7))
     ]
-    monkeypatch.setattr(common, "load_fit", lambda i, device: types.SimpleNamespace(facts=facts[i]))
+    monkeypatch.setattr(
+        common, "load_trained", lambda i, device: types.SimpleNamespace(facts=facts[i])
+    )
     tables = [pd.DataFrame({"energy": [0.1 * n]}, [str(n)]) for n in (1, 2)]
     run = common.join_folds([(i, table, 2 * table) for i, table in enumerate(tables)], "cpu")
     assert run.facts["val"] == {"energy": pytest.approx(0.45)}
@@ -687,7 +691,7 @@ def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(
     """It stands beside the lab's networks for comparison: later steps do not go on from it."""
     step, seen = make_step(tiny_data, tmp_path), {}
 
-    def fit(model, data, loss_fn, optimizer, recipe, folder, **options):
+    def train(model, data, loss_fn, optimizer, recipe, folder, **options):
         seen[folder.name] = data.settings["priors"]
         folder.mkdir(parents=True)
         settings = data.settings | {"run": folder.name, "window": recipe.window}
@@ -695,12 +699,12 @@ def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(
         score = 0.9 if folder.name == "plain_mel" else 0.5
         path = folder / "best.pt"
         common.save_checkpoint(path, model, settings, epoch=1, val_score=score, facts=facts)
-        return common.load_fit(path)
+        return common.load_trained(path)
 
-    monkeypatch.setattr(common, "fit", fit)
+    monkeypatch.setattr(common, "train", train)
     folder = tmp_path / "step05_lstm"
     training = dataclasses.replace(step.training, folder=folder, workers=1)
-    common.fit_all(training, [common.genre_run(name) for name in ("plain_mel", "mel")])
+    common.train_all(training, [common.genre_experiment(name) for name in ("plain_mel", "mel")])
     assert len(set(seen["plain_mel"])) == 1 < len(set(seen["mel"]))
     assert common.find_genre_checkpoint(step.training, "plain_mel")
     assert list(common.genre_val_scores(step.training).index) == ["mel"]
@@ -731,7 +735,7 @@ class Watched(TensorDataset):
 
 def test_every_clip_is_shown_as_often_as_planned_each_time_in_another_order(tmp_path):
     watched = Watched(*clips(21).tensors)
-    fit(tmp_path / "run", epochs=2, data=watched, recipe={"crops": 2})
+    train(tmp_path / "run", epochs=2, data=watched, recipe={"crops": 2})
     per_epoch = 2 * 21 + 21  # two crops of each clip, then the validation part
     epochs = [watched.shown[start:][: 2 * 21] for start in (0, per_epoch)]
     assert all(sorted(epoch) == sorted([*range(21)] * 2) for epoch in epochs)
@@ -751,7 +755,7 @@ def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     recipe = common.Recipe(epochs=2, lr=0.01, batch_size=8)
-    result = common.fit(model, data, nn.CrossEntropyLoss(), optimizer, recipe, tmp_path)
+    result = common.train(model, data, nn.CrossEntropyLoss(), optimizer, recipe, tmp_path)
     assert seen == [[1, 2, 2]] * 2
     assert (result.facts["n_train"], result.facts["n_val"]) == (15, 3)
 
@@ -773,19 +777,19 @@ def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
     settings = {"part": "genre", "names": list("abc"), "priors": [1 / 3] * 3}
     toy = common.Data(part, part, Subset(data, []), list("abc"), None, None, settings)
     recipe = common.Recipe(epochs=2, lr=0.02, batch_size=8)
-    common.fit(model, toy, Small(), optimizer, recipe, tmp_path)
+    common.train(model, toy, Small(), optimizer, recipe, tmp_path)
     assert seen == pytest.approx([1e-3] * 6)
 
 
 def test_a_negative_first_score_of_a_run_cut_short_is_kept(tmp_path, monkeypatch):
     """Bug 13, where no epoch is settled yet: began at 0, nothing would be kept."""
     monkeypatch.setattr(common, "validation_score", lambda *_: -0.2)
-    _, result = fit(tmp_path / "run", epochs=20, max_seconds=0)
+    _, result = train(tmp_path / "run", epochs=20, max_seconds=0)
     assert result.facts["epochs"] == result.facts["best_epoch"] == 1
 
 
 def test_best_checkpoint_holds_the_averaged_weights(tmp_path):
-    fit(tmp_path / "run", epochs=1, recipe={"ema": 0.99, "batch_size": 2})  # 12 steps
+    train(tmp_path / "run", epochs=1, recipe={"ema": 0.99, "batch_size": 2})  # 12 steps
     best, last = (
         torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt")
     )

@@ -95,7 +95,7 @@ def small(network, data):
 
 def make_training(data, folder, **changes):
     source = common.Source(data, smoke=True)
-    return common.Training(source, folder, folder / "step", epochs=1, workers=2, **changes)
+    return common.TrainingOptions(source, folder, folder / "step", epochs=1, workers=2, **changes)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,17 @@ def make_training(data, folder, **changes):
 )
 def test_a_training_that_fails_is_one_line_and_ends_the_step(data, tmp_path, event, error, words):
     runs = [
-        common.Run(
-            name, common.GENRE_RUNS["beat_mel"], small, lambda data: Loss(event), torch.optim.AdamW
+        common.Experiment(
+            name,
+            common.GENRE_NETWORKS["beat_mel"],
+            small,
+            lambda data: Loss(event),
+            torch.optim.AdamW,
         )
         for name in ("one", "two")
     ]
     with pytest.raises(error, match=words):
-        common.fit_all(make_training(data, tmp_path), runs)
+        common.train_all(make_training(data, tmp_path), runs)
 
 
 def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monkeypatch):
@@ -126,10 +130,10 @@ def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monke
         raise common.InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
 
     monkeypatch.setattr(common, "load_data", load_data)
-    run = common.Run("one", common.GENRE_RUNS["beat_mel"], None, None, None)
-    training = common.Training(common.Source(tmp_path), tmp_path, tmp_path)
+    run = common.Experiment("one", common.GENRE_NETWORKS["beat_mel"], None, None, None)
+    training = common.TrainingOptions(common.Source(tmp_path), tmp_path, tmp_path)
     with pytest.raises(common.InputError, match="^0$"):
-        common.fit_fold(training, run, 0, 1)
+        common.train_fold(training, run, 0, 1)
 
 
 def test_a_step_whose_worker_was_killed_goes_on_later(data, alone, tmp_path):
@@ -204,7 +208,7 @@ def wait_for(condition, seconds=100):
 
 
 def test_a_process_per_core_or_card_unless_told_otherwise(data, tmp_path, monkeypatch):
-    training = common.Training(common.Source(data), tmp_path, tmp_path)
+    training = common.TrainingOptions(common.Source(data), tmp_path, tmp_path)
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 4)
     assert [common.count_workers(training, n) for n in (1, 3, 9)] == [1, 3, 4]
     told = dataclasses.replace(training, workers=6)
@@ -237,20 +241,21 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
     """By how many rounds are still to come, those of a later phase included."""
     asked = []
 
-    def side_by_side(function, tasks, workers):
+    def parallel_map(function, tasks, workers):
         asked.extend(task[-1] for task in tasks)
         raise common.StepFailed("enough seen")
 
-    monkeypatch.setattr(common, "side_by_side", side_by_side)
+    monkeypatch.setattr(common, "parallel_map", parallel_map)
     monkeypatch.setattr(common, "load_data", lambda *args, **options: None)
     source = common.Source(tmp_path)
-    training = common.Training(source, tmp_path, tmp_path, workers=workers)
-    network = common.GENRE_RUNS["mel"]
+    training = common.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
+    network = common.GENRE_NETWORKS["mel"]
     runs = [
-        common.Run(name, network, None, None, None, n_folds=n) for name, n in (("a", 2), ("b", 3))
+        common.Experiment(name, network, None, None, None, n_folds=n)
+        for name, n in (("a", 2), ("b", 3))
     ]
     with pytest.raises(common.StepFailed, match="enough"):
-        common.fit_all(training, runs, later=later)
+        common.train_all(training, runs, to_come=later)
     assert asked == shares
 
 
@@ -258,7 +263,7 @@ def test_workers_share_the_cores(monkeypatch):
     """Each with all of them would be several times as slow."""
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 6)
     names = [("OMP_NUM_THREADS",)] * 2
-    assert list(common.side_by_side(os.getenv, names, workers=2)) == ["3", "3"]
+    assert list(common.parallel_map(os.getenv, names, workers=2)) == ["3", "3"]
 
 
 # --- Dask -------------------------------------------------------------------------------
