@@ -25,28 +25,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import (
-    BANDS,
-    FOLDERS,
-    HOP,
+from patrec.clips import sample_clips
+from patrec.errors import InputError
+from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR, extract_features, mel_to_waveform
+from patrec.files import FOLDERS, part_folder
+from patrec.machine import clock_of
+from patrec.measures import (
     MEASURES,
-    N_FFT,
-    N_MELS,
-    SR,
-    InputError,
-    Step,
-    clock_of,
-    extract_features,
     genre_share,
     mean_spectrogram,
     mel_measures,
-    mel_to_waveform,
-    part_folder,
-    plot_panels,
-    plot_spectrogram,
-    sample_clips,
     spectrogram_similarity,
 )
+from patrec.plots import plot_panels, plot_spectrogram
+from patrec.step import Step
 
 
 @functools.cache

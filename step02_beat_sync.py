@@ -23,27 +23,23 @@ import pandas as pd
 import torch
 from torch import nn
 
-from common import (
-    BANDS,
-    COLORS,
-    HOP,
+from patrec.clips import sample_clips
+from patrec.errors import InputError
+from patrec.features import BANDS, HOP, N_MELS, SR
+from patrec.labels import read_entries
+from patrec.machine import seed_everything
+from patrec.measures import (
     MEASURES,
-    N_MELS,
-    SR,
-    InputError,
-    Step,
     lstm_batch,
     lstm_gradient,
     lstm_seconds,
     mean_spectrogram,
     mel_measures,
-    plot_panels,
-    read_entries,
-    sample_clips,
-    seed_everything,
     share_within_beats,
     track_beats,
 )
+from patrec.plots import COLORS, plot_panels
+from patrec.step import Step
 
 step = Step("step02_beat_sync", __doc__, parts=("genre",))
 smoke = step.args.smoke

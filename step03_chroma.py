@@ -18,23 +18,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from common import (
-    BANDS,
-    HOP,
-    N_CHROMA,
-    NOTES,
-    SR,
-    Step,
+from patrec.clips import sample_clips
+from patrec.features import BANDS, HOP, N_CHROMA, NOTES, SR
+from patrec.machine import seed_everything
+from patrec.measures import (
     genre_share,
     lstm_batch,
     lstm_gradient,
     lstm_seconds,
-    plot_panels,
-    sample_clips,
-    seed_everything,
     share_within_beats,
     track_beats,
 )
+from patrec.plots import plot_panels
+from patrec.step import Step
 
 step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke

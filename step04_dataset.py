@@ -25,26 +25,16 @@ import pandas as pd
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from common import (
-    COLORS,
-    DB_FLOOR,
-    FOLDERS,
-    GENRE_NETWORKS,
-    MERGE,
-    N_MELS,
-    N_READERS,
-    VAL_FRACTION,
-    InputError,
-    SpectrogramDataset,
-    Step,
-    load_data,
-    part_folder,
-    read_array,
-    read_entries,
-    show_bars,
-    time_mask,
-    window_size,
-)
+from common import VAL_FRACTION, SpectrogramDataset, load_data, time_mask
+from patrec.clips import N_READERS, read_array
+from patrec.errors import InputError
+from patrec.features import DB_FLOOR, N_MELS
+from patrec.files import FOLDERS, part_folder
+from patrec.labels import MERGE, read_entries
+from patrec.machine import show_bars
+from patrec.plots import COLORS
+from patrec.recipes import GENRE_NETWORKS, window_size
+from patrec.step import Step
 
 step = Step("step04_dataset", __doc__)
 root, merge = step.source.root, step.source.merge

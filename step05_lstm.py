@@ -26,31 +26,25 @@ import torch
 from torch import nn
 
 from common import (
-    GENRE_NETWORKS,
-    LSTM_NAMES,
     Classifier,
     Experiment,
     LSTMBackbone,
-    Step,
     frame_statistics,
-    genre_scores,
     load_data,
     load_test,
     make_backbone,
     masked_mean_max,
     overfit,
-    plot_histories,
-    plot_overfit,
-    plot_scores,
     predict_clips,
-    prediction_rows,
-    seed_everything,
     train_all,
     true_labels,
-    window_size,
-    with_interval,
-    write_predictions,
 )
+from patrec.machine import seed_everything
+from patrec.plots import plot_histories, plot_overfit, plot_scores
+from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, window_size
+from patrec.scores import genre_scores
+from patrec.step import Step
+from patrec.tables import prediction_rows, with_interval, write_predictions
 
 
 def add_flags(parser):

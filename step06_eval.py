@@ -26,28 +26,22 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from common import (
-    LSTM_NAMES,
-    Step,
-    average_predictions,
-    band_features,
     band_statistics,
-    difference_line,
     encode_labels,
     genre_models,
-    genre_scores,
-    load_clips,
     load_test,
-    paired_difference,
-    part_folder,
-    plot_confusion,
-    plot_scores,
     predict_clips,
-    prediction_rows,
-    read_entries,
     true_labels,
-    with_interval,
-    write_predictions,
 )
+from patrec.baselines import band_features
+from patrec.clips import load_clips
+from patrec.files import part_folder
+from patrec.labels import read_entries
+from patrec.plots import plot_confusion, plot_scores
+from patrec.recipes import LSTM_NAMES
+from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.step import Step
+from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 
 SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronised
 METRICS = ("precision", "recall", "f1")

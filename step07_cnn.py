@@ -31,61 +31,50 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from common import (
-    BANDS,
-    COLORS,
-    DB_FLOOR,
-    GENRE_NETWORKS,
-    HOP,
-    LSTM_NAMES,
-    N_MELS,
-    SR,
     Classifier,
     CNNBackbone,
     Experiment,
-    Step,
     adjust_logits,
     average_frames,
-    average_predictions,
-    bootstrap,
     build_model,
-    calibration_error,
-    cell_ranks,
-    class_numbers,
-    clip_attributions,
     clip_ids,
     count_weights,
-    cut_windows,
-    difference_line,
-    fit_temperature,
     genre_models,
-    genre_scores,
     genre_val_scores,
-    integrated_gradients,
     load_data,
     load_test,
-    make_augment,
-    mel_to_waveform,
     model_spec,
     overfit,
-    paired_difference,
-    patches,
-    plot_confusion,
-    plot_histories,
-    plot_overfit,
-    plot_spectrogram,
     predict_clips,
-    prediction_rows,
-    probability_curve,
-    sample_clips,
-    seed_everything,
-    spearman,
     split_indices,
     train_all,
     true_labels,
-    window_size,
-    with_interval,
-    write_predictions,
 )
+from patrec.batches import cut_windows
+from patrec.clips import sample_clips
+from patrec.explain import (
+    calibration_error,
+    cell_ranks,
+    clip_attributions,
+    fit_temperature,
+    integrated_gradients,
+    patches,
+    probability_curve,
+)
+from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_to_waveform
+from patrec.machine import seed_everything
+from patrec.plots import COLORS, plot_confusion, plot_histories, plot_overfit, plot_spectrogram
+from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, make_augment, window_size
+from patrec.scores import (
+    average_predictions,
+    bootstrap,
+    class_numbers,
+    genre_scores,
+    paired_difference,
+    spearman,
+)
+from patrec.step import Step
+from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 
 
 def add_flags(parser):

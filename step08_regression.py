@@ -26,33 +26,29 @@ import pandas as pd
 import torch
 
 from common import (
-    BASELINES,
-    COLORS,
-    EMOTIONS,
-    GENRE_NETWORKS,
     Experiment,
     RegressionLoss,
     Regressor,
-    Step,
-    combine_emotions,
-    difference_line,
     emotion_baselines,
-    emotion_scores,
-    emotion_table,
-    epochs_kept,
     genre_val_scores,
-    held_out_rows,
     load_data,
     make_backbone,
     overfit_emotions,
-    paired_difference,
-    plot_emotion_scores,
-    plot_histories,
     predict_unlabelled,
-    read_entries,
     regression_loss,
     train_all,
-    window_size,
+)
+from patrec.baselines import BASELINES
+from patrec.labels import EMOTIONS, read_entries
+from patrec.plots import COLORS, plot_emotion_scores, plot_histories
+from patrec.recipes import GENRE_NETWORKS, window_size
+from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.step import Step
+from patrec.tables import (
+    difference_line,
+    emotion_table,
+    epochs_kept,
+    held_out_rows,
     write_predictions,
     write_submission,
 )

@@ -30,36 +30,34 @@ import pandas as pd
 import torch
 
 from common import (
-    BASELINES,
-    COLORS,
-    EMOTIONS,
-    GENRE_NETWORKS,
     Experiment,
-    InputError,
     RegressionLoss,
     Regressor,
-    Step,
     clip_ids,
-    combine_emotions,
-    difference_line,
-    earlier_predictions,
-    emotion_scores,
-    emotion_table,
-    epochs_kept,
-    find_emotion_leak,
     genre_models,
     genre_val_scores,
-    held_out_rows,
     load_backbone,
     load_checkpoint,
     load_data,
     make_backbone,
-    make_recipe,
     overfit_emotions,
-    paired_difference,
     train_all,
     true_labels,
-    window_size,
+)
+from patrec.baselines import BASELINES
+from patrec.clips import find_emotion_leak
+from patrec.errors import InputError
+from patrec.labels import EMOTIONS
+from patrec.plots import COLORS
+from patrec.recipes import GENRE_NETWORKS, make_recipe, window_size
+from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.step import Step
+from patrec.tables import (
+    difference_line,
+    earlier_predictions,
+    emotion_table,
+    epochs_kept,
+    held_out_rows,
     write_predictions,
 )
 

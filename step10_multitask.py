@@ -25,37 +25,34 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import (
-    BASELINES,
-    EMOTIONS,
-    GENRE_NETWORKS,
     Experiment,
     RegressionLoss,
     Regressor,
-    Step,
-    average_predictions,
-    difference_line,
-    earlier_predictions,
     emotion_baselines,
-    emotion_scores,
-    emotion_table,
-    epochs_kept,
-    find_emotion_leak,
     genre_models,
-    held_out_rows,
     load_backbone,
     load_data,
-    load_torch,
     make_backbone,
     overfit_emotions,
-    paired_difference,
-    plot_emotion_scores,
-    plot_histories,
     predict_unlabelled,
-    read_entries,
     regression_loss,
-    seed_everything,
     train_all,
-    window_size,
+)
+from patrec.baselines import BASELINES
+from patrec.clips import find_emotion_leak
+from patrec.files import load_torch
+from patrec.labels import EMOTIONS, read_entries
+from patrec.machine import seed_everything
+from patrec.plots import plot_emotion_scores, plot_histories
+from patrec.recipes import GENRE_NETWORKS, window_size
+from patrec.scores import average_predictions, emotion_scores, paired_difference
+from patrec.step import Step
+from patrec.tables import (
+    difference_line,
+    earlier_predictions,
+    emotion_table,
+    epochs_kept,
+    held_out_rows,
     write_predictions,
     write_submission,
 )

@@ -39,33 +39,24 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from common import (
-    BANDS,
-    COLORS,
-    GENRE_NETWORKS,
-    HOP,
-    LSTM_NAMES,
-    MARKERS,
-    SR,
-    InputError,
-    Step,
     adjust_logits,
-    bootstrap,
     build_model,
-    classification_scores,
     clip_ids,
-    difference_line,
     genre_models,
     load_test,
-    mel_to_waveform,
     model_spec,
-    parallel_map,
-    plot_scores,
     predict,
-    seed_everything,
-    with_interval,
-    write_bytes,
-    write_text,
 )
+from patrec.errors import InputError
+from patrec.features import BANDS, HOP, SR, mel_to_waveform
+from patrec.files import write_bytes, write_text
+from patrec.machine import seed_everything
+from patrec.parallel import parallel_map
+from patrec.plots import COLORS, MARKERS, plot_scores
+from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES
+from patrec.scores import bootstrap, classification_scores
+from patrec.step import Step
+from patrec.tables import difference_line, with_interval
 
 # plotly's names of MARKERS
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond")

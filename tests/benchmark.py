@@ -30,6 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+import patrec.batches
+import patrec.clips
+import patrec.labels
+import patrec.machine
+import patrec.recipes
+import patrec.step
 
 
 class TextbookDataset(Dataset):
@@ -122,26 +128,29 @@ def count_predicted(predict, model, clips, device, window) -> int:
 
 def measure(side, args) -> dict:
     """All measurements of one side, in this process."""
-    device = common.pick_device(args.device)
-    entries = common.read_entries(args.data_dir, "genre", "train", merge=True)[: args.clips]
+    device = patrec.machine.pick_device(args.device)
+    entries = patrec.labels.read_entries(args.data_dir, "genre", "train", merge=True)[: args.clips]
     classes = sorted({entry.label for entry in entries})
     targets = common.encode_labels(entries, classes)
     train_idx, val_idx = common.split_indices(len(targets), common.VAL_FRACTION, 0, targets)
     for entry in entries:  # both sides read from a warm page cache
         entry.path.read_bytes()
-    common.seed_everything(0)
-    run = {"LSTM": common.GENRE_NETWORKS["mel"], "CNN": common.GENRE_NETWORKS["cnn_mel"]}
+    patrec.machine.seed_everything(0)
+    run = {
+        "LSTM": patrec.recipes.GENRE_NETWORKS["mel"],
+        "CNN": patrec.recipes.GENRE_NETWORKS["cnn_mel"],
+    }
     numbers = {}
     began = time.perf_counter()
     if side == "ours":
-        common.keep_freed_memory()
-        store = common.load_clips(entries)
+        patrec.machine.keep_freed_memory()
+        store = patrec.clips.load_clips(entries)
         numbers["seconds to load, first"] = time.perf_counter() - began
         began = time.perf_counter()
-        store = common.load_clips(entries)
+        store = patrec.clips.load_clips(entries)
         numbers["seconds to load, again"] = time.perf_counter() - began
         stats = common.band_statistics(store, train_idx)
-        store.frames = common.to_resident(store.frames, device)
+        store.frames = patrec.batches.to_resident(store.frames, device)
         data = common.SpectrogramDataset(store, targets, stats=stats)
     else:
         data = TextbookDataset(entries, targets)
@@ -152,14 +161,14 @@ def measure(side, args) -> dict:
         return numbers
     for name in ("LSTM", "CNN"):
         if side == "ours":
-            window = common.window_size(run[name])
+            window = patrec.recipes.window_size(run[name])
             model = common.Classifier(common.make_backbone(run[name]), len(classes)).to(device)
             fetch = torch.utils.data.Subset(data.variant(crop=window), train_idx.tolist())
             whole = torch.utils.data.Subset(data, val_idx.tolist())
-            recipe = common.Recipe(
+            recipe = patrec.recipes.Recipe(
                 epochs=99,
                 lr=1e-3,
-                augment=common.make_augment(run[name], len(classes)),
+                augment=patrec.recipes.make_augment(run[name], len(classes)),
                 window=window,
             )
             train = ours_epoch(model, fetch, recipe, device, 32)
@@ -213,7 +222,7 @@ def training_parts(model, lr, n_steps, device) -> dict:
     """What common.train_epoch works with, as common.train makes it."""
     swa, kind = torch.optim.swa_utils, torch.device(device).type
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    half = common.fast_dtype(kind) == torch.float16
+    half = patrec.machine.fast_dtype(kind) == torch.float16
     return {
         "model": model,
         "average": swa.AveragedModel(
@@ -238,7 +247,7 @@ def cnn_multiplications(backbone, n_frames) -> int:
 
 def matmul_peak(device, n=2048) -> float:
     """Floating-point operations per second of a large matrix product in the fast format."""
-    a = torch.randn(n, n, device=device, dtype=common.fast_dtype(device.type))
+    a = torch.randn(n, n, device=device, dtype=patrec.machine.fast_dtype(device.type))
 
     def work():
         for _ in range(10):
@@ -261,16 +270,16 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     -------
     best score of the textbook, seconds it took, seconds ours took (inf: not reached)
     """
-    device = common.pick_device(args.device)
-    network = common.GENRE_NETWORKS["cnn_mel"]
-    source = common.Source(args.data_dir, seed=0, device=device)
-    data = common.load_data(source, crop=common.window_size(network))
+    device = patrec.machine.pick_device(args.device)
+    network = patrec.recipes.GENRE_NETWORKS["cnn_mel"]
+    source = patrec.step.Source(args.data_dir, seed=0, device=device)
+    data = common.load_data(source, crop=patrec.recipes.window_size(network))
     n_classes = len(data.names)
     equal = data.settings | {"priors": [1 / n_classes] * n_classes}  # the largest logit as it is
     store = data.val.dataset.store
     textbook = TextbookDataset(store.entries, data.val.dataset.targets.numpy())
     train_idx, val_idx = data.train.indices, data.val.indices
-    common.seed_everything(0)
+    patrec.machine.seed_everything(0)
     model = TextbookCNN(n_classes, textbook.longest).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     loader = DataLoader(torch.utils.data.Subset(textbook, train_idx), 32, shuffle=True)
@@ -286,11 +295,11 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
             f" {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-    common.keep_freed_memory()  # from here on: the textbook does not do this either
-    common.seed_everything(0)
+    patrec.machine.keep_freed_memory()  # from here on: the textbook does not do this either
+    patrec.machine.seed_everything(0)
     ours = common.Classifier(common.make_backbone(network), n_classes).to(device)
     flags = argparse.Namespace(epochs=None, smoke=False, lr=2e-3, batch_size=32)
-    recipe = common.make_recipe(network, data, flags)
+    recipe = patrec.recipes.make_recipe(network, data, flags)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=recipe.lr, weight_decay=0.01, fused=True)
     loss_fn, score = nn.CrossEntropyLoss(label_smoothing=0.1), common.validation_score
 
@@ -357,8 +366,10 @@ def main():
         numbers |= {
             name: float(np.median([turn[side][name] for turn in loads])) for name in loads[0][side]
         }
-    device = common.pick_device(args.device)
-    print(f"{common.environment(device)}, ours in {common.fast_dtype(device.type)}\n")
+    device = patrec.machine.pick_device(args.device)
+    print(
+        f"{patrec.machine.environment(device)}, ours in {patrec.machine.fast_dtype(device.type)}\n"
+    )
     print(f"| {'':36} | textbook | ours | ratio |\n| {'-' * 36} | --- | --- | --- |")
     for name, value in sides["ours"].items():
         other = sides["textbook"].get(name)

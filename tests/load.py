@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import training_parts  # noqa: E402
 
 import common  # noqa: E402
+from patrec import features, files, labels, machine, recipes, step  # noqa: E402
 
-CLASSES = sorted({name for name in common.MERGE.values() if name})
+CLASSES = sorted({name for name in labels.MERGE.values() if name})
 
 
 def make_set(root, n_clips, n_frames) -> None:
     """n_clips different clips: a few random ones, each time rolled on by some frames."""
-    folder = root / common.FOLDERS["genre"]
+    folder = root / files.FOLDERS["genre"]
     (folder / "train").mkdir(parents=True)
     rng = np.random.default_rng(0)
     base = [
@@ -47,7 +48,7 @@ def make_set(root, n_clips, n_frames) -> None:
     rows = ["Id\tGenre"]
     for i in range(n_clips):
         clip = np.roll(base[i % 20], i // 20, axis=1)
-        clip[: common.N_MELS, :4] = -80 + i % 77  # else two clips might be each other's roll
+        clip[: features.N_MELS, :4] = -80 + i % 77  # else two clips might be each other's roll
         np.save(folder / "train" / f"{i}.fused.full.npy", clip)
         rows.append(f"{i}.fused.full.npy.gz\t{CLASSES[i % len(CLASSES)]}")
     (folder / "train_labels.txt").write_text("\n".join(rows) + "\n")
@@ -72,10 +73,10 @@ def watch(peak, stop) -> None:
 
 def train_batches(data, n_batches) -> float:
     """Train step 7's CNN for so many batches, drawn from all over the set; returns s per clip."""
-    common.seed_everything(0)
-    network, n_classes = common.GENRE_NETWORKS["cnn_mel"], len(data.names)
+    machine.seed_everything(0)
+    network, n_classes = recipes.GENRE_NETWORKS["cnn_mel"], len(data.names)
     model = common.Classifier(common.make_backbone(network), n_classes)
-    recipe = common.Recipe(epochs=1, lr=1e-3, augment=common.make_augment(network, n_classes))
+    recipe = recipes.Recipe(epochs=1, lr=1e-3, augment=recipes.make_augment(network, n_classes))
     loader = common.DataLoader(data.train, recipe.batch_size, shuffle=True)
     endless = itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler))
     stretch = list(itertools.islice(endless, n_batches))
@@ -114,7 +115,7 @@ def main():
     args = parser.parse_args()
     root = args.folder / "patrec-load"
     os.environ["PATREC_CACHE"] = str(root / "cache")
-    common.keep_freed_memory()
+    machine.keep_freed_memory()
     peak, stop = {}, threading.Event()
     threading.Thread(target=watch, args=(peak, stop), daemon=True).start()
     try:
@@ -126,7 +127,8 @@ def main():
             for start in ("first", "second"):
                 data.pop(n_clips, None)  # one mapping at a time
                 data[n_clips] = common.load_data(
-                    common.Source(root / str(n_clips), seed=0), crop=common.BUDGETS["cnn"].crop
+                    step.Source(root / str(n_clips), seed=0),
+                    crop=recipes.BUDGETS["cnn"].crop,
                 )
                 now = time.perf_counter()
                 print(

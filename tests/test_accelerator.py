@@ -13,7 +13,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_clean_error, run_forked, run_script, write_data_set
+from conftest import assert_clean_error, patch_everywhere, run_forked, run_script, write_data_set
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +21,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import common
+import patrec.batches
+import patrec.errors
+import patrec.labels
+import patrec.machine
+import patrec.recipes
+import patrec.step
 
-FAST_DTYPE = common.fast_dtype  # before a test replaces it
+FAST_DTYPE = patrec.machine.fast_dtype  # before a test replaces it
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:for .*copying from a non-meta parameter"
@@ -100,16 +106,16 @@ def single_precision(request, monkeypatch):
     """The device is compared, not the format: a processor with bf16 would compute in it."""
     if request.node.get_closest_marker("cuda"):
         return
-    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
+    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float32)
 
 
 @pytest.fixture
 def card(monkeypatch):
     # Inference mode hands operations on before they are taken apart into those that
     # `compute` knows.
-    monkeypatch.setattr(common, "predict", torch.no_grad()(common.predict.__wrapped__))
+    patch_everywhere(monkeypatch, "predict", torch.no_grad()(common.predict.__wrapped__))
     # Torch has no half precision for the stand-in, as for an Apple GPU.
-    monkeypatch.setattr(common, "half_precision", lambda device: contextlib.nullcontext())
+    patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
     with Card():
         yield CARD
 
@@ -137,14 +143,14 @@ def prepare(device, data_dir, name, head, quiet=False):
     quiet : without dropout and changes of the input, whose random numbers devices draw
         differently
     """
-    network = common.GENRE_NETWORKS[name]
+    network = patrec.recipes.GENRE_NETWORKS[name]
     window = None if network.beat or network.plain else 64
-    common.seed_everything(0)
+    patrec.machine.seed_everything(0)
     n_clips = 12 if network.plain else 24  # the stand-in is slow where every frame is a step
-    source = common.Source(data_dir, seed=0, device=device, subset=n_clips)
+    source = patrec.step.Source(data_dir, seed=0, device=device, subset=n_clips)
     data = common.load_data(source, network.features, network.beat, crop=window)
-    names = {"genre": data.names, "valence": ["valence"], "multitask": common.EMOTIONS}[head]
-    augment = common.make_augment(network, len(names) if head == "genre" else 0)
+    names = {"genre": data.names, "valence": ["valence"], "multitask": patrec.labels.EMOTIONS}[head]
+    augment = patrec.recipes.make_augment(network, len(names) if head == "genre" else 0)
     if head != "genre":
         emotions = torch.rand(len(data.val.dataset), 3)
         for dataset in (data.val.dataset, data.train.dataset):
@@ -176,7 +182,7 @@ def train_on(device, data_dir, folder, name, head, quiet=False, **options):
     weights = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
     fused = device.type != CARD.type  # torch has no fused optimiser for the stand-in
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01, fused=fused)
-    recipe = common.Recipe(epochs=2, lr=2e-3, batch_size=12, augment=augment, window=window)
+    recipe = patrec.recipes.Recipe(epochs=2, lr=2e-3, batch_size=12, augment=augment, window=window)
     result = common.train(model, data, loss_fn, optimizer, recipe, folder, device=device, **options)
     loaded, _ = common.load_model(folder / "best.pt", device)  # what the next step finds
     assert all(value.device.type == device.type for value in loaded.state_dict().values())
@@ -202,8 +208,8 @@ def test_training_elsewhere_gives_what_the_cpu_gives(
     losses, outputs = train_on(torch.device("cpu"), data_dir, tmp_path / "cpu", name, head)
     card = request.getfixturevalue("card")
     resident = []
-    monkeypatch.setattr(
-        common,
+    patch_everywhere(
+        monkeypatch,
         "to_resident",
         lambda frames, device: resident.append(frames.to(device)) or resident[-1],
     )  # as where it fits
@@ -256,7 +262,7 @@ def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 8000))
     frames = Frames(nbytes)
-    assert common.to_resident(frames, device) == (device if moved else frames)
+    assert patrec.batches.to_resident(frames, device) == (device if moved else frames)
 
 
 class BrokenCard(TorchFunctionMode):
@@ -274,17 +280,19 @@ def test_a_card_that_is_there_and_cannot_compute_is_not_believed(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with BrokenCard():
-        assert common.pick_device("auto") == torch.device("cpu")
+        assert patrec.machine.pick_device("auto") == torch.device("cpu")
         assert "no kernel image" in capsys.readouterr().err
-        with pytest.raises(common.InputError, match="no kernel image.*--device cpu") as error:
-            common.pick_device("cuda")
+        with pytest.raises(
+            patrec.errors.InputError, match="no kernel image.*--device cpu"
+        ) as error:
+            patrec.machine.pick_device("cuda")
     assert "\n" not in str(error.value)
 
 
 def test_a_card_that_is_not_there_is_an_input_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(common.InputError, match="--device cuda.*finds none.*--device cpu"):
-        common.pick_device("cuda")
+    with pytest.raises(patrec.errors.InputError, match="--device cuda.*finds none.*--device cpu"):
+        patrec.machine.pick_device("cuda")
 
 
 @contextlib.contextmanager
@@ -312,7 +320,7 @@ def test_half_precision_is_used_where_it_is_fast_and_nowhere_else(
     """In training and scoring; losses, weights and answers stay single, and about the same."""
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(common, "fast_dtype", lambda device_type, dtype=dtype: dtype)
+        patch_everywhere(monkeypatch, "fast_dtype", lambda device_type, dtype=dtype: dtype)
         with formats_seen() as seen:
             losses, outputs = train_on(
                 torch.device("cpu"), data_dir, tmp_path / str(dtype), name, head
@@ -376,13 +384,13 @@ class TinyBackbone(nn.Module):
 
 def tiny_training(folder, epochs=3, **options):
     """Train a tiny classifier in 4 steps an epoch; its loss curve and weights."""
-    common.seed_everything(1)
+    patrec.machine.seed_everything(1)
     model = common.Classifier(TinyBackbone(), 3)
     x, lengths = torch.randn(16, 6, 5), torch.full((16,), 6)
     part = Subset(TensorDataset(x, torch.arange(16) % 3, lengths), list(range(16)))
     settings = {"part": "genre", "names": list("abc"), "priors": [1 / 3] * 3}
     data = common.Data(part, part, part, list("abc"), None, None, settings)
-    recipe = common.Recipe(epochs=epochs, lr=0.05, batch_size=4)
+    recipe = patrec.recipes.Recipe(epochs=epochs, lr=0.05, batch_size=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01, fused=True)
     result = common.train(model, data, nn.CrossEntropyLoss(), optimizer, recipe, folder, **options)
     return result.history["train_loss"].tolist(), model.state_dict()
@@ -396,12 +404,12 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
     And a resumed training goes on with the scale where it was.
     """
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(
-        common, "half_precision", lambda device: contextlib.nullcontext()
+    patch_everywhere(
+        monkeypatch, "half_precision", lambda device: contextlib.nullcontext()
     )  # a processor is slow in float16
     losses, weights = tiny_training(tmp_path / "float32")
     assert Scaler.made and not Scaler.made[-1].enabled
-    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float16)
+    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float16)
     clip = nn.utils.clip_grad_norm_
 
     def clip_noted(parameters, limit, *args, **options):
@@ -466,7 +474,7 @@ def test_out_of_memory_while_training_is_said_and_what_was_trained_is_kept(
         "forward",
         lambda *args: (full if next(calls) > kept * per_epoch else usual)(*args),
     )
-    with pytest.raises(common.StepFailed, match="batches of 4 clips; try --batch-size 2"):
+    with pytest.raises(patrec.errors.StepFailed, match="batches of 4 clips; try --batch-size 2"):
         tiny_training(tmp_path / "run")
     assert (tmp_path / "run" / "best.pt").exists() == bool(kept)
 
@@ -500,7 +508,7 @@ NETWORKS = [("cnn_mel", "genre"), ("mel", "genre"), ("beat_mel", "genre"), ("cnn
 @on_card
 @pytest.mark.parametrize("name, head", NETWORKS)
 def test_a_card_trains_as_the_cpu_does(cuda, data_dir, tmp_path, monkeypatch, name, head):
-    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.float32)
+    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float32)
     losses, outputs = train_on(
         torch.device("cpu"), data_dir, tmp_path / "cpu", name, head, quiet=True
     )
@@ -519,7 +527,7 @@ def test_half_precision_on_a_card_learns_as_single_precision_does(
 ):
     losses = {}
     for kind in (torch.float32, dtype):
-        monkeypatch.setattr(common, "fast_dtype", lambda device_type, kind=kind: kind)
+        patch_everywhere(monkeypatch, "fast_dtype", lambda device_type, kind=kind: kind)
         with formats_seen() as seen:
             losses[kind], outputs = train_on(
                 cuda, data_dir, tmp_path / str(kind), name, head, quiet=True
@@ -530,7 +538,7 @@ def test_half_precision_on_a_card_learns_as_single_precision_does(
 
 @on_card
 def test_batches_are_cut_on_the_card(cuda, data_dir):
-    data = common.load_data(common.Source(data_dir, seed=0, device=cuda), crop=64)
+    data = common.load_data(patrec.step.Source(data_dir, seed=0, device=cuda), crop=64)
     x, _, _ = next(iter(DataLoader(data.train, 8, shuffle=True)))
     assert data.train.dataset.store.frames.is_cuda and x.is_cuda
 
@@ -565,7 +573,7 @@ def test_bfloat16_only_on_cards_that_compute_in_it(monkeypatch, capability, dtyp
 
 def test_the_loss_gets_single_precision(tmp_path, monkeypatch):
     """Logarithms and sums over a batch of half numbers would be off."""
-    monkeypatch.setattr(common, "fast_dtype", lambda device_type: torch.bfloat16)
+    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.bfloat16)
     seen = set()
 
     class Noting(nn.CrossEntropyLoss):

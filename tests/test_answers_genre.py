@@ -44,19 +44,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from common import (
-    Augment,
-    Source,
-    calibration_error,
-    classification_scores,
-    clip_ids,
-    fit_temperature,
-    load_checkpoint,
-    load_data,
-    load_model,
-    predict,
-    with_interval,
-)
+from common import clip_ids, load_checkpoint, load_data, load_model, predict
+from patrec.batches import Augment
+from patrec.explain import calibration_error, fit_temperature
+from patrec.scores import classification_scores
+from patrec.step import Source
+from patrec.tables import with_interval
 
 LSTMS = ["mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"]
 CNNS = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]

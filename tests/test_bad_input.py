@@ -19,6 +19,7 @@ from conftest import (
     assert_clean_error,
     fake_clip,
     labels_of,
+    patch_everywhere,
     read_metrics,
     run_inside,
     run_script,
@@ -28,6 +29,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import patrec.batches
+import patrec.clips
+import patrec.errors
+import patrec.files
+import patrec.labels
+import patrec.recipes
+import patrec.step
 
 GENRE, BEAT, EMOTION, EMOTION_BEAT = (
     "fma_genre_spectrograms",
@@ -126,9 +134,9 @@ def test_data_folder_that_is_none(refused, data, tmp_path):
 
 def test_data_folder_of_one_level_too_high_or_low_is_taken(data, monkeypatch):
     for place in (data, data.parent, data / GENRE, data / EMOTION_BEAT):
-        assert common.find_data(place) == data.resolve()
+        assert patrec.files.find_data(place) == data.resolve()
     monkeypatch.chdir(data / GENRE)
-    assert common.find_data(".") == data.resolve()
+    assert patrec.files.find_data(".") == data.resolve()
 
 
 def test_data_folder_with_one_part_only(refused, data):
@@ -297,8 +305,8 @@ def test_any_label_file_is_read_or_refused_in_one_line(tmp_path_factory, text):
     path = folder / "train_labels.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
-        labels = common.read_labels(path)
-    except common.InputError as error:
+        labels = patrec.labels.read_labels(path)
+    except patrec.errors.InputError as error:
         assert str(path) in str(error) and len(str(error).splitlines()) == 1
         return
     assert labels and len({clip_id for clip_id, _ in labels}) == len(labels)
@@ -318,7 +326,7 @@ IDS = st.lists(
 @settings(derandomize=True, max_examples=50, deadline=None, database=None)
 @given(
     ids=IDS,
-    columns=st.permutations(common.EMOTIONS),
+    columns=st.permutations(patrec.labels.EMOTIONS),
     genre=st.booleans(),
     bom=st.booleans(),
     end=st.sampled_from(["\n", "\r\n", "\n\n"]),
@@ -329,16 +337,16 @@ def test_valid_labels_come_back_whatever_their_form(
 ):
     path = tmp_path_factory.getbasetemp() / "valid_labels.txt"
     if genre:
-        labels = [(i, draw.draw(st.sampled_from(list(common.MERGE)))) for i in ids]
+        labels = [(i, draw.draw(st.sampled_from(list(patrec.labels.MERGE)))) for i in ids]
         rows = ["Id\tGenre"] + [f"{i}.fused.full.npy.gz\t{label}" for i, label in labels]
     else:
         labels = [(i, tuple(draw.draw(st.floats(0, 1)) for _ in columns)) for i in ids]
         rows = [",".join(["Id", *columns])] + [
-            ",".join([i, *(repr(label[common.EMOTIONS.index(c)]) for c in columns)])
+            ",".join([i, *(repr(label[patrec.labels.EMOTIONS.index(c)]) for c in columns)])
             for i, label in labels
         ]
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + (end.join(rows) + end).encode())
-    assert common.read_labels(path) == labels
+    assert patrec.labels.read_labels(path) == labels
 
 
 # --- arrays -----------------------------------------------------------------------------
@@ -421,8 +429,8 @@ def test_array(refused, data, fault):
     path.unlink() if content is None else path.write_bytes(content)
     refused("step05_lstm", *TINY, "--data-dir", data, words=[path, words, "--skip-bad"])
     if content is not None and fault not in ("missing", "truncated"):
-        with pytest.raises(common.InputError, match=str(path)):
-            common.read_array(path)
+        with pytest.raises(patrec.errors.InputError, match=str(path)):
+            patrec.clips.read_array(path)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +504,7 @@ def make_step(data, monkeypatch):
             "cpu",
         ]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        return common.Step("made", "", training=True)
+        return patrec.step.Step("made", "", training=True)
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back after the test
     return make
@@ -526,7 +534,7 @@ def test_emotion_batch_of_one(make_step, target):
     step = make_step("--epochs", 1, "--batch-size", 8, "--subset", 9)
     run = common.Experiment(
         "cnn",
-        common.GENRE_NETWORKS["cnn_mel"],
+        patrec.recipes.GENRE_NETWORKS["cnn_mel"],
         lambda _, data: common.Regressor(common.CNNBackbone(), data.names, data.mean, data.std),
         lambda data: common.RegressionLoss(data.std, learned=target == "emotion"),
         torch.optim.AdamW,
@@ -605,7 +613,7 @@ def test_full_disk(refused, sound_data, monkeypatch, tmp_path, name):
             else really(path, mode, **options)
         )
 
-    monkeypatch.setattr(common, "open", open_on_full_disk, raising=False)
+    patch_everywhere(monkeypatch, "open", open_on_full_disk, raising=False)
     refused(
         "step05_lstm",
         *TINY,
@@ -781,13 +789,13 @@ def test_a_loss_that_is_no_number_stops_with_exit_code_1(
 ):
     """One line that names epoch, batch and rate; the best epoch before stays, no metrics.json."""
     calls = []
-    augment = common.Augment.__call__
+    augment = patrec.batches.Augment.__call__
 
     def spoil(self, x, targets):
         calls.append(len(x))
         return augment(self, x * np.nan if len(calls) == 5 else x, targets)
 
-    monkeypatch.setattr(common.Augment, "__call__", spoil)
+    monkeypatch.setattr(patrec.batches.Augment, "__call__", spoil)
     with pytest.raises(SystemExit) as stop:
         run(
             "step05_lstm",

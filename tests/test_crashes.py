@@ -19,6 +19,9 @@ from conftest import ROOT, read_metrics, run_inside, write_data_set
 from test_train import train
 
 import common
+import patrec.clips
+import patrec.files
+import patrec.labels
 
 RUN = (
     "--smoke",
@@ -244,7 +247,7 @@ def test_two_processes_do_not_write_into_one_folder(tiny_data, tmp_path, capsys)
     finally:
         first.kill()
         first.wait()
-    common.lock_folder(folder)  # free again; and now that nobody else is there, cleared
+    patrec.files.lock_folder(folder)  # free again; and now that nobody else is there, cleared
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -254,14 +257,14 @@ def test_two_processes_do_not_write_into_one_folder(tiny_data, tmp_path, capsys)
 @pytest.fixture
 def entries(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
-    return common.read_entries(tiny_data, "genre", "train")
+    return patrec.labels.read_entries(tiny_data, "genre", "train")
 
 
 def test_clips_are_the_same_however_many_threads_read_them(entries, tmp_path):
     stores = []
     for threads in (1, 4, 16):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        stores.append(common.load_clips(entries, threads=threads))
+        stores.append(patrec.clips.load_clips(entries, threads=threads))
     for store in stores[1:]:
         assert torch.equal(store.frames, stores[0].frames) and torch.equal(
             store.starts, stores[0].starts
@@ -281,12 +284,12 @@ SPOILT = [
 
 @pytest.mark.parametrize("spoil", SPOILT)
 def test_a_broken_cache_is_made_anew(entries, tmp_path, spoil):
-    frames = common.load_clips(entries).frames.clone()
+    frames = patrec.clips.load_clips(entries).frames.clone()
     (cache,) = (tmp_path / "cache").iterdir()
     content = cache.read_bytes()
     cache.unlink()
     cache.write_bytes(spoil(content))
-    assert torch.equal(common.load_clips(entries).frames, frames)
+    assert torch.equal(patrec.clips.load_clips(entries).frames, frames)
     assert cache.read_bytes() == content
 
 
@@ -296,7 +299,7 @@ def test_what_killed_runs_left_in_the_cache_goes_after_an_hour(entries, tmp_path
     for name in names:
         (tmp_path / "cache" / name).write_bytes(b"half")
     os.utime(tmp_path / "cache" / names[0], (time.time() - 4000,) * 2)
-    common.load_clips(entries)
+    patrec.clips.load_clips(entries)
     left = {path.name for path in (tmp_path / "cache").glob("*.tmp")}
     assert left == set(
         names[1:]
@@ -305,7 +308,7 @@ def test_what_killed_runs_left_in_the_cache_goes_after_an_hour(entries, tmp_path
 
 def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
     """Linux refuses a copy-on-write mapping larger than its memory."""
-    usual = common.load_clips(entries)
+    usual = patrec.clips.load_clips(entries)
     memmap = np.memmap
 
     def refuse(path, dtype, mode, **options):
@@ -314,7 +317,7 @@ def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
         return memmap(path, dtype, mode, **options)
 
     monkeypatch.setattr(np, "memmap", refuse)
-    store = common.load_clips(entries)
+    store = patrec.clips.load_clips(entries)
     assert torch.equal(store.frames, usual.frames)
     first, second = (
         common.SpectrogramDataset(

@@ -11,23 +11,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, GENRES, MERGED, fake_clip, labels_of, write_data_set
+from conftest import COUNTS, GENRES, MERGED, fake_clip, labels_of, patch_everywhere, write_data_set
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import common
-from common import (
-    CNNBackbone,
-    InputError,
-    LSTMBackbone,
-    Source,
-    SpectrogramDataset,
-    load_clips,
-    load_data,
-    read_array,
-    read_entries,
-    read_labels,
-)
+import patrec.clips
+import patrec.files
+import patrec.labels
+import patrec.step
+from common import CNNBackbone, LSTMBackbone, SpectrogramDataset, load_data
+from patrec.clips import load_clips, read_array
+from patrec.errors import InputError
+from patrec.labels import read_entries, read_labels
+from patrec.step import Source
 
 
 def write(path, text):
@@ -117,13 +114,13 @@ def test_nothing_is_decided_by_a_parent_folder(tmp_path, parent):
             entries = read_entries(root, part, split, beat)
             assert len(entries) == n
             assert all(
-                entry.path.parent == common.part_folder(root, part, beat) / split
+                entry.path.parent == patrec.files.part_folder(root, part, beat) / split
                 and entry.path.exists()
                 for entry in entries
             )
             kinds = {type(entry.label) for entry in entries}
             assert kinds == {str if part == "genre" else tuple if split == "train" else type(None)}
-    assert common.find_data(root) == root.resolve()
+    assert patrec.files.find_data(root) == root.resolve()
 
 
 def test_file_name_is_the_same_whatever_the_label_file_calls_it(data_dir):
@@ -162,7 +159,7 @@ def test_merge_gives_the_labs_ten_classes(data_dir):
         assert after == {
             clip_id: MERGED[genre] for clip_id, genre in before.items() if genre in MERGED
         }
-    assert set(common.MERGE) == set(GENRES)
+    assert set(patrec.labels.MERGE) == set(GENRES)
 
 
 def test_unknown_class_is_refused_by_the_merge_only(own_data):
@@ -288,8 +285,8 @@ def test_long_clips_come_out_whole(tmp_path):
 def test_second_start_reads_the_cache_and_not_the_files(own_data, monkeypatch):
     entries = read_entries(own_data, "genre", "train")
     first = load_clips(entries)
-    monkeypatch.setattr(
-        common, "read_array", lambda path, lock: pytest.fail(f"{path} was read again")
+    patch_everywhere(
+        monkeypatch, "read_array", lambda path, lock: pytest.fail(f"{path} was read again")
     )
     again = load_clips(entries)
     assert (
@@ -352,7 +349,7 @@ def test_a_clip_that_failed_for_a_moment_is_read_again(own_data, monkeypatch, sk
         return read_array(path, *lock)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "read_array", fails)
+        patch_everywhere(patch, "read_array", fails)
         if skip_bad:
             assert len(load_clips(entries, skip_bad=True).entries) == len(entries) - 1
         else:
@@ -369,7 +366,7 @@ def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
     Clips of unlike lengths, or a header read once would serve for all of them.
     """
     clip = fake_clip(np.random.default_rng(0), 0.5, 64)
-    entries = [common.Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(20, 60)]
+    entries = [patrec.labels.Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(20, 60)]
     for n, entry in enumerate(entries, start=20):
         np.save(entry.path, clip[:, :n])
     parse, turn, at_once = ast.literal_eval, threading.Lock(), []
@@ -411,16 +408,16 @@ def test_cache_is_not_shared_between_sets_of_clips(data_dir):
 
 def test_leak_is_found_by_id_and_by_content(own_data):
     train, test = (read_entries(own_data, "genre", split) for split in ("train", "test"))
-    assert common.find_leak(load_clips(train), load_clips(test)) == []
+    assert patrec.clips.find_leak(load_clips(train), load_clips(test)) == []
     shutil.copy(train[0].path, test[0].path)  # the same array under another id
     same_id = test[1]._replace(clip_id=train[1].clip_id)
-    found = common.find_leak(load_clips(train), load_clips([test[0], same_id, *test[2:]]))
+    found = patrec.clips.find_leak(load_clips(train), load_clips([test[0], same_id, *test[2:]]))
     assert found == [test[0].clip_id, train[1].clip_id]
 
 
 def test_leak_is_looked_for_in_the_form_that_is_tested_too(own_data):
     """Step 6 asks networks of frames for beats, which must not be a training clip's."""
-    source = common.Source(own_data)
+    source = patrec.step.Source(own_data)
     settings = common.load_data(source).settings
     assert len(common.load_test(source, settings, beat=True))
     train, test = (read_entries(own_data, "genre", part, True, True) for part in ("train", "test"))
@@ -508,8 +505,8 @@ def test_crops_are_random_and_stay_within_their_clip():
     lengths = [50, 7, 30, 31]
     frames = torch.cat([torch.full((n, 140), float(i)) for i, n in enumerate(lengths)])
     frames[:, 139] = torch.cat([torch.arange(n) / 64 for n in lengths])
-    entries = [common.Entry(str(i), None, "x") for i in range(4)]
-    store = common.ClipStore(
+    entries = [patrec.labels.Entry(str(i), None, "x") for i in range(4)]
+    store = patrec.clips.ClipStore(
         entries,
         frames.half(),
         torch.tensor([0, 50, 57, 87]),
@@ -560,8 +557,8 @@ def test_statistics_come_from_the_training_part_only(tmp_path):
 
 def test_statistics_of_a_silent_band_stay_finite():
     frames = torch.full((20, 140), -80.0).half()
-    store = common.ClipStore(
-        [common.Entry("1", None, "x")], frames, torch.tensor([0]), torch.tensor([20]), ["a"]
+    store = patrec.clips.ClipStore(
+        [patrec.labels.Entry("1", None, "x")], frames, torch.tensor([0]), torch.tensor([20]), ["a"]
     )
     mean, std = common.band_statistics(store, [0])
     assert (mean == -80).all() and (std > 0).all()
@@ -601,7 +598,7 @@ def parts_of(data):
 def test_every_network_hears_the_same_parts_whatever_the_order_of_the_label_files(own_data, target):
     """Frames and beats, mel and chroma: what one network trains on, none is validated with."""
     part = "genre" if target == "genre" else "emotion"
-    path = common.part_folder(own_data, part, beat=True) / "train_labels.txt"
+    path = patrec.files.part_folder(own_data, part, beat=True) / "train_labels.txt"
     header, *rows = path.read_text().splitlines()
     orders = (rows, rows[::-1], sorted(rows))
     n_folds = 1 if target == "genre" else 2
@@ -634,7 +631,7 @@ def test_targets_go_with_their_clips_and_not_with_a_row_number(own_data):
                 if target == "genre":
                     assert true.to_dict() == {i: labels[i] for i in true.index}
                     continue
-                columns = [common.EMOTIONS.index(name) for name in true.columns]
+                columns = [patrec.labels.EMOTIONS.index(name) for name in true.columns]
                 for clip_id, row in true.iterrows():
                     assert row.tolist() == pytest.approx([labels[clip_id][k] for k in columns])
 
@@ -686,21 +683,21 @@ def test_priors_are_shares_of_the_training_part_and_never_zero(own_data, capsys)
 
 
 def test_fingerprint_is_of_labels_and_not_of_their_order(own_data):
-    kinds = [(part, beat) for part in common.FOLDERS for beat in (False, True)]
-    before = {kind: common.fingerprint(own_data, *kind) for kind in kinds}
+    kinds = [(part, beat) for part in patrec.files.FOLDERS for beat in (False, True)]
+    before = {kind: patrec.labels.fingerprint(own_data, *kind) for kind in kinds}
     assert before[kinds[0]] != before[kinds[2]]
     for part, beat in kinds:
-        path = common.part_folder(own_data, part, beat) / "train_labels.txt"
+        path = patrec.files.part_folder(own_data, part, beat) / "train_labels.txt"
         header, *rows = path.read_text().splitlines()
         write(path, "\n".join([header, *rows[::-1]]) + "\n")
-        assert common.fingerprint(own_data, part, beat) == before[part, beat]
+        assert patrec.labels.fingerprint(own_data, part, beat) == before[part, beat]
         path.write_bytes("\r\n".join([header, *rows]).encode() + b"\r\n")
-        assert common.fingerprint(own_data, part, beat) == before[part, beat]
+        assert patrec.labels.fingerprint(own_data, part, beat) == before[part, beat]
         changed = rows[0].replace(*(("\t", "\tX") if part == "genre" else (",0.", ",0.0")), 1)
         for other in ([changed, *rows[1:]], rows[1:], ["1" + rows[0], *rows[1:]]):
             assert other != rows
             write(path, "\n".join([header, *other]) + "\n")
-            assert common.fingerprint(own_data, part, beat) != before[part, beat]
+            assert patrec.labels.fingerprint(own_data, part, beat) != before[part, beat]
 
 
 # --- padding and lengths through the networks -----------------------------------------
@@ -837,7 +834,7 @@ def test_a_batch_of_one_clip_stays_a_batch(name):
     for head, shape in (
         (common.Classifier(network, 4), (1, 4)),
         (common.Regressor(network, ["energy"], [0.5], [0.2]), (1, 1)),
-        (common.Regressor(network, common.EMOTIONS, [0.5] * 3, [0.2] * 3), (1, 3)),
+        (common.Regressor(network, patrec.labels.EMOTIONS, [0.5] * 3, [0.2] * 3), (1, 3)),
     ):
         head.eval()
         assert head(x, lengths).shape == shape

@@ -4,14 +4,14 @@ import librosa
 import numpy as np
 import pytest
 
-from common import (
+from patrec.errors import InputError
+from patrec.features import (
     DB_FLOOR,
     HOP,
     N_FFT,
     N_MELS,
     NOTES,
     SR,
-    InputError,
     extract_features,
     percussive_part,
 )

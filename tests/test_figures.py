@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import common
+import patrec.labels
+import patrec.plots
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def bars_of(ax):
 
 def test_scores_stand_beside_their_names_the_first_on_top(ax):
     values, intervals = [0.2, 0.5, 0.9], [[0.1, 0.35], [0.4, 0.6], [0.85, 0.92]]
-    common.plot_scores(ax, ["one", "two", "three"], values, intervals, "score")
+    patrec.plots.plot_scores(ax, ["one", "two", "three"], values, intervals, "score")
     found = bars_of(ax)
     for name, value, interval in zip(("one", "two", "three"), values, intervals, strict=True):
         width, span, text = found[name]
@@ -41,12 +42,12 @@ def test_scores_stand_beside_their_names_the_first_on_top(ax):
 
 
 def test_each_emotion_has_its_own_panel():
-    keys = (*common.EMOTIONS, "mean_spearman")
+    keys = (*patrec.labels.EMOTIONS, "mean_spearman")
     scores = {}
     for shift, name in enumerate(("cnn", "lstm")):
         values = {key: 0.1 * (place + 1) + 0.03 * shift for place, key in enumerate(keys)}
         scores[name] = values | {f"{key}_ci95": [v - 0.02, v + 0.01] for key, v in values.items()}
-    fig = common.plot_emotion_scores(scores)
+    fig = patrec.plots.plot_emotion_scores(scores)
     titles = {key: key.replace("_spearman", " of the three") for key in keys}
     panels = {ax.get_title(): ax for ax in fig.axes}
     assert set(panels) == set(titles.values())
@@ -59,7 +60,7 @@ def test_each_emotion_has_its_own_panel():
 def test_confusions_are_written_where_they_belong(ax):
     """Rows are true classes, from above; columns what they were called."""
     confusion = [[5, 2, 0], [0, 7, 1], [3, 0, 4]]
-    common.plot_confusion(ax, confusion, list("abc"))
+    patrec.plots.plot_confusion(ax, confusion, list("abc"))
     for text in ax.texts:
         x, y = text.get_position()
         assert text.get_text() == (str(confusion[y][x]) if confusion[y][x] else "")
@@ -74,7 +75,7 @@ def test_the_dot_marks_the_epoch_that_was_kept(ax):
     history["val_score"] = [0.1, 0.3, 0.2, 0.9, 0.4, 0.3, 0.5, 0.5, 0.6, 0.4]
     history["settled"] = [0] * 8 + [1, 1]
     history["kept"] = [1, 1, 0, 1, 0, 0, 0, 0, 1, 0]
-    common.plot_history(ax, history)
+    patrec.plots.plot_history(ax, history)
     (right,) = (other for other in ax.figure.axes if other is not ax)
     (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)

@@ -7,9 +7,17 @@ set in no time.
 import shutil
 
 import pytest
-from conftest import ROOT, assert_clean_error, read_metrics, run_script, write_data_set
+from conftest import (
+    ROOT,
+    assert_clean_error,
+    patch_everywhere,
+    read_metrics,
+    run_script,
+    write_data_set,
+)
 
 import common
+import patrec.files
 
 STEP = "step04_dataset"  # the quickest one
 # Stands in for make_dataset.py: notes how it was called, copies the set that lies beside it.
@@ -83,24 +91,24 @@ def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_i
 
 
 def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(project, monkeypatch):
-    monkeypatch.setattr(common, "__file__", str(project / "common.py"))
+    patch_everywhere(monkeypatch, "__file__", str(project / "common.py"))
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(project / "no kaggle here"))
     for part, other in (("genre", "emotion"), ("emotion", "genre")):
         shutil.rmtree(project / "data", ignore_errors=True)
         (project / "calls.txt").unlink(missing_ok=True)
-        demo = common.find_data(parts=(part,))
-        for folder in (common.part_folder(demo, other, beat) for beat in (False, True)):
+        demo = patrec.files.find_data(parts=(part,))
+        for folder in (patrec.files.part_folder(demo, other, beat) for beat in (False, True)):
             shutil.rmtree(folder)  # which the real one would not have made
-        assert common.find_data(parts=(part,)) == demo
+        assert patrec.files.find_data(parts=(part,)) == demo
         shutil.move(demo, project / "data" / "away")  # the stand-in makes whole sets only
-        assert common.find_data(parts=(part, other)) == demo
+        assert patrec.files.find_data(parts=(part, other)) == demo
         calls = (project / "calls.txt").read_text().splitlines()
         assert calls == [f"--demo --parts {p} --out {demo}" for p in (part, f"{part} {other}")]
 
 
 def test_a_demo_set_of_one_part_is_not_taken_for_both(project, monkeypatch):
     """A step that needs both would find no folder of the other."""
-    monkeypatch.setattr(common, "__file__", str(project / "common.py"))
+    patch_everywhere(monkeypatch, "__file__", str(project / "common.py"))
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(project / "no kaggle here"))
     asked = []
 
@@ -110,9 +118,9 @@ def test_a_demo_set_of_one_part_is_not_taken_for_both(project, monkeypatch):
 
     monkeypatch.setattr(common.subprocess, "run", run)
     demo = project / "data" / "demo"
-    common.part_folder(demo, "genre").mkdir(parents=True)
-    assert common.find_data(parts=("genre",)) == demo and not asked
-    assert common.find_data(parts=("genre", "emotion")) == demo
+    patrec.files.part_folder(demo, "genre").mkdir(parents=True)
+    assert patrec.files.find_data(parts=("genre",)) == demo and not asked
+    assert patrec.files.find_data(parts=("genre", "emotion")) == demo
     assert asked == [["genre", "emotion"]]
 
 

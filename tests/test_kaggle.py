@@ -17,8 +17,8 @@ import nbformat
 import pytest
 from conftest import ROOT, assert_clean_error, run_forked, run_script, write_data_set
 
-import common
 import kaggle_kernel
+import patrec.machine
 
 STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
 MOUNTS = {  # the classic layout and the one of newer kernels
@@ -161,7 +161,7 @@ def test_missing_data_set_is_named_and_nothing_is_written(kernels, tmp_path):
 def test_kaggle_is_where_kaggle_is(monkeypatch):
     """What the stand-in of these tests replaces."""
     monkeypatch.delenv("PATREC_KAGGLE_ROOT", raising=False)
-    assert common.kaggle_root() == Path("/kaggle")
+    assert patrec.machine.kaggle_root() == Path("/kaggle")
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda path: path.stem)

@@ -11,12 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import patch_everywhere
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import common
+import patrec.baselines
+import patrec.batches
+import patrec.clips
+import patrec.labels
+import patrec.recipes
+import patrec.scores
+import patrec.tables
 
 # --- the lab's merge --------------------------------------------------------------------
 
@@ -37,9 +45,9 @@ def test_the_merge_is_the_labs(tmp_path, genre, merged):
     (folder / "train_labels.txt").write_text(
         f"Id\tGenre\n1.fused.full.npy.gz\t{genre}\n2.fused.full.npy.gz\tRock\n"
     )
-    entries = common.read_entries(tmp_path, "genre", "train", merge=True)
+    entries = patrec.labels.read_entries(tmp_path, "genre", "train", merge=True)
     assert [entry.label for entry in entries] == ([merged] if merged else []) + ["Rock"]
-    as_it_is = common.read_entries(tmp_path, "genre", "train", merge=False)
+    as_it_is = patrec.labels.read_entries(tmp_path, "genre", "train", merge=False)
     assert [entry.label for entry in as_it_is] == [genre, "Rock"]
 
 
@@ -68,7 +76,7 @@ def fixed(monkeypatch, weights, partners):
 
 
 def mixup(n_classes=0, alpha=0.3):
-    return common.Augment(
+    return patrec.batches.Augment(
         mixup=alpha, shift_bands=0, mask_bands=0, mask_frames=0, n_classes=n_classes
     )
 
@@ -135,7 +143,7 @@ def test_spectrogram_masks_are_single_stripes_of_every_width_up_to_the_widest(
     """Never wider than a quarter of the 12 notes of a chromagram, the 40 frames of a beat clip."""
     torch.manual_seed(0)
     masks = {"mask_bands": widest if dim == 2 else 0, "mask_frames": widest if dim == 1 else 0}
-    augment = common.Augment(mixup=0, shift_bands=0, **masks)
+    augment = patrec.batches.Augment(mixup=0, shift_bands=0, **masks)
     n = 3000
     x = torch.ones((n, size, 4) if dim == 1 else (n, 4, size))
     out, _ = augment(x, torch.zeros(n))
@@ -160,7 +168,7 @@ def test_bands_are_shifted_by_up_to_two_and_notes_are_not(n_bands):
     torch.manual_seed(0)
     n, n_mel = 500, 128 if n_bands >= 128 else 0
     x = torch.arange(float(n_bands)).expand(n, 3, n_bands)
-    augment = common.Augment(mixup=0, shift_bands=2, mask_bands=0, mask_frames=0)
+    augment = patrec.batches.Augment(mixup=0, shift_bands=2, mask_bands=0, mask_frames=0)
     out, targets = augment(x, torch.arange(float(n)))
     assert torch.equal(out[..., n_mel:], x[..., n_mel:])
     assert torch.equal(targets, torch.arange(float(n)))
@@ -323,13 +331,13 @@ def test_rate_and_running_average_follow_their_formulas(
     part = torch.utils.data.Subset(data, list(range(steps_per_epoch)))
     settings = {"part": "genre", "names": ["a"], "priors": [1.0]}
     toy = common.Data(part, part, part, ["a"], None, None, settings)
-    recipe = common.Recipe(epochs=10, lr=0.1, batch_size=1)
+    recipe = patrec.recipes.Recipe(epochs=10, lr=0.1, batch_size=1)
 
     def score(outputs, targets, settings):
         validated.append(outputs[0].item())  # the averaged weight is what is validated
         return 0.0
 
-    monkeypatch.setattr(common, "validation_score", score)
+    patch_everywhere(monkeypatch, "validation_score", score)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
     result = common.train(model, toy, MeanAnswer(), optimizer, recipe, tmp_path)
     weight, average, gradient, averages = 0.0, 0.0, 0.0, []
@@ -357,27 +365,29 @@ def test_rate_and_running_average_follow_their_formulas(
 ])  # fmt: skip
 def test_planned_epochs_by_hand(monkeypatch, n_clips, examples, most_passes, expected):
     args = types.SimpleNamespace(epochs=None, smoke=False, lr=0.001, batch_size=32)
-    network = common.Network("lstm", "mel")
+    network = patrec.recipes.Network("lstm", "mel")
     for part, budget in (("genre", (examples, 1)), ("emotion", (1, examples))):
-        budget = common.Budget(640, *budget, most_passes)
-        monkeypatch.setattr(common, "BUDGETS", {"lstm": budget})
+        budget = patrec.recipes.Budget(640, *budget, most_passes)
+        patch_everywhere(monkeypatch, "BUDGETS", {"lstm": budget})
         settings = {"part": part}
         data = types.SimpleNamespace(train=range(n_clips), names=["a"], settings=settings)
-        recipe = common.make_recipe(network, data, args)
+        recipe = patrec.recipes.make_recipe(network, data, args)
         assert (recipe.epochs, recipe.crops) == expected
     args.smoke = True
-    assert common.make_recipe(network, data, args).epochs == 2
+    assert patrec.recipes.make_recipe(network, data, args).epochs == 2
 
 
 def test_share_of_a_budget_by_hand(monkeypatch):
     """A fifth of 75 passes is 15; of the 20 that are the least, 4."""
-    budget = common.Budget(crop=640, genre=30_000, emotion=1, most_passes=80)
-    monkeypatch.setattr(common, "BUDGETS", {"lstm": budget})
+    budget = patrec.recipes.Budget(crop=640, genre=30_000, emotion=1, most_passes=80)
+    patch_everywhere(monkeypatch, "BUDGETS", {"lstm": budget})
     args = types.SimpleNamespace(epochs=None, smoke=False, lr=0.001, batch_size=32)
     for n_clips, expected in ((400, (15, 1)), (100_000, (4, 1)), (10, (16, 1))):
         settings = {"part": "genre"}
         data = types.SimpleNamespace(train=range(n_clips), names=["a"], settings=settings)
-        recipe = common.make_recipe(common.Network("lstm", "mel"), data, args, share=0.2)
+        recipe = patrec.recipes.make_recipe(
+            patrec.recipes.Network("lstm", "mel"), data, args, share=0.2
+        )
         assert (recipe.epochs, recipe.crops) == expected
 
 
@@ -411,28 +421,28 @@ def test_macro_f1_is_scikit_learns_on_random_answers():
 def test_a_score_its_interval_and_the_validation_score_are_one_statistic():
     """Over all classes: three of four occur, all right, so 3/4 and not 1."""
     answers = np.repeat([0, 1, 2], 20)
-    scores = common.classification_scores(answers, answers, list("abcd"))
+    scores = patrec.scores.classification_scores(answers, answers, list("abcd"))
     assert scores["macro_f1"] == 0.75 and scores["macro_f1_ci95"] == [0.75, 0.75]
     frame = pd.DataFrame(np.eye(4)[answers], columns=list("abcd"))
     true = pd.Series(np.array(list("abcd"))[answers])
     other = pd.DataFrame(np.eye(4)[np.zeros(60, int)], columns=list("abcd"))
-    gain = common.paired_difference(true, frame, other)["macro_f1"]
+    gain = patrec.scores.paired_difference(true, frame, other)["macro_f1"]
     assert gain == pytest.approx(0.75 - 2 * 20 / 80 / 4)
 
 
 def test_bootstrap_interval_of_coin_tosses():
     """A share of 30% of 400: its standard error is sqrt(.3 x .7 / 400) = .0229."""
     hits = np.arange(400) < 120
-    low, high = common.bootstrap(lambda rows: hits[rows].mean(), 400)
+    low, high = patrec.scores.bootstrap(lambda rows: hits[rows].mean(), 400)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert low == pytest.approx(0.3 - half, abs=0.006) and high == pytest.approx(
         0.3 + half, abs=0.006
     )
-    assert common.bootstrap(lambda rows: float(len(rows)), 7) == [
+    assert patrec.scores.bootstrap(lambda rows: float(len(rows)), 7) == [
         7,
         7,
     ], "a resample is as large as the set"
-    assert common.bootstrap(lambda rows: float(len(set(rows))), 50)[1] < 40, (
+    assert patrec.scores.bootstrap(lambda rows: float(len(set(rows))), 50)[1] < 40, (
         "clips are drawn with replacement"
     )
 
@@ -440,16 +450,18 @@ def test_bootstrap_interval_of_coin_tosses():
 def test_spearman_with_ties_and_constants():
     """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, squares 4.5 and 5."""
     targets, predictions = np.array([1.0, 2.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3, 0.4])
-    assert common.spearman(targets, predictions) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert common.spearman(targets, -(predictions**3)) == pytest.approx(-4.5 / math.sqrt(4.5 * 5))
+    assert patrec.scores.spearman(targets, predictions) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert patrec.scores.spearman(targets, -(predictions**3)) == pytest.approx(
+        -4.5 / math.sqrt(4.5 * 5)
+    )
     assert (
-        common.spearman(targets, np.full(4, 0.3))
+        patrec.scores.spearman(targets, np.full(4, 0.3))
         == 0
-        == common.spearman(np.full(4, 0.3), predictions)
+        == patrec.scores.spearman(np.full(4, 0.3), predictions)
     )
     rng = np.random.default_rng(1)
     many = rng.integers(0, 5, 60).astype(float), rng.integers(0, 7, 60).astype(float)
-    assert common.spearman(*many) == pytest.approx(spearmanr(*many).statistic)
+    assert patrec.scores.spearman(*many) == pytest.approx(spearmanr(*many).statistic)
 
 
 # --- answers of several models ----------------------------------------------------------
@@ -460,10 +472,10 @@ def test_average_is_taken_clip_by_clip():
     first = pd.DataFrame({"a": [0.0, 2.0, 4.0], "b": [1.0, 1.0, 1.0]}, ["7", "10", "9"])
     second = pd.DataFrame({"b": [3.0, 5.0, 1.0], "a": [8.0, 0.0, 2.0]}, ["9", "7", "10"])
     third = first * 0
-    mean = common.average_predictions(table for table in (first, second, third))
+    mean = patrec.scores.average_predictions(table for table in (first, second, third))
     by_hand = pd.DataFrame({"a": [0.0, 4 / 3, 4.0], "b": [2.0, 2 / 3, 4 / 3]}, ["7", "10", "9"])
     pd.testing.assert_frame_equal(mean.loc[by_hand.index, ["a", "b"]], by_hand)
-    pd.testing.assert_frame_equal(common.average_predictions([first]), first)
+    pd.testing.assert_frame_equal(patrec.scores.average_predictions([first]), first)
 
 
 def genre_answers(classes, rows):
@@ -478,12 +490,12 @@ def test_paired_difference_of_genres_by_hand():
     first = genre_answers(["a", "b"], {"4": "a", "30": "a", "2": "b", "1": "a"})
     # Rows and columns in another order, and a clip that the first has not answered.
     second = genre_answers(["b", "a"], {"1": "b", "2": "a", "77": "b", "30": "b", "4": "a"})
-    found = common.paired_difference(true, first, second)
+    found = patrec.scores.paired_difference(true, first, second)
     assert found["n_clips"] == 4 and found["accuracy"] == pytest.approx(3 / 4 - 2 / 4)
     # F1 of a and b: 4/5 and 2/3 against 1/2 and 1/2.
     assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2 - 1 / 2)
     assert (found["only_first"], found["only_second"]) == (2, 1)
-    back = common.paired_difference(true, second, first)
+    back = patrec.scores.paired_difference(true, second, first)
     for key in ("accuracy", "macro_f1"):
         assert back[key] == pytest.approx(-found[key])
         assert found[f"{key}_ci95"][0] <= found[key] <= found[f"{key}_ci95"][1]
@@ -499,11 +511,13 @@ def test_paired_difference_of_emotions_by_hand():
     second = pd.DataFrame({"energy": [1.0, 2.0, 3.0, 5.0, 4.0]}, ids)
     turned = second.iloc[[3, 0, 4, 2, 1]]
     for one, other, sign in ((first, turned, 1), (turned, first, -1)):
-        found = common.paired_difference(true, one, other)
+        found = patrec.scores.paired_difference(true, one, other)
         assert found["n_clips"] == 5 and found["spearman"] == pytest.approx(sign * 0.1)
         low, high = found["spearman_ci95"]
         assert low <= found["spearman"] <= high
-    line = common.difference_line("a", "b", common.paired_difference(true, first, second))
+    line = patrec.tables.difference_line(
+        "a", "b", patrec.scores.paired_difference(true, first, second)
+    )
     assert line.startswith("`a` minus `b`: Spearman +0.100 [") and line.endswith("; 5 clips")
 
 
@@ -514,7 +528,7 @@ def test_windows_by_hand():
     """Of 10 frames, windows of 4: three, or with two more between; a short clip repeats its own."""
     x = torch.stack([torch.arange(10.0), torch.arange(100.0, 110.0)])[:, :, None]
     x[1, 6:] = 0  # padding of a clip of 6
-    cut, lengths = common.cut_windows(x, torch.tensor([10, 6]), 4, overlap=False)
+    cut, lengths = patrec.batches.cut_windows(x, torch.tensor([10, 6]), 4, overlap=False)
     assert cut[:3, :, 0].tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     assert cut[3:, :, 0].tolist() == [
         [100, 101, 102, 103],
@@ -522,7 +536,7 @@ def test_windows_by_hand():
         [102, 103, 104, 105],
     ]
     assert lengths.tolist() == [4] * 6
-    cut, lengths = common.cut_windows(x, torch.tensor([10, 3]), 4)
+    cut, lengths = patrec.batches.cut_windows(x, torch.tensor([10, 3]), 4)
     assert cut[:5, :, 0].tolist() == [
         [0, 1, 2, 3],
         [1, 2, 3, 4],
@@ -609,8 +623,8 @@ def clip_store(arrays):
     """A ClipStore of (140, T) arrays."""
     lengths = torch.tensor([array.shape[1] for array in arrays])
     frames = torch.from_numpy(np.concatenate(arrays, axis=1).T.astype(np.float16).copy())
-    entries = [common.Entry(str(i), None, "Rock") for i in range(len(arrays))]
-    return common.ClipStore(
+    entries = [patrec.labels.Entry(str(i), None, "Rock") for i in range(len(arrays))]
+    return patrec.clips.ClipStore(
         entries, frames, lengths.cumsum(0) - lengths, lengths, [str(i) for i in range(len(arrays))]
     )
 
@@ -632,7 +646,7 @@ def random_clips(lengths, seed=0):
 
 def test_band_features_are_numpys():
     clips = random_clips([700, 301, 2, 1])
-    features = common.band_features(clip_store(clips))
+    features = patrec.baselines.band_features(clip_store(clips))
     assert features.shape == (4, 640)
     for row, clip in zip(features, clips, strict=True):
         mel = clip[:128]
@@ -641,7 +655,9 @@ def test_band_features_are_numpys():
         np.testing.assert_allclose(
             row, np.concatenate([mel.mean(1), mel.std(1), low, high, change]), atol=1e-3
         )
-    assert np.array_equal(common.band_features(clip_store(clips), [2, 0]), features[[2, 0]])
+    assert np.array_equal(
+        patrec.baselines.band_features(clip_store(clips), [2, 0]), features[[2, 0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -663,16 +679,16 @@ def test_band_statistics_are_those_of_the_given_clips(features, rows):
     np.testing.assert_allclose(std, frames.std(1), rtol=0.12)
 
 
-@pytest.mark.parametrize("name", common.GENRE_NETWORKS)
+@pytest.mark.parametrize("name", patrec.recipes.GENRE_NETWORKS)
 def test_a_run_hears_what_its_name_says(name):
-    network = common.GENRE_NETWORKS[name]
+    network = patrec.recipes.GENRE_NETWORKS[name]
     assert network.features == name.split("_")[-1]
     assert network.beat == name.startswith("beat_")
     assert network.kind == ("cnn" if name.startswith("cnn") else "lstm")
     assert network.plain == name.startswith("plain")
     assert network.n_bands == {"mel": 128, "chroma": 12, "fused": 140}[network.features]
     crop = None if network.beat or network.plain else {"cnn": 256, "lstm": 640}[network.kind]
-    assert common.window_size(network) == crop
+    assert patrec.recipes.window_size(network) == crop
 
 
 GENRE = {"part": "genre", "names": ["a", "b"], "priors": [0.9, 0.1], "window": None}
@@ -698,8 +714,8 @@ def test_each_clip_gets_its_own_adjusted_answer():
     n = 150  # more than two batches
     frames = torch.zeros(n, 140)
     frames[:, 0], frames[:, 1] = -torch.arange(n) / 10, -torch.arange(n).flip(0) / 10
-    entries = [common.Entry(str(1000 - i), None, "a") for i in range(n)]
-    store = common.ClipStore(
+    entries = [patrec.labels.Entry(str(1000 - i), None, "a") for i in range(n)]
+    store = patrec.clips.ClipStore(
         entries, frames.half(), torch.arange(n), torch.ones(n).long(), [""] * n
     )
     answers = common.predict_clips(
@@ -725,7 +741,9 @@ def test_rows_of_predictions_by_hand():
     true = pd.DataFrame({"valence": [0.1, 0.2], "energy": [0.3, 0.4]}, ["7", "10"])
     answers = pd.DataFrame({"energy": [0.8, 0.9], "valence": [0.6, 0.5]}, ["10", "7"])
     folds = pd.Series({"7": 2, "10": 1})
-    rows = common.prediction_rows("cnn", true, answers, test_set="held out", seed=3, fold=folds)
+    rows = patrec.tables.prediction_rows(
+        "cnn", true, answers, test_set="held out", seed=3, fold=folds
+    )
     found = {(r.clip, r.target): (r.truth, r.prediction, r.fold) for r in rows.itertuples()}
     assert found == {
         ("10", "energy"): (0.4, 0.8, 1), ("7", "energy"): (0.3, 0.9, 2),
@@ -733,7 +751,7 @@ def test_rows_of_predictions_by_hand():
     }  # fmt: skip
     true = pd.Series({"7": "b", "10": "a"})
     answers = pd.DataFrame({"b": [-1.0, -3.0], "a": [-2.0, -0.1]}, ["10", "7"])
-    rows = common.prediction_rows("cnn", true, answers, test_set="test", seed=3)
+    rows = patrec.tables.prediction_rows("cnn", true, answers, test_set="test", seed=3)
     assert rows[["clip", "truth", "prediction"]].to_numpy().tolist() == [
         ["10", "a", "b"], ["7", "b", "a"]
     ]  # fmt: skip
@@ -743,7 +761,7 @@ def test_submission_by_hand(tmp_path):
     answers = pd.DataFrame(
         {"energy": [0.5, -0.2], "danceability": [1.3, 0.25], "valence": [0.1, 0.2]}, ["9", "10"]
     )
-    common.write_submission(tmp_path / "submission.csv", answers)
+    patrec.tables.write_submission(tmp_path / "submission.csv", answers)
     assert (tmp_path / "submission.csv").read_text().splitlines() == [
         "Id.fused.full.npy.gz,valence,energy,danceability",
         "9,0.100000,0.500000,1.000000",
@@ -752,10 +770,10 @@ def test_submission_by_hand(tmp_path):
 
 
 def test_unlabelled_clips_are_answered_by_all_folds(monkeypatch):
-    monkeypatch.setattr(common, "load_test", lambda source, settings: settings)
-    monkeypatch.setattr(
-        common,
-        "answer",
+    patch_everywhere(monkeypatch, "load_test", lambda source, settings: settings)
+    patch_everywhere(
+        monkeypatch,
+        "predict_clips",
         lambda model, *_: pd.DataFrame({"energy": [model, 2 * model]}, ["7", "10"]),
     )
     folds = [types.SimpleNamespace(model=model, settings={}) for model in (0.1, 0.2, 0.6)]
@@ -766,7 +784,7 @@ def test_unlabelled_clips_are_answered_by_all_folds(monkeypatch):
 
 def test_a_table_in_markdown_by_hand():
     frame = pd.DataFrame({"score": [0.12349, math.nan], "wh|at": ["a|b", 7]}, ["x|", "y"])
-    assert common.markdown_table(frame.rename_axis("model")).splitlines() == [
+    assert patrec.tables.markdown_table(frame.rename_axis("model")).splitlines() == [
         "| model | score | wh\\|at |",
         "| --- | --- | --- |",
         "| x\\| | 0.123 | a\\|b |",

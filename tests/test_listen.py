@@ -16,11 +16,17 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from conftest import Page, assert_clean_error, run_script, write_data_set
+from conftest import Page, assert_clean_error, patch_everywhere, run_script, write_data_set
 
 import common
 import listen
-from common import SR
+import patrec.batches
+import patrec.errors
+import patrec.features
+import patrec.labels
+import patrec.recipes
+import patrec.step
+from patrec.features import SR
 
 TEMPERATURE = 0.8
 ODD_NAME = "a <script>alert('x')<\\script> & \"quoted\"\nsong.wav"
@@ -41,12 +47,12 @@ def data(tmp_path_factory):
 
 def save_networks(out, data, **odd):
     """Checkpoints as steps 5, 7 and 10 leave them; odd : settings of the CNN's that are changed."""
-    source = common.Source(data)
+    source = patrec.step.Source(data)
     for role, (step, run) in listen.NETWORKS.items():
         torch.manual_seed(len(role))
         kind = "lstm" if "lstm" in role else "cnn"
         features = "fused" if role == "emotion_lstm" else "mel"
-        network = common.Network(kind, features)
+        network = patrec.recipes.Network(kind, features)
         target = "emotion" if "emotion" in role else "genre"
         cut = common.load_data(source, features, target=target)
         backbone = common.make_backbone(network)
@@ -56,7 +62,7 @@ def save_networks(out, data, **odd):
             model = common.Regressor(backbone, cut.names, cut.mean, cut.std)
             for head in model.heads.values():  # untrained, all would answer the mean label
                 torch.nn.init.normal_(head.weight, std=0.05)
-        settings = cut.settings | {"run": run, "window": common.window_size(network)}
+        settings = cut.settings | {"run": run, "window": patrec.recipes.window_size(network)}
         settings |= odd if role == "cnn" else {}
         (out / step / run).mkdir(parents=True)
         path = out / step / run / "best.pt"
@@ -93,9 +99,11 @@ def test_a_song_is_answered_as_the_networks_answer_its_windows(heard, outputs):
     """Computed here once more, from the lab's own extractor."""
     _, songs, folder = heard
     song = songs["clip.wav"]
-    rows, _ = common.extract_features(soundfile.read(folder / "clip.wav", dtype="float32")[0])
+    rows, _ = patrec.features.extract_features(
+        soundfile.read(folder / "clip.wav", dtype="float32")[0]
+    )
     model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
-    settings, every = checkpoint["settings"], round(3 * SR / common.HOP)
+    settings, every = checkpoint["settings"], round(3 * SR / patrec.features.HOP)
     mean, std = settings["stats"]
     x = (torch.from_numpy(rows[:128]).float().T - mean) / std
     starts = range(0, len(x) - 256 + 1, every)
@@ -108,9 +116,9 @@ def test_a_song_is_answered_as_the_networks_answer_its_windows(heard, outputs):
     assert song["classes"] == settings["names"]
     overall = dict(zip(settings["names"], logits.mean(0).softmax(0).tolist(), strict=True))
     assert song["genre"] == pytest.approx(overall, abs=2e-3)
-    middles = [(s + 128) * common.HOP / SR for s in starts]
+    middles = [(s + 128) * patrec.features.HOP / SR for s in starts]
     assert song["times_s"] == pytest.approx(middles, abs=0.01)
-    for name in common.EMOTIONS:
+    for name in patrec.labels.EMOTIONS:
         assert 0 <= song["emotion"][name] <= 1
 
 
@@ -132,7 +140,9 @@ def test_only_finished_networks_are_heard(outputs, data, tmp_path):
         (out / "step10_multitask" / run).rename(out / "step10_multitask" / f"{run}_fold1of5")
     assert set(networks_of(out)) == set(listen.NETWORKS)
     (out / "step07_cnn" / "cnn_mel" / common.UNFINISHED).touch()
-    with pytest.raises(common.InputError, match=r"no checkpoints of step07_cnn; run python step07"):
+    with pytest.raises(
+        patrec.errors.InputError, match=r"no checkpoints of step07_cnn; run python step07"
+    ):
         networks_of(out)
 
 
@@ -149,7 +159,7 @@ def test_without_the_training_clips_there_are_no_nearest(outputs, data, tmp_path
     cnn = networks_of(outputs)["cnn"]
     monkeypatch.delenv("PATREC_DATA", raising=False)
     # No data set anywhere: none is made for this.
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    patch_everywhere(monkeypatch, "__file__", str(tmp_path / "common.py"))
     (tmp_path / "make_dataset.py").touch()
     monkeypatch.setattr(common.subprocess, "run", lambda command: pytest.fail("made a demo set"))
     assert listen.training_vectors(cnn, types.SimpleNamespace(data_dir=None)) is None
@@ -171,10 +181,10 @@ def answer_of(outputs, role, rows, starts=None):
     """Mean answer of a network: to windows of 6 s from `starts` on, or to as few as cover it."""
     model, settings = network_of(outputs, role)
     mean, std = settings["stats"]
-    x = (torch.from_numpy(rows[common.BANDS[settings["features"]]]).float().T - mean) / std
+    x = (torch.from_numpy(rows[patrec.features.BANDS[settings["features"]]]).float().T - mean) / std
     if starts is None:
         n = torch.tensor([len(x)])
-        windows, lengths = common.cut_windows(x[None], n, settings["window"], overlap=False)
+        windows, lengths = patrec.batches.cut_windows(x[None], n, settings["window"], overlap=False)
     else:
         windows = torch.stack([x[s : s + 256] for s in starts])
         lengths = torch.full((len(windows),), 256)
@@ -184,8 +194,10 @@ def answer_of(outputs, role, rows, starts=None):
 
 def test_emotions_are_the_mean_of_both_networks_and_the_lstm_names_a_genre_too(heard, outputs):
     _, songs, folder = heard
-    rows, _ = common.extract_features(soundfile.read(folder / "clip.wav", dtype="float32")[0])
-    starts = range(0, rows.shape[1] - 256 + 1, round(3 * SR / common.HOP))
+    rows, _ = patrec.features.extract_features(
+        soundfile.read(folder / "clip.wav", dtype="float32")[0]
+    )
+    starts = range(0, rows.shape[1] - 256 + 1, round(3 * SR / patrec.features.HOP))
     both = answer_of(outputs, "emotion", rows, starts), answer_of(outputs, "emotion_lstm", rows)
     assert (both[0] - both[1]).abs().max() > 0.01  # or one would do
     _, settings = network_of(outputs, "emotion")
@@ -256,7 +268,7 @@ def test_train_runs_what_is_missing_on_the_same_data(outputs, tmp_path, monkeypa
 
     monkeypatch.setattr(listen.subprocess, "run", run)
     args = type("Args", (), {"train": True, "data_dir": tmp_path / "set", "device": "cpu"})
-    with pytest.raises(common.InputError, match="step10_multitask could not be trained"):
+    with pytest.raises(patrec.errors.InputError, match="step10_multitask could not be trained"):
         listen.find_networks(tmp_path, args)
     where = ["--out-dir", str(tmp_path), "--data-dir", str(tmp_path / "set")]
     steps = ("step05_lstm", "step10_multitask")

@@ -15,15 +15,10 @@ import soundfile
 from conftest import GENRES, ROOT, assert_clean_error, run_forked, run_script
 
 import make_dataset
-from common import (
-    MERGE,
-    SR,
-    InputError,
-    StepFailed,
-    end_in_one_line,
-    read_array,
-    read_entries,
-)
+from patrec.clips import read_array
+from patrec.errors import InputError, StepFailed, end_in_one_line
+from patrec.features import SR
+from patrec.labels import MERGE, read_entries
 
 FOLDERS = (
     "fma_genre_spectrograms",

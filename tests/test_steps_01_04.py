@@ -22,7 +22,7 @@ from conftest import (
 )
 from scipy.io import wavfile
 
-import common
+import patrec.machine
 
 STEPS = ("step01_spectrograms", "step02_beat_sync", "step03_chroma", "step04_dataset")
 FIGURES = {
@@ -147,7 +147,8 @@ def test_step01_measures_a_file_of_ones_own(runs):
 
 
 def test_mel_measures_of_known_sounds():
-    from common import DB_FLOOR, N_MELS, SR, mel_measures
+    from patrec.features import DB_FLOOR, N_MELS, SR
+    from patrec.measures import mel_measures
 
     # White noise has the same power per Hz, which is what a mel band holds: flat rows.
     noise = mel_measures(np.full((N_MELS, 100), -30.0))
@@ -255,7 +256,7 @@ def test_step02_measures_the_gradient_after_training_too(runs):
 def test_variance_within_beats_is_what_one_value_per_beat_cannot_hold():
     """A click every half second: rows that are constant from click to click have no variance
     within a beat, rows that alternate from frame to frame have nearly nothing else."""
-    from common import share_within_beats, track_beats
+    from patrec.measures import share_within_beats, track_beats
 
     beats = np.arange(20, 1280, 20)  # in frames; 129 a minute
     mel = np.full((128, 1280), -60.0)
@@ -277,7 +278,7 @@ def test_lstm_gradient_follows_each_clips_own_end():
     """The clip's last step, not the padding's, is step 0; an early change reaches it less."""
     import torch
 
-    from common import lstm_gradient
+    from patrec.measures import lstm_gradient
 
     torch.manual_seed(0)
     x = torch.randn(3, 60, 5)
@@ -292,7 +293,7 @@ def test_lstm_gradient_follows_each_clips_own_end():
 
 def test_step03_names_the_strongest_note(runs, data_dir):
     """Each genre's clips have one strong note, by where the genre lies on the axis."""
-    from common import NOTES
+    from patrec.features import NOTES
 
     _, metrics = runs["step03_chroma"]
     for row in metrics["pair"]:
@@ -463,11 +464,11 @@ def test_step04_keeps_classes_of_ones_own(tmp_path):
 
 def test_while_a_thread_has_no_core_no_time_is_measured():
     """Beside other programs, as in lab.py, the clock on the wall would measure those."""
-    clock = common.clock_of("cpu")
+    clock = patrec.machine.clock_of("cpu")
     began = clock()
     time.sleep(0.3)
     slept = clock() - began
     while clock() - began < 0.05:
         pass
     assert slept < 0.03
-    assert common.clock_of("cuda") is time.perf_counter
+    assert patrec.machine.clock_of("cuda") is time.perf_counter

@@ -32,24 +32,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common import (
-    LSTM_NAMES,
-    SR,
     Classifier,
     CNNBackbone,
-    Source,
-    average_predictions,
     clip_ids,
-    genre_scores,
     load_checkpoint,
     load_model,
     load_test,
-    mel_and_chroma,
-    paired_difference,
     predict,
-    stack_rows,
     true_labels,
-    with_interval,
 )
+from patrec.features import SR, mel_and_chroma, stack_rows
+from patrec.recipes import LSTM_NAMES
+from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.step import Source
+from patrec.tables import with_interval
 
 N_TEST = sum(COUNTS[genre][1] for genre in MERGED)
 CNNS = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]

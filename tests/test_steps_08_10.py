@@ -27,7 +27,18 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 import common
-from common import EMOTIONS, GENRE_NETWORKS, RegressionLoss, Regressor, Source
+import patrec.errors
+import patrec.files
+import patrec.labels
+import patrec.machine
+import patrec.recipes
+import patrec.scores
+import patrec.step
+import patrec.tables
+from common import RegressionLoss, Regressor
+from patrec.labels import EMOTIONS
+from patrec.recipes import GENRE_NETWORKS
+from patrec.step import Source
 
 STEPS = ("step08_regression", "step09_transfer", "step10_multitask")
 FLAGS = {
@@ -59,7 +70,7 @@ def make_step(monkeypatch):
     def make(data, out, *flags, name="test"):
         argv = [name, "--data-dir", str(data), "--out-dir", str(out), *flags]
         monkeypatch.setattr("sys.argv", argv)
-        return common.Step(name, "x", training=True)
+        return patrec.step.Step(name, "x", training=True)
 
     return make
 
@@ -183,12 +194,12 @@ def test_the_table_of_step_8_gives_rank_correlation_and_error(outputs):
         written = float(table.loc[name, "RMSE, mean of the three"])
         assert written == pytest.approx(rmse, abs=6e-4), name
         for axis in EMOTIONS:
-            assert table.loc[name, axis] == common.with_interval(runs[name]["test"], axis)
+            assert table.loc[name, axis] == patrec.tables.with_interval(runs[name]["test"], axis)
 
 
 def test_steps_8_to_10_hold_out_the_same_clips(outputs, data_dir):
     tables = [emotion_predictions(outputs / name) for name in STEPS]
-    labels = dict(common.read_labels(data_dir / "multitask_dataset" / "train_labels.txt"))
+    labels = dict(patrec.labels.read_labels(data_dir / "multitask_dataset" / "train_labels.txt"))
     for table in tables:
         assert set(table["clip"]) == set(tables[0]["clip"])
         assert set(table["fold"]) == {1} and set(table["seed"]) == {42}
@@ -238,12 +249,12 @@ def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
     )
     facts = {"planned_epochs": 4, "epochs": 4, "lr": 2e-3, "batch_size": 8, "n_train": 46}
     runs = {"cnn": {"network": "cnn_mel"}, "cnn_valence": facts | changes}
-    recipe = common.Recipe(4, 2e-3, 8)
+    recipe = patrec.recipes.Recipe(4, 2e-3, 8)
     known = {
         "plan": lambda network, data, training: recipe,
         "data": SimpleNamespace(train=range(46)),
         "step": SimpleNamespace(training=None),
-        "step8": common.EarlierPredictions({}, runs, ""),
+        "step8": patrec.tables.EarlierPredictions({}, runs, ""),
         "network": None,
         "emotions": ("valence",),
         "genre_name": genre_name,
@@ -255,15 +266,15 @@ def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
 def test_the_short_twins_have_the_same_budget(source):
     """Both phases of the fine-tuning together and the short training from scratch."""
     data = common.load_data(source, target="emotion", crop=256)
-    args = common.make_parser("x", training=True).parse_args([])
+    args = patrec.step.make_parser("x", training=True).parse_args([])
     plans = [
-        common.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, share)
+        patrec.recipes.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, share)
         for share in (0.05, 0.25, 0.3, 1.0)
     ]
     head, tune, scratch, full = (recipe.epochs * recipe.crops for recipe in plans)
     assert abs(head + tune - scratch) <= 2 and scratch == pytest.approx(0.3 * full, rel=0.1)
-    args = common.make_parser("x", training=True).parse_args(["--epochs", "40"])
-    assert common.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, 0.25).epochs == 10
+    args = patrec.step.make_parser("x", training=True).parse_args(["--epochs", "40"])
+    assert patrec.recipes.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, 0.25).epochs == 10
 
 
 def test_step_10_measures_its_loss_and_compares_with_both_steps(outputs):
@@ -295,14 +306,14 @@ def test_earlier_scores_are_taken_from_the_same_clips_only(outputs, data_dir, ma
     for name in ("metrics.json", "predictions.csv"):
         (copy / name).write_bytes((outputs / STEPS[0] / name).read_bytes())
     same = make_step(data_dir, tmp_path, "--smoke")
-    answers, _, _ = common.earlier_predictions(same.training, STEPS[0], ids)
+    answers, _, _ = patrec.tables.earlier_predictions(same.training, STEPS[0], ids)
     assert set(answers) >= {"lstm", "cnn", "svr"} and list(answers["cnn"].index) == ids
-    assert common.earlier_predictions(same.training, STEPS[0], ids[:-1])[:2] == ({}, {})
-    assert common.earlier_predictions(same.training, "step11_latent", ids)[:2] == ({}, {})
+    assert patrec.tables.earlier_predictions(same.training, STEPS[0], ids[:-1])[:2] == ({}, {})
+    assert patrec.tables.earlier_predictions(same.training, "step11_latent", ids)[:2] == ({}, {})
     # A check is no result; another seed holds out other clips.
     for number, flags in enumerate(([], ["--smoke", "--seed", "7"])):
         other = make_step(data_dir, tmp_path, *flags, name=f"other{number}")
-        assert common.earlier_predictions(other.training, STEPS[0], ids)[:2] == ({}, {})
+        assert patrec.tables.earlier_predictions(other.training, STEPS[0], ids)[:2] == ({}, {})
 
 
 def test_cross_validation_predicts_every_clip_once(data_dir, tmp_path):
@@ -502,7 +513,7 @@ def test_fine_tuning_goes_on_from_the_head_that_was_learned_first(outputs):
     (path,) = outputs.glob("*/cnn_mel/best.pt")
     folder = outputs / STEPS[1]
     args = common.load_checkpoint(folder / "head_valence" / "best.pt")["spec"]["head_args"]
-    common.seed_everything(42)
+    patrec.machine.seed_everything(42)
     new = Regressor(common.load_backbone(path, 4), **args).heads["valence"].weight
     assert (frozen[key] - head[key]).norm() < (frozen[key] - new).norm()
 
@@ -523,7 +534,9 @@ def test_best_genre_model_is_chosen_by_validation_score(data_dir, tmp_path, make
         folder = "step07_cnn" if name == "cnn_mel" else "step05_lstm"
         (tmp_path / folder / name).mkdir(parents=True)
         data = common.load_data(step.source, network.features, network.beat)
-        settings = data.settings | {"run": name, "window": common.window_size(network)} | odd
+        settings = (
+            data.settings | {"run": name, "window": patrec.recipes.window_size(network)} | odd
+        )
         model = common.Classifier(common.make_backbone(network), len(data.names))
         path = tmp_path / folder / name / "best.pt"
         facts = {"planned_epochs": 1, "n_val": 9}
@@ -569,7 +582,7 @@ def test_beat_and_full_clips_are_split_alike_in_whatever_order_they_are_listed(t
         ids = [common.clip_ids(getattr(each, part)) for each in (full, beat)]
         assert ids[0] == ids[1]
     labels.write_text("\n".join([header, *rows[1:]]) + "\n")
-    with pytest.raises(common.InputError, match=rows[0].split(",")[0]):
+    with pytest.raises(patrec.errors.InputError, match=rows[0].split(",")[0]):
         common.load_data(Source(data), "mel", True, "emotion")
 
 
@@ -617,11 +630,11 @@ def test_spearman_is_not_a_mean_over_batches():
     # Perfect in each batch of 8, nearly nothing over all.
     targets, predictions = np.arange(64.0), np.arange(64.0) % 8
     expected = spearmanr(targets, predictions).statistic
-    assert common.spearman(targets, predictions) == pytest.approx(expected)
-    assert common.spearman(targets, predictions) < 0.2
+    assert patrec.scores.spearman(targets, predictions) == pytest.approx(expected)
+    assert patrec.scores.spearman(targets, predictions) < 0.2
     columns = np.stack([targets, targets[::-1], predictions], axis=1)
     true, said = (pd.DataFrame(c, columns=EMOTIONS) for c in (columns, columns[:, [0, 0, 0]]))
-    scores = common.emotion_scores(true, said)
+    scores = patrec.scores.emotion_scores(true, said)
     expected = [spearmanr(columns[:, i], columns[:, 0]).statistic for i in range(3)]
     assert [scores[axis] for axis in EMOTIONS] == pytest.approx(expected)
 
@@ -631,8 +644,8 @@ def test_resampled_spearman_equals_scipys():
     targets, predictions = rng.random(20).round(1), rng.random(20)
     rows = np.random.default_rng(0).integers(0, 20, (30, 20))
     expected = [spearmanr(targets[sample], predictions[sample]).statistic for sample in rows]
-    assert common.resampled_spearman(targets, predictions, 30) == pytest.approx(expected)
-    assert not common.resampled_spearman(targets, np.ones(20), 30).any()
+    assert patrec.scores.resampled_spearman(targets, predictions, 30) == pytest.approx(expected)
+    assert not patrec.scores.resampled_spearman(targets, np.ones(20), 30).any()
 
 
 def test_difference_is_paired():
@@ -641,11 +654,11 @@ def test_difference_is_paired():
     true = pd.DataFrame(rng.random((50, 3)), columns=EMOTIONS)
     first = true + 0.4 * rng.standard_normal((50, 3))
     second = first + 0.01 * rng.standard_normal((50, 3))
-    difference = common.paired_difference(true, first, second.iloc[::-1])  # matched by clip
+    difference = patrec.scores.paired_difference(true, first, second.iloc[::-1])  # matched by clip
     low, high = difference["spearman_ci95"]
-    alone_low, alone_high = common.emotion_scores(true, first)["mean_spearman_ci95"]
+    alone_low, alone_high = patrec.scores.emotion_scores(true, first)["mean_spearman_ci95"]
     assert low <= difference["spearman"] <= high and high - low < (alone_high - alone_low) / 3
-    line = common.difference_line("a", "b", difference)
+    line = patrec.tables.difference_line("a", "b", difference)
     assert "better" not in line and f"{difference['spearman']:+.3f}" in line and "50 clips" in line
 
 
@@ -653,7 +666,7 @@ def test_a_difference_is_of_the_emotions_that_both_models_have():
     rng = np.random.default_rng(0)
     true = pd.DataFrame(rng.random((30, 3)), columns=EMOTIONS)
     noise = pd.DataFrame(rng.random((30, 3)), columns=EMOTIONS)
-    found = common.paired_difference(true, true[["energy"]], noise)["spearman"]
+    found = patrec.scores.paired_difference(true, true[["energy"]], noise)["spearman"]
     expected = 1 - spearmanr(true["energy"], noise["energy"]).statistic
     assert found == pytest.approx(expected)
 
@@ -689,7 +702,7 @@ def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(data_dir, tmp
         data = common.load_data(step.source, "mel", True, "emotion", fold=fold, n_folds=2)
         answers = common.predict_clips(member.model, data.held_out, member.settings)
         pd.testing.assert_frame_equal(run.answers.loc[answers.index], answers)
-        learned = common.load_torch(member.path.with_name("last.pt"))["loss"]["log_var"]
+        learned = patrec.files.load_torch(member.path.with_name("last.pt"))["loss"]["log_var"]
         assert (learned != 0).all(), "the weights of the losses are not learned"
         assert member.facts["lr"] == 0.5 * step.args.lr
 
@@ -700,7 +713,7 @@ def test_step_10_hands_in_the_average_of_both_networks(outputs, source):
         model, checkpoint = common.load_model(outputs / STEPS[2] / name / "best.pt")
         test = common.load_test(source, checkpoint["settings"])
         answers.append(common.predict_clips(model, test, checkpoint["settings"]))
-    expected = common.average_predictions(answers)[list(EMOTIONS)].clip(0, 1)
+    expected = patrec.scores.average_predictions(answers)[list(EMOTIONS)].clip(0, 1)
     found = submission(outputs / STEPS[2]).loc[expected.index]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(answers[0] - answers[1]).to_numpy().max() > 1e-3  # or one would do

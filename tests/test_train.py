@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     assert_clean_error,
+    patch_everywhere,
     read_metrics,
     run_forked,
     run_inside,
@@ -24,18 +25,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import common
-from common import (
-    GENRE_NETWORKS,
-    Augment,
-    Classifier,
-    InputError,
-    LSTMBackbone,
-    Network,
-    Recipe,
-    RegressionLoss,
-    Regressor,
-    StepFailed,
-)
+import patrec.batches
+import patrec.clips
+import patrec.labels
+import patrec.machine
+import patrec.recipes
+import patrec.scores
+import patrec.step
+import patrec.tables
+from common import Classifier, LSTMBackbone, RegressionLoss, Regressor
+from patrec.batches import Augment
+from patrec.errors import InputError, StepFailed
+from patrec.recipes import GENRE_NETWORKS, Network, Recipe
 
 LSTMS = {"mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"}
 
@@ -69,7 +70,7 @@ def toy_data(tensors):
 
 def train(folder, epochs=4, model=None, data=None, loss=None, recipe=None, **options):
     """Train on the toy clips; returns (model, Fit)."""
-    common.seed_everything(3)
+    patrec.machine.seed_everything(3)
     model = model or classifier()
     augment = Augment(n_classes=3, shift_bands=0, mask_bands=1, mask_frames=2)
     plan = Recipe(epochs=epochs, lr=0.02, batch_size=8, augment=augment)
@@ -88,7 +89,7 @@ def scored(monkeypatch):
     """Function: validation scores the epochs by this function instead."""
 
     def patch(score):
-        monkeypatch.setattr(common, "validation_score", score)
+        patch_everywhere(monkeypatch, "validation_score", score)
 
     return patch
 
@@ -171,7 +172,7 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypa
         return score(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "validation_score", stop_in_third_epoch)
+        patch_everywhere(patch, "validation_score", stop_in_third_epoch)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", epochs=5)
     resumed, again = train(tmp_path / "parts", epochs=5, resume=True)
@@ -214,7 +215,7 @@ def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
 
 
 def overfit(tensors, **options):
-    common.seed_everything(0)
+    patrec.machine.seed_everything(0)
     model = classifier()
     options = {"lr": 0.01, "batch_size": 8} | options
     return model, common.overfit(model, toy_data(tensors), nn.CrossEntropyLoss(), **options)
@@ -239,7 +240,7 @@ def test_overfit_fails_where_nothing_can_be_learned(tiny_data, tmp_path, monkeyp
     flags = ["--overfit-batch", "--data-dir", str(tiny_data), "--out-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["step", *flags])
     monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back after the test
-    step = common.Step("step", "x", training=True)
+    step = patrec.step.Step("step", "x", training=True)
     step.text("shown before")
     with pytest.raises(StepFailed, match="not learned by heart") as error:
         step.require(check.learned, "four batches were not learned by heart")
@@ -282,7 +283,7 @@ def test_multitask_loss_is_the_sum_of_the_three_scaled_losses():
 
 def test_windows_cover_the_clip_and_stay_inside():
     x = torch.arange(50.0).view(1, 50, 1).repeat(2, 1, 1)
-    cut, lengths = common.cut_windows(x, torch.tensor([50, 20]), 16)
+    cut, lengths = patrec.batches.cut_windows(x, torch.tensor([50, 20]), 16)
     cut = cut.view(2, -1, 16)
     assert set(cut[0].flatten().tolist()) == set(range(50)) and cut[1].max() == 19
     assert lengths.tolist() == [16] * len(lengths)
@@ -295,24 +296,24 @@ def test_windows_cover_the_clip_and_stay_inside():
 def test_small_sets_get_more_passes_and_several_crops_per_epoch(
     monkeypatch, n_clips, epochs, crops
 ):
-    budget = common.Budget(crop=256, genre=60_000, emotion=30_000, most_passes=165)
-    monkeypatch.setattr(common, "BUDGETS", {"cnn": budget})
+    budget = patrec.recipes.Budget(crop=256, genre=60_000, emotion=30_000, most_passes=165)
+    patch_everywhere(monkeypatch, "BUDGETS", {"cnn": budget})
     args = types.SimpleNamespace(epochs=None, smoke=False, lr=0.003, batch_size=7)
     genre = types.SimpleNamespace(
         train=range(n_clips), settings={"part": "genre"}, names=list("abc")
     )
-    recipe = common.make_recipe(Network("cnn", "mel"), genre, args)
+    recipe = patrec.recipes.make_recipe(Network("cnn", "mel"), genre, args)
     assert (recipe.epochs, recipe.crops) == (epochs, crops)
     assert (recipe.lr, recipe.batch_size, recipe.window) == (0.003, 7, 256)
     # Half as many emotion clips and half the budget: as many passes.
     emotion = types.SimpleNamespace(
         train=range(n_clips // 2), settings={"part": "emotion"}, names=["energy"]
     )
-    recipe = common.make_recipe(Network("cnn", "mel"), emotion, args)
+    recipe = patrec.recipes.make_recipe(Network("cnn", "mel"), emotion, args)
     assert (recipe.epochs, recipe.crops) == (epochs, crops)
     args.epochs = 7  # what was asked for is done, a fine-tuning's share of it
     for share, expected in ((1, 7), (0.3, 2), (0.01, 1)):
-        recipe = common.make_recipe(Network("cnn", "mel"), genre, args, share)
+        recipe = patrec.recipes.make_recipe(Network("cnn", "mel"), genre, args, share)
         assert (recipe.epochs, recipe.crops) == (expected, 1)
 
 
@@ -328,20 +329,20 @@ def test_spearman_is_over_the_whole_set():
     rng = np.random.default_rng(0)
     targets, predictions = rng.random((60, 3)), rng.random((60, 3))
     ids = [str(i) for i in range(60)]
-    true, said = (pd.DataFrame(x, ids, common.EMOTIONS) for x in (targets, predictions))
-    scores = common.emotion_scores(true, said.iloc[::-1])  # rows are found by clip id
-    for i, axis in enumerate(common.EMOTIONS):
+    true, said = (pd.DataFrame(x, ids, patrec.labels.EMOTIONS) for x in (targets, predictions))
+    scores = patrec.scores.emotion_scores(true, said.iloc[::-1])  # rows are found by clip id
+    for i, axis in enumerate(patrec.labels.EMOTIONS):
         assert scores[axis] == pytest.approx(spearmanr(targets[:, i], predictions[:, i]).statistic)
         assert scores[f"{axis}_ci95"][0] < scores[axis] < scores[f"{axis}_ci95"][1]
-    mean = np.mean([scores[axis] for axis in common.EMOTIONS])
+    mean = np.mean([scores[axis] for axis in patrec.labels.EMOTIONS])
     assert scores["mean_spearman"] == pytest.approx(mean)
-    assert common.spearman(targets[:, 0], np.zeros(60)) == 0
+    assert patrec.scores.spearman(targets[:, 0], np.zeros(60)) == 0
 
 
 def test_classification_scores_equal_scikit_learn():
     rng = np.random.default_rng(0)
     targets, predictions = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
-    scores = common.classification_scores(targets, predictions, list("abcd"))
+    scores = patrec.scores.classification_scores(targets, predictions, list("abcd"))
     assert scores["macro_f1"] == pytest.approx(f1_score(targets, predictions, average="macro"))
     assert scores["macro_f1"] == pytest.approx(common.macro_f1(targets, predictions, 4))
     assert scores["micro_f1"] == pytest.approx(scores["accuracy"])
@@ -397,7 +398,7 @@ def outputs(tiny_data, tmp_path_factory):
 
 def test_test_split_is_read_only_after_training(tiny_data, tmp_path, monkeypatch):
     """Bug 3: test clips in training, or validation scores shown as test scores."""
-    order, read_array, train = [], common.read_array, common.train
+    order, read_array, train = [], patrec.clips.read_array, common.train
 
     def read(path, *lock):
         order.append(path.parent.name)
@@ -408,8 +409,8 @@ def test_test_split_is_read_only_after_training(tiny_data, tmp_path, monkeypatch
         order.append("trained")
         return result
 
-    monkeypatch.setattr(common, "read_array", read)
-    monkeypatch.setattr(common, "train", train_noted)
+    patch_everywhere(monkeypatch, "read_array", read)
+    patch_everywhere(monkeypatch, "train", train_noted)
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
     flags = ("--smoke", "--features", "beat_mel", "beat_chroma", "--data-dir", tiny_data)
     assert run_inside("step05_lstm.py", *flags, "--out-dir", tmp_path / "out") == 0
@@ -498,7 +499,7 @@ def make_step(monkeypatch):
     def make(data, out, *flags, name="step06_eval"):
         monkeypatch.setattr("sys.argv", [name, "--data-dir", str(data), "--out-dir", str(out)])
         sys.argv += flags
-        return common.Step(name, "x", training=True)
+        return patrec.step.Step(name, "x", training=True)
 
     return make
 
@@ -529,7 +530,9 @@ def save_mel(step, folder, odd, **network):
         backbone = LSTMBackbone(**backbone.config | network)
     data = common.load_data(step.source, "mel")
     settings = (
-        data.settings | {"run": "mel", "window": common.window_size(GENRE_NETWORKS["mel"])} | odd
+        data.settings
+        | {"run": "mel", "window": patrec.recipes.window_size(GENRE_NETWORKS["mel"])}
+        | odd
     )
     folder.mkdir(parents=True, exist_ok=True)
     model = Classifier(backbone, len(data.names))
@@ -613,27 +616,27 @@ def test_a_checkpoint_under_another_runs_name_is_an_error(tiny_data, tmp_path, m
 def write_earlier(folder, step, table, **changes):
     """metrics.json and predictions.csv as an emotion step leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
-    prints = {"emotion": common.fingerprint(step.source.root, "emotion")}
+    prints = {"emotion": patrec.labels.fingerprint(step.source.root, "emotion")}
     facts = {"data": {"fingerprint": prints}, "seed": 42, "smoke": False, "runs": {"cnn": 1}}
     (folder / "metrics.json").write_text(json.dumps(facts | changes))
-    common.write_predictions(folder, table)
+    patrec.tables.write_predictions(folder, table)
 
 
 def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path, make_step):
     step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
-    answers, runs, note = common.earlier_predictions(step.training, folder.name, ["7"])
+    answers, runs, note = patrec.tables.earlier_predictions(step.training, folder.name, ["7"])
     assert (answers, runs) == ({}, {}) and "missing here" in note
     ids = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
     numbers = np.random.default_rng(0).random((3, 3)).round(3)
-    full = pd.DataFrame(numbers, ids, common.EMOTIONS)
+    full = pd.DataFrame(numbers, ids, patrec.labels.EMOTIONS)
     tables = {"cnn": full, "svr": full.iloc[[2, 0, 1]] / 2, "lstm": full[["energy"]] / 4}
     rows = [
-        common.prediction_rows(name, full, frame, test_set="emotion", seed=42)
+        patrec.tables.prediction_rows(name, full, frame, test_set="emotion", seed=42)
         for name, frame in tables.items()
     ]
     write_earlier(folder, step, rows)
     asked = ["9", "7", "010"]
-    answers, runs, note = common.earlier_predictions(step.training, folder.name, asked)
+    answers, runs, note = patrec.tables.earlier_predictions(step.training, folder.name, asked)
     assert folder.name in note and "missing" not in note
     assert set(answers) == set(tables) and runs == {"cnn": 1}
     for name, frame in answers.items():
@@ -642,28 +645,28 @@ def test_earlier_answers_are_those_for_the_same_clips_by_id(tiny_data, tmp_path,
         wanted = tables[name].loc[asked].to_numpy()
         np.testing.assert_allclose(frame.to_numpy(), wanted, atol=1e-9)
     for clips in (asked[:2], [*asked, "11"], ["9", "7", "10"]):
-        answers, runs, note = common.earlier_predictions(step.training, folder.name, clips)
+        answers, runs, note = patrec.tables.earlier_predictions(step.training, folder.name, clips)
         assert (answers, runs) == ({}, {}) and "other labels, held-out clips" in note
     odd = {"fingerprint": {"emotion": "of other labels"}}
     for changes in ({"seed": 43}, {"smoke": True}, {"data": odd}):
         write_earlier(folder, step, rows, **changes)
-        assert common.earlier_predictions(step.training, folder.name, asked)[:2] == ({}, {})
+        assert patrec.tables.earlier_predictions(step.training, folder.name, asked)[:2] == ({}, {})
     for text in ("{", "{}"):
         (folder / "metrics.json").write_text(text)
         with pytest.raises(InputError, match="step08_regression.*cannot be read"):
-            common.earlier_predictions(step.training, folder.name, asked)
+            patrec.tables.earlier_predictions(step.training, folder.name, asked)
 
 
 def test_answers_of_other_folds_are_not_compared(tiny_data, tmp_path, make_step):
     """The same clips, held out otherwise: other clips were trained on."""
     step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
     ids = ["7", "010", "9"]
-    full = pd.DataFrame(np.eye(3), ids, common.EMOTIONS)
+    full = pd.DataFrame(np.eye(3), ids, patrec.labels.EMOTIONS)
     folds = pd.Series([1, 2, 1], ids)
-    write_earlier(folder, step, common.held_out_rows(full, {"cnn": full}, 42, folds))
-    answers, _, _ = common.earlier_predictions(step.training, folder.name, ids, folds)
+    write_earlier(folder, step, patrec.tables.held_out_rows(full, {"cnn": full}, 42, folds))
+    answers, _, _ = patrec.tables.earlier_predictions(step.training, folder.name, ids, folds)
     assert list(answers) == ["cnn"]
-    answers, _, note = common.earlier_predictions(step.training, folder.name, ids, 3 - folds)
+    answers, _, note = patrec.tables.earlier_predictions(step.training, folder.name, ids, 3 - folds)
     assert not answers and "folds" in note
 
 
@@ -673,8 +676,8 @@ def test_folds_are_summed_up_as_one_run(monkeypatch):
         {"epochs": e, "train_seconds": s, "n_train": 40, "val": {"energy": v}}
         for e, s, v in ((4, 10.0, 0.2), (6, 14.5, 0.7))
     ]
-    monkeypatch.setattr(
-        common, "load_trained", lambda i, device: types.SimpleNamespace(facts=facts[i])
+    patch_everywhere(
+        monkeypatch, "load_trained", lambda i, device: types.SimpleNamespace(facts=facts[i])
     )
     tables = [pd.DataFrame({"energy": [0.1 * n]}, [str(n)]) for n in (1, 2)]
     run = common.join_folds([(i, table, 2 * table) for i, table in enumerate(tables)], "cpu")
@@ -701,7 +704,7 @@ def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(
         common.save_checkpoint(path, model, settings, epoch=1, val_score=score, facts=facts)
         return common.load_trained(path)
 
-    monkeypatch.setattr(common, "train", train)
+    patch_everywhere(monkeypatch, "train", train)
     folder = tmp_path / "step05_lstm"
     training = dataclasses.replace(step.training, folder=folder, workers=1)
     common.train_all(training, [common.genre_experiment(name) for name in ("plain_mel", "mel")])
@@ -745,8 +748,10 @@ def test_every_clip_is_shown_as_often_as_planned_each_time_in_another_order(tmp_
 
 def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        common, "validation_score", lambda outputs, targets, _: seen.append(targets.tolist()) or 0.0
+    patch_everywhere(
+        monkeypatch,
+        "validation_score",
+        lambda outputs, targets, _: seen.append(targets.tolist()) or 0.0,
     )
     whole = clips(24)
     train, val = Subset(whole, list(range(15))), Subset(whole, [16, 20, 23])
@@ -754,7 +759,7 @@ def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
     data = common.Data(train, val, Subset(whole, []), list("abc"), None, None, settings)
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    recipe = common.Recipe(epochs=2, lr=0.01, batch_size=8)
+    recipe = patrec.recipes.Recipe(epochs=2, lr=0.01, batch_size=8)
     result = common.train(model, data, nn.CrossEntropyLoss(), optimizer, recipe, tmp_path)
     assert seen == [[1, 2, 2]] * 2
     assert (result.facts["n_train"], result.facts["n_val"]) == (15, 3)
@@ -762,7 +767,7 @@ def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
 
 def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
     """Never set to zero, they would add up from step to step."""
-    monkeypatch.setattr(common, "fast_dtype", lambda kind: torch.float32)
+    patch_everywhere(monkeypatch, "fast_dtype", lambda kind: torch.float32)
     model, seen = classifier(), []
 
     class Small(nn.Module):
@@ -776,14 +781,14 @@ def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
     part = Subset(data, list(range(24)))
     settings = {"part": "genre", "names": list("abc"), "priors": [1 / 3] * 3}
     toy = common.Data(part, part, Subset(data, []), list("abc"), None, None, settings)
-    recipe = common.Recipe(epochs=2, lr=0.02, batch_size=8)
+    recipe = patrec.recipes.Recipe(epochs=2, lr=0.02, batch_size=8)
     common.train(model, toy, Small(), optimizer, recipe, tmp_path)
     assert seen == pytest.approx([1e-3] * 6)
 
 
 def test_a_negative_first_score_of_a_run_cut_short_is_kept(tmp_path, monkeypatch):
     """Bug 13, where no epoch is settled yet: began at 0, nothing would be kept."""
-    monkeypatch.setattr(common, "validation_score", lambda *_: -0.2)
+    patch_everywhere(monkeypatch, "validation_score", lambda *_: -0.2)
     _, result = train(tmp_path / "run", epochs=20, max_seconds=0)
     assert result.facts["epochs"] == result.facts["best_epoch"] == 1
 

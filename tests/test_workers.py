@@ -15,10 +15,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_forked, run_script, write_data_set
+from conftest import ROOT, patch_everywhere, run_forked, run_script, write_data_set
 from torch import nn
 
 import common
+import patrec.errors
+import patrec.parallel
+import patrec.recipes
+import patrec.step
 
 STEP = "step05_lstm"
 RUNS = ("beat_mel", "beat_chroma")
@@ -83,9 +87,9 @@ class Loss(nn.Module):
         if self.event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.event == "vanishing":
-            raise common.InputError(f"1e-30 times 1e-10 is {torch.tensor(1e-30) * 1e-10:g}")
+            raise patrec.errors.InputError(f"1e-30 times 1e-10 is {torch.tensor(1e-30) * 1e-10:g}")
         if self.event == "bad input":
-            raise common.InputError("a fault that names its cure")
+            raise patrec.errors.InputError("a fault that names its cure")
         return outputs.sum() * math.nan
 
 
@@ -94,24 +98,30 @@ def small(network, data):
 
 
 def make_training(data, folder, **changes):
-    source = common.Source(data, smoke=True)
-    return common.TrainingOptions(source, folder, folder / "step", epochs=1, workers=2, **changes)
+    source = patrec.step.Source(data, smoke=True)
+    return patrec.step.TrainingOptions(
+        source, folder, folder / "step", epochs=1, workers=2, **changes
+    )
 
 
 @pytest.mark.parametrize(
     "event, error, words",
     [
-        ("not a number", common.StepFailed, "loss is nan at epoch 1, batch 1"),
-        ("killed", common.StepFailed, "killed.*--workers.*--resume"),
-        ("bad input", common.InputError, "^a fault that names its cure$"),
-        ("vanishing", common.InputError, "is 0$"),  # slow to compute with, otherwise (see Step)
+        ("not a number", patrec.errors.StepFailed, "loss is nan at epoch 1, batch 1"),
+        ("killed", patrec.errors.StepFailed, "killed.*--workers.*--resume"),
+        ("bad input", patrec.errors.InputError, "^a fault that names its cure$"),
+        (
+            "vanishing",
+            patrec.errors.InputError,
+            "is 0$",
+        ),  # slow to compute with, otherwise (see Step)
     ],
 )
 def test_a_training_that_fails_is_one_line_and_ends_the_step(data, tmp_path, event, error, words):
     runs = [
         common.Experiment(
             name,
-            common.GENRE_NETWORKS["beat_mel"],
+            patrec.recipes.GENRE_NETWORKS["beat_mel"],
             small,
             lambda data: Loss(event),
             torch.optim.AdamW,
@@ -127,12 +137,12 @@ def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monke
     torch.set_flush_denormal(False)
 
     def load_data(*_, **__):
-        raise common.InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
+        raise patrec.errors.InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
 
-    monkeypatch.setattr(common, "load_data", load_data)
-    run = common.Experiment("one", common.GENRE_NETWORKS["beat_mel"], None, None, None)
-    training = common.TrainingOptions(common.Source(tmp_path), tmp_path, tmp_path)
-    with pytest.raises(common.InputError, match="^0$"):
+    patch_everywhere(monkeypatch, "load_data", load_data)
+    run = common.Experiment("one", patrec.recipes.GENRE_NETWORKS["beat_mel"], None, None, None)
+    training = patrec.step.TrainingOptions(patrec.step.Source(tmp_path), tmp_path, tmp_path)
+    with pytest.raises(patrec.errors.InputError, match="^0$"):
         common.train_fold(training, run, 0, 1)
 
 
@@ -208,14 +218,14 @@ def wait_for(condition, seconds=100):
 
 
 def test_a_process_per_core_or_card_unless_told_otherwise(data, tmp_path, monkeypatch):
-    training = common.TrainingOptions(common.Source(data), tmp_path, tmp_path)
+    training = patrec.step.TrainingOptions(patrec.step.Source(data), tmp_path, tmp_path)
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 4)
     assert [common.count_workers(training, n) for n in (1, 3, 9)] == [1, 3, 4]
     told = dataclasses.replace(training, workers=6)
     assert [common.count_workers(told, n) for n in (3, 9)] == [3, 6]
-    smoke = dataclasses.replace(training, source=common.Source(data, smoke=True))
+    smoke = dataclasses.replace(training, source=patrec.step.Source(data, smoke=True))
     assert common.count_workers(smoke, 9) == 1  # a process takes longer to begin
-    cards = dataclasses.replace(training, source=common.Source(data, device="cuda"))
+    cards = dataclasses.replace(training, source=patrec.step.Source(data, device="cuda"))
     for n_cards, workers in ((2, 2), (1, 1), (0, 1)):
         monkeypatch.setattr(common.torch.cuda, "device_count", lambda n=n_cards: n)
         assert common.count_workers(cards, 9) == workers
@@ -226,11 +236,11 @@ def test_each_worker_takes_a_card_of_its_own(monkeypatch):
     taken = []
     monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(common.torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(common, "keep_freed_memory", lambda: None)
+    patch_everywhere(monkeypatch, "keep_freed_memory", lambda: None)
     for number in (1, 2, 3):
         named = type("Process", (), {"name": f"LokyProcess-{number}"})
         monkeypatch.setattr(common.multiprocessing, "current_process", lambda p=named: p)
-        assert common.in_worker(os.getpid(), max, number, 0) == number
+        assert patrec.parallel.in_worker(os.getpid(), max, number, 0) == number
     assert sorted(taken[:2]) == [0, 1] and taken[2] == taken[0]
 
 
@@ -243,18 +253,18 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
 
     def parallel_map(function, tasks, workers):
         asked.extend(task[-1] for task in tasks)
-        raise common.StepFailed("enough seen")
+        raise patrec.errors.StepFailed("enough seen")
 
-    monkeypatch.setattr(common, "parallel_map", parallel_map)
-    monkeypatch.setattr(common, "load_data", lambda *args, **options: None)
-    source = common.Source(tmp_path)
-    training = common.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
-    network = common.GENRE_NETWORKS["mel"]
+    patch_everywhere(monkeypatch, "parallel_map", parallel_map)
+    patch_everywhere(monkeypatch, "load_data", lambda *args, **options: None)
+    source = patrec.step.Source(tmp_path)
+    training = patrec.step.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
+    network = patrec.recipes.GENRE_NETWORKS["mel"]
     runs = [
         common.Experiment(name, network, None, None, None, n_folds=n)
         for name, n in (("a", 2), ("b", 3))
     ]
-    with pytest.raises(common.StepFailed, match="enough"):
+    with pytest.raises(patrec.errors.StepFailed, match="enough"):
         common.train_all(training, runs, to_come=later)
     assert asked == shares
 
@@ -263,7 +273,7 @@ def test_workers_share_the_cores(monkeypatch):
     """Each with all of them would be several times as slow."""
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 6)
     names = [("OMP_NUM_THREADS",)] * 2
-    assert list(common.parallel_map(os.getenv, names, workers=2)) == ["3", "3"]
+    assert list(patrec.parallel.parallel_map(os.getenv, names, workers=2)) == ["3", "3"]
 
 
 # --- Dask -------------------------------------------------------------------------------

@@ -52,27 +52,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from common import (
-    EMOTIONS,
-    FOLDERS,
-    MERGE,
-    N_FFT,
-    SR,
-    InputError,
-    Parser,
-    StepFailed,
-    WorkerDied,
-    bounded,
-    cache_dir,
-    end_in_one_line,
-    extract_features,
-    in_notebook,
-    parallel_map,
-    part_folder,
-    show_bars,
-    write_bytes,
-    write_text,
-)
+from patrec.errors import InputError, StepFailed, end_in_one_line
+from patrec.features import N_FFT, SR, extract_features
+from patrec.files import FOLDERS, cache_dir, part_folder, write_bytes, write_text
+from patrec.labels import EMOTIONS, MERGE
+from patrec.machine import in_notebook, show_bars
+from patrec.parallel import WorkerDied, parallel_map
+from patrec.step import Parser, bounded
 
 # ======================================================================================
 # Demo music: a style per genre, a small synthesiser that plays it

@@ -30,40 +30,16 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from common import (
-    BANDS,
-    COLORS,
-    DB_FLOOR,
-    EMOTIONS,
-    HOP,
-    N_MELS,
-    SR,
-    UNFINISHED,
-    InputError,
-    Parser,
-    Source,
-    adjust_logits,
-    bounded,
-    clip_attributions,
-    clip_ids,
-    cut_windows,
-    end_in_one_line,
-    find_data,
-    fingerprint,
-    keep_freed_memory,
-    load_data,
-    load_model,
-    make_folder,
-    mel_and_chroma,
-    output_folder,
-    patches,
-    pick_device,
-    predict,
-    show_bars,
-    stack_rows,
-    true_labels,
-    write_text,
-)
+from common import UNFINISHED, adjust_logits, clip_ids, load_data, load_model, predict, true_labels
+from patrec.batches import cut_windows
+from patrec.errors import InputError, end_in_one_line
+from patrec.explain import clip_attributions, patches
+from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_and_chroma, stack_rows
+from patrec.files import find_data, make_folder, output_folder, write_text
+from patrec.labels import EMOTIONS, fingerprint
+from patrec.machine import keep_freed_memory, pick_device, show_bars
+from patrec.plots import COLORS
+from patrec.step import Parser, Source, bounded
 
 HERE = Path(__file__).resolve().parent
 BLOCK_S, SHORTEST_S, EVERY_S = 30, 1.0, 3.0  # of a block, of a song, from window to window

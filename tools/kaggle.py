@@ -20,7 +20,7 @@ import json
 import re
 from pathlib import Path
 
-from handin import Parser, stop, write
+from tools.handin import Parser, stop, write
 
 HERE = Path(__file__).resolve().parent
 DATA_SET = "geoparslp/patreco3-multitask-affective-music"

@@ -23,15 +23,11 @@ from pathlib import Path
 
 import joblib
 
-from common import (
-    UNFINISHED,
-    end_in_one_line,
-    find_data,
-    make_folder,
-    make_parser,
-    output_folder,
-)
-from kaggle_kernel import EARLIER
+from common import UNFINISHED
+from patrec.errors import end_in_one_line
+from patrec.files import find_data, make_folder, output_folder
+from patrec.step import make_parser
+from tools.kaggle import EARLIER
 
 HERE = Path(__file__).resolve().parent
 # These train networks side by side. None but FILL is due beside them, by EARLIER and as `main` runs

@@ -1,0 +1,311 @@
+"""Arrays of clips: read, checked, cached and compared between splits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from patrec.errors import InputError
+from patrec.features import DB_FLOOR, N_MELS, N_ROWS
+from patrec.files import cache_dir, part_folder
+from patrec.labels import Entry, read_entries
+from patrec.machine import show_bars
+
+
+def read_array(path, lock=None) -> np.ndarray:
+    """Read one array and check it.
+
+    lock : threading.Lock, which threads that read at the same time share. NumPy parses a
+        header with `ast`, which up to CPython 3.11.7 fails now and then while another
+        thread is in it too (python/cpython#106905): a sound clip would be called broken.
+
+    Returns
+    -------
+    np.ndarray [shape=(140, T)], float32
+
+    Raises
+    ------
+    InputError
+        Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
+    """
+    try:
+        with lock or contextlib.nullcontext():  # the numbers are read when they are converted
+            # Takes .npy files only: no archive and no pickle, which may run code.
+            array = np.lib.format.open_memmap(path, mode="r")
+        fault = shape_fault(array)
+        if not fault:
+            # A copy. What float32 cannot hold becomes infinite and is refused.
+            with np.errstate(over="ignore"):
+                array = np.array(array, dtype=np.float32)
+            fault = value_fault(array)
+    except FileNotFoundError:
+        fault = "missing, though the label file names it"
+    except Exception as error:  # whatever a broken header makes numpy raise, MemoryError too
+        reason = str(error).splitlines()[0] if str(error) else "empty file"
+        fault = f"not a readable .npy array ({reason})"
+    if fault:
+        cure = "replace the file, or leave such clips out with --skip-bad"
+        raise InputError(f"{path}: {fault}; {cure}")
+    return array
+
+
+def shape_fault(array) -> str | None:
+    """What is wrong with the type or the shape of a clip's array, if anything."""
+    if array.dtype.kind != "f":
+        return f"numbers of type {array.dtype}, expected floating point"
+    if array.ndim != 2 or array.shape[0] != N_ROWS:
+        turned = "; it looks transposed" if array.ndim == 2 and array.shape[1] == N_ROWS else ""
+        return f"shape {array.shape}, expected ({N_ROWS}, T){turned}"
+    return None if array.shape[1] else f"shape {array.shape}: no frames"
+
+
+def value_fault(array) -> str | None:
+    """What is wrong with the values of a (140, T) array, if anything."""
+    low, high = array[:N_MELS].min(), array[:N_MELS].max()  # NaN and inf survive min and max
+    chroma_low, chroma_high = array[N_MELS:].min(), array[N_MELS:].max()
+    if not np.isfinite([low, high, chroma_low, chroma_high]).all():
+        return "holds NaN or infinite values"
+    if low == high:
+        return f"mel rows are {low:.1f} dB throughout: silence"
+    if low < DB_FLOOR - 1e-3 or high > 1e-3:
+        return f"mel rows span {low:.1f} to {high:.1f}, expected dB in [{DB_FLOOR:.0f}, 0]"
+    if chroma_low < -1e-3 or chroma_high > 1 + 1e-3:
+        return f"chroma rows span {chroma_low:.2f} to {chroma_high:.2f}, expected [0, 1]"
+    return None
+
+
+@dataclasses.dataclass
+class ClipStore:
+    """All clips of a split in one tensor, clip after clip, without padding.
+
+    frames : torch.Tensor [shape=(total frames, 140)], float16
+        dB and chroma as on disk. Half precision is .03 dB off at worst and a quarter of the
+        memory of float64.
+    starts, lengths : torch.Tensor [shape=(N,)], int64, in frames
+    digests : list of str
+        A checksum of every 16th frame of a clip: clips with equal ones count as identical.
+    """
+
+    entries: list[Entry]
+    frames: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    digests: list[str]
+
+
+CACHE_VERSION = 1
+
+N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while others compute
+
+
+def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
+    """Load the arrays of `entries`, in their order, into a ClipStore.
+
+    The first time, threads read, check and convert the files into one cache file; later
+    starts map that file. The cache's name is a hash of every file's name, size and time,
+    so a changed data set is read anew.
+
+    Raises
+    ------
+    InputError
+        For the first bad array, unless `skip_bad`: then bad clips are named on stderr and
+        left out.
+    """
+    if not entries:
+        raise InputError("no clips to load; is the data set complete?")
+    lock = threading.Lock()
+    with ThreadPoolExecutor(threads) as pool:
+        facts = list(pool.map(file_facts, entries))
+        key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
+        cache = cache_dir() / f"{key}.clips"
+        try:
+            footer, frames = open_cache(cache)
+            left_out = set(range(len(entries))) - set(footer["kept"])
+            if any(convert(entries[index], lock)[0] is not None for index in left_out):
+                raise ValueError("a disk or a share that had failed for a moment")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            # Not there yet, or cut short when the machine went down.
+            fill_cache(cache, entries, pool, lock)
+            footer, frames = open_cache(cache)
+    faults = footer["faults"]
+    if faults and not skip_bad:
+        more = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
+        raise InputError(faults[0] + more)
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not footer["kept"]:
+        raise InputError(f"{entries[0].path.parent}: none of {len(entries)} clips can be read")
+    lengths = torch.tensor(footer["lengths"])
+    kept = [entries[index] for index in footer["kept"]]
+    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, footer["digests"])
+
+
+def file_facts(entry) -> tuple:
+    """Name, size and time of change of a file; two None for one that is missing."""
+    path = str(entry.path)
+    try:
+        stat = os.stat(path)
+        return path, stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return path, None, None
+
+
+def convert(entry, lock=None) -> tuple[np.ndarray | None, str | None]:
+    """Read one clip as (T, 140) float16, time first: a crop is one block. Or say what is wrong."""
+    try:  # torch converts to half precision several times as fast as NumPy
+        array = torch.from_numpy(read_array(entry.path, lock)).half().numpy()
+    except InputError as error:
+        return None, str(error)
+    return np.ascontiguousarray(array.T), None
+
+
+def fill_cache(cache, entries, pool, lock) -> None:
+    """Write the cache file: all frames, then a JSON footer, then the footer's length."""
+    footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
+    for leftover in cache.parent.glob("*.clips.*.tmp"):  # of a killed run; none is filled for hours
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
+    partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
+    bar = tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False)
+    try:
+        with bar, open(partial, "wb") as file:
+            for first in range(0, len(entries), 512):  # so that few arrays wait in memory
+                converted = pool.map(
+                    functools.partial(convert, lock=lock), entries[first : first + 512]
+                )
+                for index, (frames, fault) in enumerate(converted, start=first):
+                    bar.update()
+                    if fault:
+                        footer["faults"].append(fault)
+                        continue
+                    file.write(frames)
+                    footer["kept"].append(index)
+                    footer["lengths"].append(len(frames))
+                    digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8)
+                    footer["digests"].append(digest.hexdigest())
+            text = json.dumps(footer).encode()
+            file.write(text + len(text).to_bytes(8, "little"))
+        os.replace(partial, cache)
+    except OSError as error:
+        cure = "point $PATREC_CACHE to a folder with more room"
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); {cure}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_cache(cache) -> tuple[dict, torch.Tensor]:
+    """Map a cache file; returns its footer and the frames, (total frames, 140) float16."""
+    with open(cache, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(-8 - size, os.SEEK_END)
+        footer = json.loads(file.read(size))
+    shape = (sum(footer["lengths"]), N_ROWS)
+    if not shape[0]:
+        return footer, torch.empty(shape, dtype=torch.float16)
+    try:
+        # Mode "c" (copy on write): a change made by mistake never reaches the file.
+        frames = np.memmap(cache, np.float16, "c", shape=shape)
+    except OSError:  # Linux refuses what would not fit into its memory if all of it were changed
+        frames = np.memmap(cache, np.float16, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written
+        return footer, torch.from_numpy(frames)
+
+
+def find_leak(train, test) -> list[str]:
+    """Ids of test clips that the training clips hold too, by id or by content."""
+    ids, digests = {entry.clip_id for entry in train.entries}, set(train.digests)
+    return [
+        entry.clip_id
+        for entry, digest in zip(test.entries, test.digests, strict=True)
+        if entry.clip_id in ids or digest in digests
+    ]
+
+
+def find_emotion_leak(source, held_out) -> str | None:
+    """What must not be: held-out emotion clips in the genre training split. None: there are none.
+
+    Found are equal ids and equal arrays, not other excerpts of a song.
+
+    held_out : Subset of emotion clips
+    Raises InputError, unless --allow-leak.
+    """
+    store, rows = held_out.dataset.store, held_out.indices
+    genre = read_entries(source.root, "genre", "train", merge=source.merge)
+    entries, digests = [store.entries[i] for i in rows], [store.digests[i] for i in rows]
+    test = dataclasses.replace(store, entries=entries, digests=digests)
+    leaked = find_leak(load_clips(genre, source.skip_bad), test)
+    if not leaked:
+        return None
+    count = f"{len(leaked)} of {len(rows)} held-out emotion clips"
+    fault = f"{count} are in the genre training split too, e.g. {leaked[0]}"
+    if not source.allow_leak:
+        folder = part_folder(source.root, "emotion")
+        raise InputError(f"{folder}: {fault}; remove them from one, or pass --allow-leak")
+    print(f"warning: {fault}", file=sys.stderr)
+    return fault
+
+
+class Clip(NamedTuple):
+    """One clip as steps 1 to 3 look at it; full and beat are (140, T) float16 arrays."""
+
+    clip_id: str
+    genre: str
+    full: np.ndarray
+    beat: np.ndarray | None
+
+
+def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[Clip]:
+    """Draw random lines of the genre training labels, at most `per_genre` of a genre.
+
+    Genres are those of the label file, before any merge. The first two clips are the
+    lab's two random lines with different labels (steps 1 to 3 draw the same ones, unless
+    --skip-bad leaves out one of them).
+    """
+    lines = read_entries(data_dir, "genre", "train")
+    random.Random(seed).shuffle(lines)
+    drawn = {}
+    for entry in lines:
+        drawn.setdefault(entry.label, []).append(entry)
+    chosen = [group[i] for i in range(per_genre) for group in drawn.values() if i < len(group)]
+
+    def arrays(entries):
+        store = load_clips(entries, skip_bad)
+        ids, ends = [entry.clip_id for entry in store.entries], store.starts + store.lengths
+        spans = zip(ids, store.starts.tolist(), ends.tolist(), strict=True)
+        return {clip_id: store.frames[start:end].T.numpy() for clip_id, start, end in spans}
+
+    full = arrays(chosen)
+    synced = dict.fromkeys(full)
+    if beat:
+        folder = part_folder(data_dir, "genre", beat=True) / "train"
+        synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen])
+    clips = [
+        Clip(clip_id, label, full[clip_id], synced[clip_id])
+        for clip_id, _, label in chosen
+        if clip_id in full and clip_id in synced
+    ]
+    second = next((i for i, clip in enumerate(clips) if clip.genre != clips[0].genre), None)
+    if second is None:
+        fault = "no two readable clips of different genres; the lab compares two"
+        raise InputError(f"{chosen[0].path.parent}: {fault}")
+    clips.insert(1, clips.pop(second))
+    return clips

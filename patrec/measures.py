@@ -1,0 +1,169 @@
+"""What steps 1 to 3 measure of spectrograms."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR
+from patrec.machine import clock_of
+
+
+def spectrogram_similarity(waveform, mel_db) -> dict:
+    """How close a sound's mel spectrogram is to one in dB (128, T): correlation, mean distance."""
+    import librosa
+
+    power = librosa.feature.melspectrogram(y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP)
+    again, mel_db = librosa.power_to_db(power, ref=np.max), np.asarray(mel_db, dtype=float)
+    n = min(again.shape[1], mel_db.shape[1])
+    again, mel_db = again[:, :n], mel_db[:, :n] - mel_db[:, :n].max()
+    correlation = float(np.corrcoef(again.ravel(), mel_db.ravel())[0, 1])
+    return {"correlation": correlation, "mean_distance_db": float(np.abs(again - mel_db).mean())}
+
+
+# Each measure of a mel spectrogram: its name and how it is written.
+MEASURES = {
+    "centroid_hz": ("spectral centroid", "{:.0f} Hz"),
+    "share_below_200_hz": ("share of energy below 200 Hz", "{:.1%}"),
+    "dynamic_range_db": ("dynamic range", "{:.1f} dB"),
+    "onsets_per_s": ("onset rate", "{:.2f} per s"),
+}
+
+
+def mel_measures(mel_db, beat=False) -> dict:
+    """Brightness, bass, dynamics and onsets of a mel spectrogram (128, T) in dB.
+
+    centroid_hz : median over the steps of the power-weighted mean frequency
+    share_below_200_hz : share of the energy, by the bands' centre frequencies
+    dynamic_range_db : from the 10th to the 95th percentile of the steps' loudness
+    onsets_per_s : peaks of the spectral flux; only of frames, not of beats
+    """
+    import librosa
+
+    mel_db = np.asarray(mel_db, dtype=float)
+    edges = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)
+    centres, widths = edges[1:-1], (edges[2:] - edges[:-2]) / 2
+    # librosa's mel filters have equal area, so a band holds power per Hz: times its width, power.
+    power = 10 ** (mel_db / 10) * widths[:, None]  # (128, T)
+    quiet, loud = np.percentile(10 * np.log10(power.sum(0)), [10, 95])
+    values = {
+        "centroid_hz": float(np.median(centres @ power / power.sum(0))),
+        "share_below_200_hz": float(power[centres < 200].sum() / power.sum()),
+        "dynamic_range_db": float(loud - quiet),
+    }
+    if not beat:  # the flux is how much the bands rise from frame to frame
+        flux = librosa.onset.onset_strength(S=mel_db, sr=SR, hop_length=HOP)
+        onsets = librosa.onset.onset_detect(onset_envelope=flux, sr=SR, hop_length=HOP)
+        values["onsets_per_s"] = len(onsets) / (mel_db.shape[1] * HOP / SR)
+    return values
+
+
+def genre_share(values, genres) -> float:
+    """Share of the variance over clips that the genre explains (epsilon squared).
+
+    By chance it is 0 on average, so below 0 about half of the time.
+    """
+    values = pd.Series(np.asarray(values, dtype=float))
+    within = values - values.groupby(np.asarray(genres)).transform("mean")
+    degrees = max(len(values) - len(set(genres)), 1)
+    return 1 - (within**2).sum() / degrees / max(values.var(), 1e-12)
+
+
+def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
+    """(140, T) arrays -> a batch (B, T, F), standardised and then padded, and lengths (B,)."""
+    clips = [torch.from_numpy(array[BANDS[kind]]).float().T for array in arrays]
+    frames = torch.cat(clips)
+    mean, std = frames.mean(0), frames.std(0).clamp(min=1e-3)
+    x = nn.utils.rnn.pad_sequence([(clip - mean) / std for clip in clips], batch_first=True)
+    return x, torch.tensor([len(clip) for clip in clips])
+
+
+def lstm_seconds(x) -> float:
+    """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
+    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
+    clock, times = clock_of(x.device), []
+    for _ in range(9):
+        began = clock()
+        lstm(x)[0][:, -1].sum().backward()
+        lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
+        times.append(clock() - began)
+    # The first pass allocates memory, and other programs only ever slow one down.
+    return min(times[1:])
+
+
+def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
+    """How strongly each step moves the last output of a textbook LSTM.
+
+    Parameters
+    ----------
+    x, lengths : a batch (B, T, F) and its clips' lengths (B,)
+    lstm : nn.LSTM, optional; else an untrained one
+
+    Returns
+    -------
+    np.ndarray [shape=(median length,)]
+        Norm of d(last output)/d(input) by steps before the clip's last one, relative to
+        the last one, averaged over the clips that are so long.
+    """
+    # In double precision: in single, what is below 1e-45 would read as 0.
+    lstm = copy.deepcopy(lstm or nn.LSTM(x.shape[2], 128, batch_first=True)).cpu().double()
+    x = x.double().requires_grad_()
+    last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
+    # The squared norm of a product with random signs is on average that of the Jacobian
+    # (Hutchinson, 1990).
+    (last * torch.randn_like(last).sign()).sum().backward()
+    norms = x.grad.norm(dim=2)  # (B, T)
+    steps_back = torch.arange(int(lengths.median()))
+    back = lengths[:, None] - 1 - steps_back  # (B, median length): the step so far back
+    relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
+    return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
+
+
+def track_beats(mel_db) -> np.ndarray:
+    """Frames of the beats of a mel spectrogram (128, T) in dB, tracked on its own onsets.
+
+    The data set does not store the beat times of its beat-synchronised twin.
+
+    Source: Ellis, 2007, Beat tracking by dynamic programming.
+    """
+    import librosa
+
+    onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
+    return librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)[1]
+
+
+def share_within_beats(rows, beats, offset=0.0) -> float:
+    """Share of the variance over time of (F, T) rows that lies within a beat.
+
+    The variance of frames is that of the beats' means plus that of the frames about the
+    mean of their beat (law of total variance): the second part is what one value per beat
+    cannot hold. Without any beats, the clip is one.
+
+    Parameters
+    ----------
+    beats : frames, see `track_beats`
+    offset : move the beats by this share of their median distance; by .5 the cuts fall
+        between beats, which tells what any grid of that width would give
+    """
+    rows = np.asarray(rows, dtype=float)
+    width = np.median(np.diff(beats)) if len(beats) > 1 else 0
+    cuts = np.unique((beats + offset * width).astype(int))
+    cuts = cuts[(cuts > 0) & (cuts < rows.shape[1])]
+    spans = np.split(rows, cuts, axis=1)  # each (F, frames of a beat)
+    within = sum(span.var(1) * span.shape[1] for span in spans).sum() / rows.shape[1]
+    return float(within / max(rows.var(1).sum(), 1e-12))
+
+
+def mean_spectrogram(arrays) -> np.ndarray:
+    """Mean of (F, T) arrays step by step, as far as at least half of them reach."""
+    n_steps = int(np.median([array.shape[1] for array in arrays]))
+    total, count = np.zeros((len(arrays[0]), n_steps)), np.zeros(n_steps)
+    for array in arrays:
+        part = array[:, :n_steps]
+        total[:, : part.shape[1]] += part
+        count[: part.shape[1]] += 1
+    return total / count

@@ -1,0 +1,201 @@
+"""Scores of whole test sets, with 95% intervals."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from patrec.labels import EMOTIONS
+
+
+def average_predictions(frames) -> pd.DataFrame:
+    """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
+    frames = list(frames)
+    return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
+
+
+def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
+    """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
+
+    It tells how far the score depends on which clips happen to be in the test set, not how
+    far on the seed of the training.
+
+    Parameters
+    ----------
+    score : callable
+        Index array (n_clips,) -> float.
+
+    Returns
+    -------
+    [low, high]
+        The 2.5 and 97.5 percentiles.
+    """
+    rng = np.random.default_rng(seed)
+    values = [score(rng.integers(0, n_clips, n_clips)) for _ in range(n_resamples)]
+    return np.nanpercentile(values, [2.5, 97.5]).tolist()
+
+
+def macro_f1(targets, predictions, n_classes) -> float:
+    """Mean of all classes' F1 (arrays of ints); 0 for one that neither occurs nor is predicted.
+
+    What scikit-learn's f1_score gives for these labels with zero_division=0.
+    """
+    counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
+    counts = counts.reshape(n_classes, n_classes)
+    seen = counts.sum(0) + counts.sum(1)  # of class k: true + predicted = 2 TP + FP + FN
+    return float((2 * counts.diagonal() / np.maximum(seen, 1)).mean())
+
+
+def classification_scores(targets, predictions, classes) -> dict:
+    """All scores of the lab's step 6, with intervals for accuracy and macro-F1.
+
+    Parameters
+    ----------
+    targets, predictions : array-like of int [shape=(N,)]
+    classes : list of str
+        Names by class number.
+
+    Returns
+    -------
+    dict
+        accuracy, macro_* and micro_* (precision, recall, f1), per_class, confusion
+        (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
+    """
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    labels, n_clips, right = np.arange(len(classes)), len(targets), targets == predictions
+    report = functools.partial(
+        precision_recall_fscore_support, targets, predictions, labels=labels, zero_division=0
+    )
+    scores = {"accuracy": float(right.mean()), "n_clips": n_clips}
+    metrics = ("precision", "recall", "f1")
+    for average in ("macro", "micro"):
+        values = map(float, report(average=average)[:3])
+        scores |= {f"{average}_{name}": value for name, value in zip(metrics, values, strict=True)}
+    rows = zip(*(column.tolist() for column in report(average=None)), strict=True)
+    keys = (*metrics, "support")
+    scores["per_class"] = {
+        name: dict(zip(keys, row, strict=True)) for name, row in zip(classes, rows, strict=True)
+    }
+    scores["confusion"] = confusion_matrix(targets, predictions, labels=labels).tolist()
+    scores["accuracy_ci95"] = bootstrap(lambda i: right[i].mean(), n_clips)
+    scores["macro_f1_ci95"] = bootstrap(
+        lambda i: macro_f1(targets[i], predictions[i], len(classes)), n_clips
+    )
+    return scores
+
+
+def class_numbers(names, classes) -> np.ndarray:
+    """Class names -> their places in `classes`."""
+    return pd.Categorical(names, categories=classes).codes.astype(int)
+
+
+def genre_scores(true, answers) -> dict:
+    """`classification_scores` of a table of answers (clip x class) against true class names."""
+    classes = list(answers.columns)
+    targets = class_numbers(true.reindex(answers.index), classes)
+    return classification_scores(targets, answers.to_numpy().argmax(1), classes)
+
+
+def spearman(targets, predictions) -> float:
+    """Spearman's rank correlation over a whole set; 0 for a constant, which ranks nothing."""
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(spearmanr(targets, predictions).statistic)
+
+
+def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndarray:
+    """Spearman's correlation on bootstrap resamples of the clips, all at once.
+
+    The same seed draws the same clips, so results for two models may be subtracted.
+
+    targets, predictions : np.ndarray [shape=(N,)] -> np.ndarray [shape=(n_resamples,)]
+    """
+    n_clips = len(targets)
+    rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))
+    a, b = (
+        rankdata(np.asarray(values, dtype=float)[rows], axis=1) - (n_clips + 1) / 2
+        for values in (targets, predictions)
+    )
+    norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # a constant ranks nothing: 0
+
+
+def emotion_scores(true, answers) -> dict:
+    """Spearman per emotion and, with all three, their mean (lab, step 8e), with intervals.
+
+    true, answers : pd.DataFrame, a row per clip, a column per emotion; answers may lack some
+    """
+    true = true.loc[answers.index]
+    scores, resampled = {"n_clips": len(answers)}, []
+    for name in answers.columns:
+        pair = true[name].to_numpy(), answers[name].to_numpy()
+        scores[name] = spearman(*pair)
+        resampled.append(resampled_spearman(*pair))
+        scores[f"{name}_ci95"] = np.percentile(resampled[-1], [2.5, 97.5]).tolist()
+    if set(answers.columns) == set(EMOTIONS):
+        scores["mean_spearman"] = float(np.mean([scores[name] for name in EMOTIONS]))
+        mean = np.mean(resampled, axis=0)
+        scores["mean_spearman_ci95"] = np.percentile(mean, [2.5, 97.5]).tolist()
+    return scores
+
+
+def combine_emotions(parts, scores) -> dict:
+    """One record for {emotion: facts} of single-emotion models that answer together."""
+    val = {name: part["val"][name] for name, part in parts.items()}
+    val["mean_spearman"] = float(np.mean(list(val.values())))
+    keys = ("epochs", "train_seconds", "weights")
+    totals = {key: sum(part[key] for part in parts.values()) for key in keys}
+    return totals | {"val": val, "test": scores}
+
+
+def paired_difference(true, first, second) -> dict:
+    """Scores of one model minus those of another on the same clips, with 95% intervals.
+
+    Both are scored on the same resamples of the clips: what makes a clip hard is common
+    to both and cancels, so this tells more than two intervals side by side.
+
+    Parameters
+    ----------
+    true : pd.Series of class names, or pd.DataFrame of emotion values
+    first, second : pd.DataFrame
+        Answers, see `predict_clips`; clips and emotions that both have are compared.
+
+    Returns
+    -------
+    dict
+        n_clips; for genre accuracy and macro_f1, for emotion spearman (the mean over the
+        common emotions), each with `_ci95`; positive where `first` is better. For genre
+        also only_first, only_second: clips that one of the two alone has right.
+    """
+    ids = first.index.intersection(second.index)
+    result = {"n_clips": len(ids)}
+    if isinstance(true, pd.DataFrame):
+        tables = (true, first, second)
+        names = [name for name in first.columns if name in second.columns]
+        triples = [[table.loc[ids, name].to_numpy() for table in tables] for name in names]
+        gains = [spearman(t, a) - spearman(t, b) for t, a, b in triples]
+        resampled = [resampled_spearman(t, a) - resampled_spearman(t, b) for t, a, b in triples]
+        interval = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5]).tolist()
+        return result | {"spearman": float(np.mean(gains)), "spearman_ci95": interval}
+    classes = list(first.columns)
+    t = class_numbers(true.loc[ids], classes)
+    a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
+
+    def f1(answers, i):
+        return macro_f1(t[i], answers[i], len(classes))
+
+    differences = {
+        "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),
+        "macro_f1": lambda i: f1(a, i) - f1(b, i),
+    }
+    for name, difference in differences.items():
+        result[name] = float(difference(np.arange(len(ids))))
+        result[f"{name}_ci95"] = bootstrap(difference, len(ids))
+    result["only_first"] = int(((a == t) & (b != t)).sum())
+    result["only_second"] = int(((b == t) & (a != t)).sum())
+    return result

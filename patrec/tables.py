@@ -1,0 +1,151 @@
+"""Tables: Markdown, scores with intervals, predictions.csv, submission.csv."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from patrec.errors import InputError
+from patrec.files import earlier_folders, write_text
+from patrec.labels import EMOTIONS, fingerprint
+
+
+def epochs_kept(run) -> str:
+    """How many epochs each fold's training had, and in brackets which one was kept."""
+    facts = [member.facts for member in run.members]
+    return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
+
+
+class EarlierPredictions(NamedTuple):
+    """What an earlier emotion step has left for these clips.
+
+    answers : {model: pd.DataFrame (clip x emotion)}; empty where there are none
+    runs : dict, of its metrics.json
+    note : str, what was found, or why nothing was
+    """
+
+    answers: dict
+    runs: dict
+    note: str
+
+
+def earlier_predictions(training, owner, clips, folds=None) -> EarlierPredictions:
+    """What an earlier emotion step answered for these very clips.
+
+    Nothing where it was not run, or with other labels, another seed, other held-out clips or
+    --smoke.
+
+    folds : pd.Series, optional, the fold of every clip, which must be the same
+    """
+    source, note = (
+        training.source,
+        f"No scores of `{owner}` for these clips: they are missing here.",
+    )
+    for folder in earlier_folders(training, owner):
+        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
+            continue
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
+            found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
+        except (ValueError, KeyError):
+            fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
+            raise InputError(f"{folder}: {fault}, or delete them") from None
+        wanted = (fingerprint(source.root, "emotion"), source.seed, source.smoke)
+        fold_of = table.dropna(subset="fold").drop_duplicates("clip").set_index("clip")["fold"]
+        others = set(table["clip"]) != set(clips)
+        if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
+            reason = "was run with other labels, held-out clips, folds, seed or --smoke"
+            note = f"`{owner}` in {folder.parent.name} {reason}: not compared here."
+            continue
+        answers = {}
+        for model, rows in table.groupby("model"):
+            frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
+            answers[model] = frame[[name for name in EMOTIONS if name in frame]]
+        return EarlierPredictions(
+            answers, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
+        )
+    return EarlierPredictions({}, {}, note)
+
+
+def emotion_table(scores) -> pd.DataFrame:
+    """{model: emotion_scores} as a table of Spearman's correlations with their intervals."""
+    keys = (*EMOTIONS, "mean_spearman")
+    keys = [key for key in keys if any(key in row for row in scores.values())]
+    rows = {
+        name: {key: with_interval(row, key) if key in row else "" for key in keys}
+        for name, row in scores.items()
+    }
+    frame = pd.DataFrame(rows).T.rename_axis("model")
+    return frame.rename(columns={"mean_spearman": "mean of the three"})
+
+
+def difference_line(first, second, difference) -> str:
+    """One line: what `paired_difference` measured between two named models."""
+    titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
+    values = []
+    for key in [key for key in titles if key in difference]:
+        low, high = difference[f"{key}_ci95"]
+        values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return f"`{first}` minus `{second}`: {', '.join(values)}; {difference['n_clips']} clips"
+
+
+def with_interval(scores, key) -> str:
+    """A score and its 95% interval as a table's cell."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(scores[key], *scores[f"{key}_ci95"])
+
+
+def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.DataFrame:
+    """A table of answers as rows of predictions.csv: one per clip and target.
+
+    For genre the target is 'genre', truth and prediction are class names; for emotion the
+    targets are the emotions. fold : '' or, by clip id, `Result.folds`
+    """
+    true = true.loc[answers.index]
+    fold = fold.loc[answers.index] if isinstance(fold, pd.Series) else fold
+    if isinstance(true, pd.Series):
+        columns = {"genre": (true, answers.columns[answers.to_numpy().argmax(1)])}
+    else:
+        columns = {name: (true[name], answers[name].to_numpy()) for name in answers.columns}
+    head = {"clip": answers.index, "model": model, "test_set": test_set}
+    parts = []
+    for name, (t, p) in columns.items():
+        part = pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed})
+        parts.append(part.assign(truth=t.to_numpy(), prediction=p))
+    return pd.concat(parts)
+
+
+def held_out_rows(true, answers, seed, folds) -> list[pd.DataFrame]:
+    """`prediction_rows` of held-out emotion clips for {model: answers}."""
+    where = {"test_set": "multitask_dataset held out", "seed": seed, "fold": folds}
+    return [prediction_rows(name, true, table, **where) for name, table in answers.items()]
+
+
+def write_predictions(folder, rows) -> None:
+    """Write predictions.csv from a list of `prediction_rows`."""
+    write_text(folder / "predictions.csv", pd.concat(rows).to_csv(index=False))
+
+
+def write_submission(path, answers) -> None:
+    """Write answers for the unlabelled clips (clip x three emotions) as the competition asks."""
+    frame = answers[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
+    write_text(path, frame.to_csv(float_format="%.6f"))
+
+
+def markdown_table(frame) -> str:
+    """A pandas table as Markdown; floats with three decimals."""
+
+    def cell(value):
+        if isinstance(value, float | np.floating):
+            return "" if math.isnan(value) else f"{value:.3f}"
+        return str(value).replace("|", "\\|")
+
+    header = [cell(name) for name in (frame.index.name or "", *frame.columns)]
+    pairs = zip(frame.index, frame.itertuples(index=False), strict=True)
+    rows = [[cell(str(index)), *map(cell, row)] for index, row in pairs]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
