@@ -118,3 +118,6 @@ def make_augment(network, n_classes=0) -> Augment | None:
     if network.kind == "cnn":
         return Augment(n_classes=n_classes)
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
+
+
+OVERFIT_PASSES = 300  # over the four batches of the overfit check, at most
