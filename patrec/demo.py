@@ -5,31 +5,26 @@ and the emotions follow from how a clip is drawn. The same seed gives the same b
 """
 
 import functools
-import itertools
 import os
 import tempfile
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
 
 FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
+HEADERS = {"genre": "Id\tGenre", "emotion": "Id,valence,energy,danceability"}
 N_CLIPS = {"genre": {"train": 8, "test": 3}, "emotion": {"train": 60, "test": 12}}  # of each genre
 N_FRAMES = (474, 561)  # 11 to 13 s
-NAMES = {"train": "fused.full", "test": "full.fused"}  # in the label files
 FRAMES_PER_S = 22_050 / 512
 LOWEST, N_TONES, N_PARTIALS = 24, 72, 40  # MIDI number of the lowest tone, a C of 33 Hz
 
 # How a clip sounds: beats per minute; chance of a minor key; the tones of each chord in turn, in
-# scale steps above its root; chords per bar; time in which a tone falls to 1/e, in s; partial k
-# has amplitude k ** -rolloff; tilt of the whole spectrum, in dB per octave; register; levels
-# relative to a chord's tone, in dB; how much the loudness swells, in dB; noise, in dB; how much
-# the length of a beat varies.
-Style = namedtuple(
-    "Style",
-    "tempo minor voices chords decay rolloff tilt octave bass melody drums pattern swell noise loose",
-    defaults=(0.01,),
-)
+# scale steps; chords per bar; time in which a tone falls to 1/e, in s; partial k has amplitude
+# k ** -rolloff; tilt of the spectrum, in dB per octave; register; levels relative to the chords,
+# in dB; how much the loudness changes, in dB; noise, in dB; how much a beat's length varies.
+NAMES = "tempo minor voices chords decay rolloff tilt octave bass melody drums pattern swell noise"
+Style = namedtuple("Style", f"{NAMES} loose", defaults=(0.01,))
 TRIAD, POWER, SEVENTH, DRONE = ((0, 2, 4),), ((0, 4, 7),), ((0, 2, 4, 6),), ((0, 4, 7, 11),)
 PICKED = ((0,), (4,), (2,), (7,))
 STYLES = {  # genres that the lab merges have similar styles
@@ -71,7 +66,7 @@ MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)  # semitones
 
 
 def write_demo(root, parts=tuple(FOLDERS), seed=0) -> Path:
-    """Write those of the parts 'genre' and 'emotion' that `root` lacks, each whole or not at all."""
+    """Write those of the parts 'genre' and 'emotion' that `root` lacks, whole or not at all."""
     root = Path(root)
     missing = [part for part in parts if not (root / FOLDERS[part]).is_dir()]
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -93,52 +88,40 @@ def write_part(root, part, seed) -> None:
     clips = [(split, genre) for split, n in N_CLIPS[part].items() for genre in genres * n]
     first_id = {"genre": 1, "emotion": 10**8}[part]
     ids = first_id + np.random.default_rng([seed, first_id]).permutation(len(clips))
-    folders = root / FOLDERS[part], root / f"{FOLDERS[part]}_beat"
-    for folder, split in itertools.product(folders, N_CLIPS[part]):
-        (folder / split).mkdir(parents=True)
-    labels = []
+    rows = defaultdict(lambda: [HEADERS[part]])
     for clip_id, (split, genre) in sorted(zip(ids.tolist(), clips, strict=True)):
         rng = np.random.default_rng([seed, clip_id])
-        style, label = (vary(genre, rng), genre) if genre else draw_emotions(rng)
-        labels.append((split, clip_id, label))
-        for folder, array in zip(folders, draw_clip(style, rng), strict=True):
+        style, label = vary(genre, rng) if genre else draw_emotions(rng)
+        full, beat = draw_clip(style, rng)
+        form = "fused.full" if split == "train" else "full.fused"  # as in the lab's label files
+        for end, array, name in (("", full, form), ("_beat", beat, "beatsync.fused")):
+            folder = root / f"{FOLDERS[part]}{end}"
+            (folder / split).mkdir(parents=True, exist_ok=True)
             np.save(folder / split / f"{clip_id}.fused.full.npy", array)
-    for folder, (split, form) in itertools.product(folders, NAMES.items()):
-        some = [(clip_id, label) for where, clip_id, label in labels if where == split]
-        if part == "genre":
-            form = form if folder == folders[0] else "beatsync.fused"
-            rows = ["Id\tGenre", *(f"{i}.{form}.npy.gz\t{genre}" for i, genre in some)]
-        elif split == "test":
-            continue  # the lab gives no labels for these
-        else:
-            rows = ["Id,valence,energy,danceability", *(f"{i},{values}" for i, values in some)]
-        (folder / f"{split}_labels.txt").write_text("\n".join(rows) + "\n")
+            row = f"{clip_id}.{name}.npy.gz\t{label}" if genre else f"{clip_id},{label}"
+            if genre or split == "train":  # the lab gives no emotions of its test clips
+                rows[folder / f"{split}_labels.txt"].append(row)
+    for path, lines in rows.items():
+        path.write_text("\n".join([*lines, ""]))
 
 
-def vary(genre, rng) -> Style:
+def vary(genre, rng) -> tuple[Style, str]:
     """Draw the style of one clip of a genre, near the genre's own."""
-    spread = {"tempo": 6, "rolloff": 0.12, "tilt": 0.7, "noise": 3}
-    spread |= {"bass": 1.5, "melody": 1.5, "drums": 1.5}
-    style = STYLES[genre]
+    spread = {"tempo": 8, "rolloff": 0.2, "tilt": 1.2, "noise": 5, "bass": 3, "melody": 3}
+    style, spread = STYLES[genre], spread | {"drums": 3}
     values = {name: getattr(style, name) + s * rng.standard_normal() for name, s in spread.items()}
-    return style._replace(**values)
+    return style._replace(**values), genre
 
 
 def draw_emotions(rng) -> tuple[Style, str]:
-    """Draw a style, and the valence, energy and danceability that it stands for, with some noise."""
+    """Draw a style, and its valence, energy and danceability with some noise."""
     valence, energy, danceability = values = rng.random(3)
-    style = list(STYLES.values())[rng.integers(len(STYLES))]._replace(
-        tempo=85 + 60 * valence,
-        minor=float(valence < 0.5),
-        octave=round(2 * valence - 1),
-        tilt=4 * valence - 3,
-        chords=(1, 2, 4, 8, 16)[int(5 * energy)],
-        rolloff=2.2 - 1.4 * energy,
-        swell=18 * (1 - energy),
-        noise=-66 + 26 * energy,
-        drums=-24 + 30 * danceability,
-        loose=0.1 * (1 - danceability),
-    )
+    style = list(STYLES.values())[rng.integers(len(STYLES))]
+    style = style._replace(tempo=85 + 60 * valence, minor=float(valence < 0.5))
+    style = style._replace(octave=round(2 * valence - 1), tilt=4 * valence - 3)
+    style = style._replace(chords=2 ** int(5 * energy), rolloff=2.2 - 1.4 * energy)
+    style = style._replace(swell=18 * (1 - energy), noise=-66 + 26 * energy)
+    style = style._replace(drums=-24 + 30 * danceability, loose=0.1 * (1 - danceability))
     noisy = np.clip(values + 0.05 * rng.standard_normal(3), 0, 1)
     return style, ",".join(f"{value:.3f}" for value in noisy)
 
@@ -156,9 +139,9 @@ def draw_clip(style, rng) -> tuple[np.ndarray, np.ndarray]:
     for row, tick, length, level_db, decay_s in compose(style, n_ticks, rng):
         start, end = ticks[tick], ticks[min(tick + length, n_ticks - 1)]
         first = max(start, 0)
-        fading = np.exp(-2 / decay_s * t_s[first - start : max(min(end, n_frames) - start, 0)])
-        power = (0.5 + 0.5 * rng.random()) * 10 ** (level_db / 10)
-        levels[row, first : first + len(fading)] += power * fading
+        power = 10 ** (level_db / 10) * (0.5 + 0.5 * rng.random())
+        span = levels[row, first : max(end, 0)]
+        span += power * np.exp(-2 / decay_s * t_s[first - start :][: len(span)])
     rows = render(levels, style, rng)
     cuts = beats.round().astype(int)
     spans = np.split(rows, cuts[(cuts > 0) & (cuts < n_frames)], axis=1)  # a beat each
