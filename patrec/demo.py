@@ -28,32 +28,31 @@ Style = namedtuple("Style", f"{NAMES} loose", defaults=(0.01,))
 TRIAD, POWER, SEVENTH, DRONE = ((0, 2, 4),), ((0, 4, 7),), ((0, 2, 4, 6),), ((0, 4, 7, 11),)
 PICKED = ((0,), (4,), (2,), (7,))
 STYLES = {  # genres that the lab merges have similar styles
-    "Blues": Style(96, 0.3, SEVENTH, 4, 0.5, 1.4, -1, 0, -2, 4, -14, "shuffle", 4, -46),
+    "Blues": Style(100, 0.3, SEVENTH, 4, 0.5, 1.4, -1, 0, -2, 4, -14, "shuffle", 4, -46),
     "Chiptune": Style(146, 0.5, PICKED, 16, 0.12, 0.9, 2, 1, 0, 2, -2, "four", 0, -70),
-    "Classical": Style(88, 0.5, TRIAD, 4, 1.0, 1.9, -2, 1, -6, 2, -90, "rock", 18, -66),
+    "Classical": Style(96, 0.5, TRIAD, 4, 1.0, 1.9, -2, 1, -6, 2, -90, "rock", 18, -66),
     "Electronic": Style(128, 0.6, TRIAD, 8, 0.2, 1.0, 1, 0, 2, -6, 2, "four", 2, -62),
     "Folk": Style(104, 0.2, PICKED, 8, 0.5, 1.5, 0, 0, -8, 2, -30, "hand", 6, -58),
-    "Hip-Hop": Style(92, 0.8, TRIAD, 2, 0.3, 1.8, 0, 0, 8, -8, 6, "boom", 1, -54),
+    "Hip-Hop": Style(98, 0.8, TRIAD, 2, 0.3, 1.8, 0, 0, 8, -8, 6, "boom", 1, -54),
     "Indie-Rock": Style(134, 0.3, TRIAD, 8, 0.5, 1.1, 0, 0, 0, 2, -2, "rock", 4, -48),
     "International": Style(112, 0.9, DRONE, 6, 0.3, 1.3, 1, 1, -4, 6, -4, "hand", 5, -52),
     "Jazz": Style(150, 0.5, SEVENTH, 1.5, 0.7, 2.0, -1, 0, 3, 5, -10, "swing", 8, -56),
-    "Metal": Style(168, 0.9, POWER, 16, 0.3, 0.6, 1, -1, 0, -10, 4, "double", 0, -34),
+    "Metal": Style(168, 0.9, POWER, 16, 0.3, 0.6, 1, -1, 0, -10, 4, "fast", 0, -34),
     "Old-Time": Style(118, 0.1, TRIAD, 8, 0.2, 1.2, -2, 1, -8, 3, -90, "rock", 4, -26),
     "Pop": Style(116, 0.2, TRIAD, 4, 0.8, 1.4, 2, 0, 0, 8, 0, "rock", 2, -62),
     "Post-Punk": Style(150, 0.8, POWER, 8, 0.4, 1.0, 0, 0, 6, -4, 0, "fast", 2, -48),
     "Post-Rock": Style(110, 0.6, TRIAD, 8, 1.2, 0.8, -1, 0, -2, 0, -4, "rock", 8, -40),
-    "Psych-Folk": Style(96, 0.4, PICKED, 8, 0.7, 1.6, -1, 0, -8, 3, -28, "hand", 8, -54),
+    "Psych-Folk": Style(100, 0.4, PICKED, 8, 0.7, 1.6, -1, 0, -8, 3, -28, "hand", 8, -54),
     "Psych-Rock": Style(116, 0.6, TRIAD, 8, 0.9, 0.8, -1, 0, 0, 1, -2, "rock", 5, -38),
     "Punk": Style(176, 0.6, POWER, 16, 0.4, 0.7, 1, -1, 0, -6, 4, "fast", 0, -36),
     "Rock": Style(124, 0.5, TRIAD, 8, 0.8, 0.8, 0, 0, 0, 1, 0, "rock", 3, -42),
-    "Soundtrack": Style(84, 0.8, DRONE, 1, 3.0, 2.0, -3, 0, 0, -6, -90, "break", 16, -58),
-    "Trip-Hop": Style(86, 0.9, SEVENTH, 1, 1.8, 1.8, -3, 0, 6, -6, 2, "break", 3, -38),
+    "Soundtrack": Style(92, 0.8, DRONE, 1, 3.0, 2.0, -3, 0, 0, -6, -90, "break", 16, -58),
+    "Trip-Hop": Style(94, 0.9, SEVENTH, 1, 1.8, 1.8, -3, 0, 6, -6, 2, "break", 3, -38),
 }
 PATTERNS = {  # strokes of kick, snare and hi-hat in a bar, on sixteenths or triplets
     "four": ("x...x...x...x...", "....x.......x...", "..x...x...x...x."),
     "rock": ("x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x."),
     "fast": ("x...x...x...x...", "..x...x...x...x.", "x.x.x.x.x.x.x.x."),
-    "double": ("xxxxxxxxxxxxxxxx", "....x.......x...", "x...x...x...x..."),
     "break": ("x.....x...x.....", "....x..x.x..x...", "x.x.x.x.x.x.x.xx"),
     "boom": ("x..x......x..x..", "....x.......x...", "x.x.x.xxx.x.x.x."),
     "shuffle": ("x.....x.....", "...x.....x..", "x.xx.xx.xx.x"),
@@ -107,7 +106,7 @@ def write_part(root, part, seed) -> None:
 
 def vary(genre, rng) -> tuple[Style, str]:
     """Draw the style of one clip of a genre, near the genre's own."""
-    spread = {"tempo": 8, "rolloff": 0.2, "tilt": 1.2, "noise": 5, "bass": 3, "melody": 3}
+    spread = {"tempo": 5, "rolloff": 0.2, "tilt": 1.2, "noise": 5, "bass": 3, "melody": 3}
     style, spread = STYLES[genre], spread | {"drums": 3}
     values = {name: getattr(style, name) + s * rng.standard_normal() for name, s in spread.items()}
     return style._replace(**values), genre
@@ -117,7 +116,7 @@ def draw_emotions(rng) -> tuple[Style, str]:
     """Draw a style, and its valence, energy and danceability with some noise."""
     valence, energy, danceability = values = rng.random(3)
     style = list(STYLES.values())[rng.integers(len(STYLES))]
-    style = style._replace(tempo=85 + 60 * valence, minor=float(valence < 0.5))
+    style = style._replace(tempo=90 + 60 * valence, minor=float(valence < 0.5))
     style = style._replace(octave=round(2 * valence - 1), tilt=4 * valence - 3)
     style = style._replace(chords=2 ** int(5 * energy), rolloff=2.2 - 1.4 * energy)
     style = style._replace(swell=18 * (1 - energy), noise=-66 + 26 * energy)
