@@ -106,8 +106,8 @@ def write_part(root, part, seed) -> None:
 
 def vary(genre, rng) -> tuple[Style, str]:
     """Draw the style of one clip of a genre, near the genre's own."""
-    spread = {"tempo": 5, "rolloff": 0.2, "tilt": 1.2, "noise": 5, "bass": 3, "melody": 3}
-    style, spread = STYLES[genre], spread | {"drums": 3}
+    style, spread = STYLES[genre], {"tempo": 5, "rolloff": 0.2, "tilt": 1.2, "noise": 5}
+    spread |= {"bass": 3, "melody": 3, "drums": 3}
     values = {name: getattr(style, name) + s * rng.standard_normal() for name, s in spread.items()}
     return style._replace(**values), genre
 
@@ -182,7 +182,8 @@ def render(levels, style, rng) -> np.ndarray:
     n_frames, tones, strokes = levels.shape[1], levels[:N_TONES], levels[N_TONES:]
     swell = np.sin(2 * np.pi * (np.arange(n_frames) / n_frames + rng.random()))
     tones *= 10 ** (style.swell / 20 * swell)
-    partials = np.arange(1, N_PARTIALS + 1, dtype=np.float32) ** -np.float32(style.rolloff)
+    k = np.arange(1, N_PARTIALS + 1, dtype=np.float32)
+    partials = k ** -np.float32(style.rolloff) * (1 - k / (N_PARTIALS + 1))  # ends softly
     kit = [np.exp(-0.5 * ((centres - f_hz) / width) ** 2) + 0.001 for f_hz, width, _ in KIT]
     floor = np.float32(10 ** (style.noise / 10))
     noise = np.float32(kit).T @ strokes + floor * np.minimum(500 / centres, 3)[:, None]
