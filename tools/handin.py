@@ -290,9 +290,6 @@ def chapter(number, outputs, base, lang) -> tuple[list[str], list[dict], str]:
         read_summary(path, questions, found)
     if not summaries:
         lines += [f"**{words['not run']}:** `python {script}.py`", ""]
-    else:
-        names = ", ".join(f"`{Path(os.path.relpath(p, base)).as_posix()}`" for p in summaries)
-        lines += [f"{words['more']}: {names}", ""]
     for item, question in questions.items():
         table, figure, code = choose(item, found)
         lines += [f"### {item}. {question}", "", *(f"{part}\n" for part in code)]
@@ -304,6 +301,9 @@ def chapter(number, outputs, base, lang) -> tuple[list[str], list[dict], str]:
             shown = f"![{caption}](<{name}>)\n\n*{caption}*"
             lines += [shown if path.is_file() else f"*({words['lost']}: {name})*", ""]
         lines += [f"> **{words['own']} ({item}):** …", ""]
+    if summaries:
+        names = ", ".join(f"`{Path(os.path.relpath(p, base)).as_posix()}`" for p in summaries)
+        lines += [f"*{words['more']}:* {names}", ""]
     return lines, facts, "".join(path.read_text(encoding="utf-8") for path in summaries)
 
 

@@ -43,7 +43,10 @@ end
 function Table(tab)
   if FORMAT ~= "docx" then return nil end
   local function small(cell) return styled({pandoc.Para(cell.content)}, "Table text") end
-  return tab:walk{Plain = small}
+  local caption = tab.caption
+  tab = tab:walk{Plain = small}
+  tab.caption = caption
+  return tab
 end
 
 function Pandoc(doc)
@@ -62,7 +65,10 @@ TYPST = r"""
 #set text(font: ("Libertinus Serif", "DejaVu Sans"), hyphenate: false)
 #show raw: set text(font: "DejaVu Sans Mono")
 #show raw.where(block: true): set text(size: 0.9em)
-#show figure.where(kind: table): set block(breakable: true)
+#show figure.where(kind: table): it => layout(room => {
+  set block(breakable: measure(it.body, width: room.width).height > 0.9 * room.height)
+  it
+})
 #show figure.caption: set text(size: 0.9em)
 #show table: set text(size: 0.82em)
 #show table: set par(justify: false)
@@ -82,6 +88,10 @@ LATEX = r"""
   Scale=0.8]
 \usepackage{float,etoolbox,framed}
 \floatplacement{figure}{H}
+\AtBeginDocument{\raggedright
+  \renewcommand{\figurename}{@figure@}\renewcommand{\tablename}{@table@}}
+\newcommand{\stay}{\vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip}
+\pretocmd{\subsection}{\stay}{}{} % a heading stays with the table below it
 \AtBeginEnvironment{longtable}{\scriptsize\setlength{\tabcolsep}{3pt}}
 \RecustomVerbatimEnvironment{Highlighting}{Verbatim}{commandchars=\\\{\},fontsize=\footnotesize}
 \definecolor{ownwords}{HTML}{FFF6D6}
@@ -132,12 +142,16 @@ def pandoc(text, base, folder, form, header="", **settings) -> Path:
     text = for_pandoc(text, base, folder)
     lang = "el" if re.search("^# .*[α-ω]", text, re.MULTILINE) else "en"
     settings |= {"lang": lang, "toc-title": WORDS[lang]["contents"], "papersize": "a4"}
+    for key in ("figure", "table"):
+        header = header.replace(f"@{key}@", WORDS[lang][key])
     parts = {"filter.lua": FILTER, "header": header, "settings.json": json.dumps(settings)}
     room = folder.parent
     for name, content in parts.items():
         (room / name).write_text(content, encoding="utf-8")
     flags = ["--standalone", "--toc", "--toc-depth=2", "--shift-heading-level-by=-1"]
-    flags += ["--columns=100", f"--lua-filter={room / 'filter.lua'}", f"-H{room / 'header'}"]
+    # pandoc gives a table widths where a line is longer than this: in Word, all tables need them.
+    flags += [f"--columns={20 if form.startswith('docx') else 100}"]
+    flags += [f"--lua-filter={room / 'filter.lua'}", f"-H{room / 'header'}"]
     flags += [f"--metadata-file={room / 'settings.json'}", f"--resource-path={room}"]
     if form.startswith("docx"):
         flags.append(f"--reference-doc={word_styles(room, pypandoc.get_pandoc_path())}")
@@ -209,6 +223,7 @@ def word_styles(room, program) -> Path:
             ('<w:sz w:val="24" />', small.format(20)),  # half points
             ("</w:styles>", f"{ours}</w:styles>"),
             ('<w:tblInd w:w="0" w:type="dxa" />', f"\\g<0><w:tblBorders>{lines}</w:tblBorders>"),
+            ('(<w:(?:left|right)) w:w="108"', '\\1 w:w="50"'),  # margins of cells
             ('(?s)(w:styleId="VerbatimChar".*?<w:sz w:val=)"\\d+"', '\\1"15"'),
             ('(?s)(w:styleId="TOCHeading".*?<w:pPr>)', "\\1<w:pageBreakBefore/>"),
         ],
@@ -243,7 +258,7 @@ def word_styles(room, program) -> Path:
         for name in old.namelist():
             text = old.read(name).decode()
             for pattern, replacement in changes.get(name, []):
-                text = re.sub(pattern, replacement, text, count=1)
+                text = re.sub(pattern, replacement, text)
             new.writestr(name, text)
         new.writestr("word/footer1.xml", FOOTER)
     return target

@@ -13,6 +13,8 @@ WORDS = {
         "id": "registration number",
         "partners": ("first partner", "second partner"),
         "contents": "Contents",
+        "figure": "Figure",
+        "table": "Table",
         "step": "Step",
         "own": "Own words",
         "notice": (
@@ -49,6 +51,8 @@ WORDS = {
         "id": "αριθμός μητρώου",
         "partners": ("πρώτο μέλος", "δεύτερο μέλος"),
         "contents": "Περιεχόμενα",
+        "figure": "Σχήμα",
+        "table": "Πίνακας",
         "step": "Βήμα",
         "own": "Δικά μας λόγια",
         "notice": (
