@@ -377,19 +377,25 @@ def make_draft(args):
 
 
 def save_report(text, base, target):
-    """Write a report in the form that its name asks for, and nothing that was edited since.
+    """Write a report in the form that its name asks for, but never over what was edited since.
 
     What was made is remembered by its checksum in a hidden file beside it.
     """
-    memory = target.parent / ".handin.json"
-    made = read_json(memory) if memory.exists() else {}
+    form, memory = target.suffix.lower(), target.parent / ".handin.json"
+    if form not in RENDER:
+        raise InputError(f"--to {target}: the name must end in {', '.join(RENDER)}")
+    try:
+        made = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        made = {}
     if target.exists() and made.get(target.name) != checksum(target.read_bytes()):
         cure = "name another file in --to, or move it away"
         raise InputError(f"{target}: was not made here, or was changed since; {cure}")
-    if target.suffix.lower() not in RENDER:
-        raise InputError(f"--to {target}: the name must end in {', '.join(RENDER)}")
     make_folder(target.parent)
-    data = RENDER[target.suffix.lower()](text, base, target)
+    try:
+        data = RENDER[form](text, base, target)
+    except RuntimeError as error:  # of pandoc and Typst: a student's own Markdown may be at fault
+        raise InputError(f"{target}: cannot be made ({' '.join(str(error).split())})") from None
     write_bytes(target, lambda file: file.write(data))
     write_text(memory, json.dumps(made | {target.name: checksum(data)}, indent=1))
 
@@ -412,7 +418,7 @@ def convert(args):
 def main(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     make = functools.partial(Parser, allow_abbrev=False, formatter_class=form)
-    parser = make(description=__doc__)
+    parser = make(prog="python -m tools.handin", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=make)
     draft = commands.add_parser("draft", help="gather outputs/ into a report to write on")
     draft.flag("--out-dir", "where the steps wrote", type=Path, default=Path("outputs"))
