@@ -70,18 +70,16 @@ def main(argv=None):
     find_data(args.data_dir)  # before any step: a mistake is one line, and a demo set is made
     make_folder(out)
 
-    seconds, done, began = {}, [], time.monotonic()
+    seconds, began = {}, time.monotonic()
     for number, step in STEPS.items():
         known = training if step.trains else shared
         again = args.again or any(STEPS[n].script in seconds for n in step.builds_on)
         if not again and is_done(out / step.script, args, known):
-            done.append(step.script)
+            print(f"{step.script}: done already (--again runs it too)", flush=True)
             continue
         print(f"\n=== step {number}: {step.title}", flush=True)
         command = [sys.executable, PROJECT / f"{step.script}.py", *flags_of(args, parser, known)]
         seconds[step.script] = run(command, out / step.script)
-    if done:
-        print(f"\ndone already: {', '.join(done)} (--again runs them too)")
     print("\n=== report", flush=True)
     draft = [sys.executable, "-m", "tools.handin", "draft", "--out-dir", out]
     drafted = subprocess.run(draft).returncode == 0
