@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from patrec.errors import InputError, end_in_one_line
 from patrec.files import make_folder, write_bytes, write_text
-from patrec.step import Parser
+from patrec.flags import Parser
 from tools.render import FIGURE, RENDER, need
 from tools.report_text import LINKS, PAPERS, WORDS, chapter_words
 from tools.steps import STEPS

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from patrec.errors import InputError, end_in_one_line
 from patrec.files import PROJECT, make_folder, write_text
-from patrec.step import Parser
+from patrec.flags import Parser
 from tools.steps import STEPS, find_step
 
 DATA_SET = "geoparslp/patreco3-multitask-affective-music"

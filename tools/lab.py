@@ -19,7 +19,7 @@ from pathlib import Path
 from common import UNFINISHED  # a file in the folder of what has not ended, or has failed
 from patrec.errors import StepFailed, end_in_one_line
 from patrec.files import PROJECT, find_data, make_folder, output_folder
-from patrec.step import make_parser
+from patrec.flags import make_parser
 from tools.steps import STEPS
 
 # These flags change how a step runs, but not what it makes.
