@@ -224,15 +224,18 @@ def word_styles(room, program) -> Path:
             ("</w:styles>", f"{ours}</w:styles>"),
             ('<w:tblInd w:w="0" w:type="dxa" />', f"\\g<0><w:tblBorders>{lines}</w:tblBorders>"),
             ('(<w:(?:left|right)) w:w="108"', '\\1 w:w="50"'),  # margins of cells
+            (
+                '(?s)(w:styleId="CaptionedFigure".*?<w:keepNext />)',
+                '\\1<w:spacing w:before="160"/>',
+            ),
             ('(?s)(w:styleId="VerbatimChar".*?<w:sz w:val=)"\\d+"', '\\1"15"'),
-            ('(?s)(w:styleId="TOCHeading".*?<w:pPr>)', "\\1<w:pageBreakBefore/>"),
         ],
         "word/document.xml": [
             (
-                "<w:sectPr>",
-                '<w:sectPr><w:footerReference w:type="default" r:id="rIdFooter"/>'
+                "(?s)<w:sectPr>(.*?)</w:sectPr>",  # Word wants its parts in this order
+                '<w:sectPr><w:footerReference w:type="default" r:id="rIdFooter"/>\\1'
                 f'<w:pgSz w:w="11906" w:h="16838"/><w:pgMar {margins} w:header="567"'
-                ' w:footer="567" w:gutter="0"/>',
+                ' w:footer="567" w:gutter="0"/></w:sectPr>',
             )
         ],
         "word/_rels/document.xml.rels": [
