@@ -202,11 +202,8 @@ FOOTER = """<w:ftr xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2
 <w:fldSimple w:instr="PAGE"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p></w:ftr>"""
 
 
-def word_styles(room, program) -> Path:
-    """pandoc's own Word template with the page, its number, smaller type and the styles we add."""
-    default = subprocess.run(
-        [program, "--print-default-data-file=reference.docx"], capture_output=True, check=True
-    )
+def changes_to_word() -> dict[str, list[tuple[str, str]]]:
+    """What we change in pandoc's Word template: {its part: [(pattern, replacement)]}."""
     sides = "".join(BORDER.format(side, 4, "D9B84A") for side in ("top", "left", "bottom", "right"))
     box = f'<w:pBdr>{sides}</w:pBdr><w:shd w:val="clear" w:color="auto" w:fill="FFF6D6"/>'
     tight = '<w:spacing w:before="20" w:after="20"/>'
@@ -218,7 +215,7 @@ def word_styles(room, program) -> Path:
     lines = "".join(BORDER.format(side, 0, "BBBBBB") for side in ("top", "bottom", "insideH"))
     kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/footer"
     margins = " ".join(f'w:{side}="1134"' for side in ("top", "right", "bottom", "left"))
-    changes = {
+    return {
         "word/styles.xml": [
             ('<w:sz w:val="24" />', small.format(20)),  # half points
             ("</w:styles>", f"{ours}</w:styles>"),
@@ -253,7 +250,14 @@ def word_styles(room, program) -> Path:
             )
         ],
     }
-    target = room / "reference.docx"
+
+
+def word_styles(room, program) -> Path:
+    """pandoc's own Word template with the page, its number, smaller type and the styles we add."""
+    default = subprocess.run(
+        [program, "--print-default-data-file=reference.docx"], capture_output=True, check=True
+    )
+    changes, target = changes_to_word(), room / "reference.docx"
     with (
         zipfile.ZipFile(io.BytesIO(default.stdout)) as old,
         zipfile.ZipFile(target, "w") as new,
