@@ -41,12 +41,12 @@ from common import (
     count_weights,
     genre_models,
     genre_val_scores,
+    layer_table,
     load_data,
     load_test,
     model_spec,
-    overfit,
     predict_clips,
-    split_indices,
+    train,
     train_all,
     true_labels,
 )
@@ -64,7 +64,14 @@ from patrec.explain import (
 from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_to_waveform
 from patrec.machine import seed_everything
 from patrec.plots import COLORS, plot_confusion, plot_histories, plot_overfit, plot_spectrogram
-from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, make_augment, window_size
+from patrec.recipes import (
+    GENRE_NETWORKS,
+    LSTM_NAMES,
+    OVERFIT_PASSES,
+    Recipe,
+    make_augment,
+    window_size,
+)
 from patrec.scores import (
     average_predictions,
     bootstrap,
@@ -73,6 +80,7 @@ from patrec.scores import (
     paired_difference,
     spearman,
 )
+from patrec.splits import split_indices
 from patrec.step import Step
 from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 
@@ -86,11 +94,11 @@ def learn_by_heart(step, data):
     """7d: a new network of this step on four fixed batches; returns what metrics.json keeps."""
     step.heading("7d. Overfitting a few batches")
     seed_everything(step.args.seed)
-    model = Classifier(CNNBackbone(), n_classes=len(data.names))
-    size = step.args.batch_size
-    check = overfit(
-        model, data, nn.CrossEntropyLoss(), lr=step.args.lr, batch_size=size, device=step.device
-    )
+    model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
+    recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
+    loss_fn = nn.CrossEntropyLoss()  # no label smoothing, with which it could not come near 0
+    check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
     facts = check.facts
     step.table(pd.DataFrame([facts], index=["cnn_mel"]).rename_axis("CNN"))
     step.text(f"""
@@ -256,7 +264,7 @@ Each block is convolution, batch normalisation, ReLU and max pooling, in this or
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, Classifier)
-step.show_layers(model, data)
+step.table(*layer_table(model, data))
 
 # %% 7b. The training
 # As in step 5, with the same words there: AdamW, one-cycle rate, label smoothing, averaged

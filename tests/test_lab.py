@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 
+import lab as lab_script
 import pytest
 from conftest import ROOT, assert_clean_error, run_script, write_data_set
+from kaggle_kernel import EARLIER
 
-import lab as lab_script
 import patrec.files
 import patrec.step
-from kaggle_kernel import EARLIER
 
 STEP = '''"""A stand-in, training={training}, that leaves what lab.py looks at."""
 import json, sys
@@ -52,7 +52,7 @@ def project(tmp_path):
     folder.mkdir()
     for name in ("common.py", "lab.py", "handin.py", "kaggle_kernel.py"):
         shutil.copy(ROOT / name, folder)
-    parsers = [patrec.step.make_parser("", training) for training in (False, True)]
+    parsers = [patrec.flags.make_parser("", training) for training in (False, True)]
     defaults = [vars(parser.parse_args([])) for parser in parsers]
     (folder / "defaults.json").write_text(json.dumps(defaults))
     for name in NAMES:
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line_and_nothing_is_run(project, data, tmp_path):
 )
 def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, same):
     """A trial run with --smoke would else stand for the real one, and nobody be told."""
-    parser = patrec.step.make_parser("", training=True)
+    parser = patrec.flags.make_parser("", training=True)
     asked, made = (parser.parse_args(["--data-dir", str(data), *more]) for more in ((), flags))
     (tmp_path / "args.json").write_text(patrec.files.to_json(vars(made)))
     (tmp_path / "metrics.json").write_text(json.dumps({"data": {"root": str(data.resolve())}}))
@@ -220,11 +220,11 @@ def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, s
 
 def test_flags_are_handed_on_word_by_word():
     """Those without a value too: no step knows what to do with `--smoke True`."""
-    parser = patrec.step.make_parser("", training=True)
+    parser = patrec.flags.make_parser("", training=True)
     words = ["--smoke", "--no-merge", "--subset", "9", "--resume"]
     args = parser.parse_args(words)
     assert lab_script.flags_of(args, parser, set(vars(args))) == words
-    shared = set(vars(patrec.step.make_parser("").parse_args([])))
+    shared = set(vars(patrec.flags.make_parser("").parse_args([])))
     assert lab_script.flags_of(args, parser, shared) == ["--smoke", "--no-merge"]
 
 

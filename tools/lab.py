@@ -26,7 +26,7 @@ import joblib
 from common import UNFINISHED
 from patrec.errors import end_in_one_line
 from patrec.files import find_data, make_folder, output_folder
-from patrec.step import make_parser
+from patrec.flags import make_parser
 from tools.kaggle import EARLIER
 
 HERE = Path(__file__).resolve().parent
