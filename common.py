@@ -119,7 +119,7 @@ class SpectrogramDataset(Dataset):
         return list(zip(x, self.targets[indices], lengths, strict=True))
 
     def variant(self, **changes):
-        """Return the same data with other settings, e.g. ``variant(crop=None)``, without copying."""
+        """Return the same data with other settings, e.g. ``variant(crop=None)``; no copy."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)
