@@ -121,10 +121,10 @@ N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while o
 def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     """Load the arrays of `entries`, in their order, into a ClipStore.
 
-    The first time, threads read, check and convert the files into a cache: all frames in one
-    .npy file, and beside it what they are in a .json file. Later starts map that .npy file. The
-    cache's name is a hash of every file's name, size and time, so a changed data set is read
-    anew.
+    The first time, threads read, check and convert the files into a cache: the frames of all
+    clips in a .npy file, which later starts map, and the clips' lengths, digests and faults in
+    a .json file. The cache's name is a hash of every file's name, size and time, so a changed
+    data set is read anew.
 
     Raises
     ------
@@ -152,13 +152,12 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
         raise InputError(faults[0] + more)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    kept = [(e, clip) for e, clip in zip(entries, clips, strict=True) if "fault" not in clip]
+    kept = [entry for entry, clip in zip(entries, clips, strict=True) if clip["length"]]
     if not kept:
         raise InputError(f"{entries[0].path.parent}: none of {len(entries)} clips can be read")
-    entries, clips = zip(*kept, strict=True)
-    lengths = torch.tensor([clip["length"] for clip in clips])
-    digests = [clip["digest"] for clip in clips]
-    return ClipStore(list(entries), frames, lengths.cumsum(0) - lengths, lengths, digests)
+    lengths = torch.tensor([clip["length"] for clip in clips if clip["length"]])
+    digests = [clip["digest"] for clip in clips if clip["length"]]
+    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, digests)
 
 
 def file_facts(entry) -> tuple:
@@ -172,18 +171,18 @@ def file_facts(entry) -> tuple:
 
 
 def convert(entry) -> tuple[np.ndarray | None, dict]:
-    """Read one clip as (T, 140) float16, time first: a crop is one block. And what it is."""
+    """Read one clip as (T, 140) float16, time first: a crop is one block. And its row of .json."""
     try:  # torch converts to half precision several times as fast as NumPy
         array = torch.from_numpy(read_array(entry.path)).half().numpy()
     except InputError as error:
-        return None, {"fault": str(error)}
+        return None, {"length": 0, "fault": str(error)}
     frames = np.ascontiguousarray(array.T)
     digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
     return frames, {"length": len(frames), "digest": digest}
 
 
 def fill_cache(cache, entries, pool) -> None:
-    """Write the frames of all clips into one .npy file, and what each clip is into `cache`."""
+    """Write the frames of all clips into a .npy file, and a row for each clip into `cache`."""
     for leftover in cache.parent.glob("*.clips"):  # of killed runs; none is filled for a day
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
@@ -195,25 +194,25 @@ def fill_cache(cache, entries, pool) -> None:
     clips = []
     try:
         with tempfile.TemporaryDirectory(suffix=".clips", dir=cache.parent) as folder:
-            with open(f"{folder}/frames", "wb") as file:
+            with open(f"{folder}/npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
                 for frames, clip in tqdm(converted, leave=False, **bar):
                     clips.append(clip)
                     if frames is not None:
                         file.write(frames)
-                shape = (sum(clip.get("length", 0) for clip in clips), N_ROWS)
+                shape = (sum(clip["length"] for clip in clips), N_ROWS)
                 file.seek(0)  # NumPy leaves room in the header for any number of frames
                 np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-            Path(folder, "clips").write_text(json.dumps(clips))
-            os.replace(f"{folder}/frames", cache.with_suffix(".npy"))
-            os.replace(f"{folder}/clips", cache)  # last: it says that the cache is whole
+            Path(folder, "json").write_text(json.dumps(clips))
+            os.replace(f"{folder}/npy", cache.with_suffix(".npy"))
+            os.replace(f"{folder}/json", cache)  # last: it says that the cache is whole
     except OSError as error:
         cure = "point $PATREC_CACHE to a folder with more room"
         raise InputError(f"{cache}: cannot be written ({error.strerror}); {cure}") from error
 
 
 def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
-    """Map a cache; returns what each clip is, and the frames, (total frames, 140) float16."""
+    """Map a cache; returns the rows of the clips and the frames, (total frames, 140) float16."""
     clips = json.loads(cache.read_text())
     path = cache.with_suffix(".npy")
     try:
@@ -221,7 +220,7 @@ def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
         frames = np.lib.format.open_memmap(path, mode="c")
     except OSError:  # Linux refuses what would not fit into its memory if all of it were changed
         frames = np.lib.format.open_memmap(path, mode="r")
-    if frames.shape != (sum(clip.get("length", 0) for clip in clips), N_ROWS):
+    if frames.shape != (sum(clip["length"] for clip in clips), N_ROWS):
         raise ValueError("the two files are of different caches")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of memory that cannot be written

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import training_parts  # noqa: E402
+import torch  # noqa: E402
 
 import common  # noqa: E402
-from patrec import features, files, labels, machine, recipes, step  # noqa: E402
+from patrec import features, files, flags, labels, machine, recipes  # noqa: E402
 
 CLASSES = sorted({name for name in labels.MERGE.values() if name})
 
@@ -81,9 +81,13 @@ def train_batches(data, n_batches) -> float:
     endless = itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler))
     stretch = list(itertools.islice(endless, n_batches))
     batches = common.DataLoader(data.train, batch_sampler=stretch)
-    parts = training_parts(model, recipe.lr, n_batches + 1, "cpu")
+    optimizer, loss_fn = (
+        torch.optim.AdamW(model.parameters(), recipe.lr),
+        torch.nn.CrossEntropyLoss(),
+    )
+    state = common.TrainingState(model, loss_fn, optimizer, recipe, n_batches + 1, "cpu")
     began = time.perf_counter()
-    common.train_epoch(batches, parts, recipe, "cpu", 1)
+    common.train_epoch(batches, state, recipe, "cpu", 1)
     return (time.perf_counter() - began) / sum(map(len, stretch))
 
 
@@ -127,7 +131,7 @@ def main():
             for start in ("first", "second"):
                 data.pop(n_clips, None)  # one mapping at a time
                 data[n_clips] = common.load_data(
-                    step.Source(root / str(n_clips), seed=0),
+                    flags.Source(root / str(n_clips), seed=0),
                     crop=recipes.BUDGETS["cnn"].crop,
                 )
                 now = time.perf_counter()
