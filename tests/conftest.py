@@ -221,6 +221,12 @@ def write_labels(path, header, rows, seed):
     )
 
 
+@pytest.fixture
+def own_data(tmp_path):
+    """A small data set that a test may spoil."""
+    return write_data_set(tmp_path / "own", per_class=(3, 1), n_emotion=(8, 2), n_frames=40)
+
+
 def hard_data_set(root, seed=0, **changes):
     """As hard as the lab's: long clips of unlike lengths, unequal classes, intros in test clips."""
     options = {

@@ -16,6 +16,7 @@ the end. Linux only (/proc, madvise).
 import argparse
 import ctypes
 import itertools
+import mmap
 import os
 import shutil
 import sys
@@ -94,7 +95,8 @@ def train_batches(data, n_batches) -> float:
 def page_out(frames, share) -> None:
     """Have the system take back this share of a mapped file: the next use reads from disk."""
     MADV_PAGEOUT = 21  # from linux/mman.h
-    address, size = ctypes.c_void_p(frames.data_ptr()), ctypes.c_size_t(int(share * frames.nbytes))
+    start = frames.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # the file's header comes before
+    address, size = ctypes.c_void_p(start), ctypes.c_size_t(int(share * frames.nbytes))
     if ctypes.CDLL(None, use_errno=True).madvise(address, size, MADV_PAGEOUT):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
