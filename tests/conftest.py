@@ -305,6 +305,16 @@ def data_dir(tmp_path_factory):
     return hard_data_set(tmp_path_factory.mktemp("data"))
 
 
+class Payload:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
     """Run a script through its real command line; returns the CompletedProcess."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]

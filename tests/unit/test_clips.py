@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import GENRES, fake_clip, patch_everywhere, write_data_set
+from conftest import GENRES, Payload, fake_clip, patch_everywhere, write_data_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,16 +106,6 @@ def test_a_compressed_array_is_named_with_the_cure(tmp_path):
         read_array(path)
 
 
-class Payload:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 def test_a_pickle_among_the_arrays_is_never_read(tmp_path):
     path, proof = tmp_path / "1.npy", tmp_path / "the code was run"
     holder = np.empty((140, 20), dtype=object)
@@ -177,7 +167,7 @@ def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
     for _ in range(3):
         asked = draw.draw(st.lists(st.sampled_from(entries), unique=True, min_size=1))
         for _ in range(2):  # the second time from the cache
-            store = load_clips(asked, threads=3)
+            store = load_clips(asked, threads=draw.draw(st.sampled_from([1, 3, 16])))
             assert store.entries == asked
             assert_own_frames(store)
 
@@ -202,18 +192,6 @@ def test_clips_of_several_blocks_keep_their_order(tmp_path):
     store = load_clips(entries, skip_bad=True)
     assert store.entries == entries[:700] + entries[701:]
     assert_own_frames(store)
-
-
-@pytest.mark.parametrize("threads", [1, 4, 16])
-def test_clips_are_the_same_however_many_threads_read_them(
-    own_data, tmp_path, monkeypatch, threads
-):
-    entries = read_entries(own_data, "genre", "train")
-    one = load_clips(entries, threads=1)
-    monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
-    store = load_clips(entries, threads=threads)
-    assert torch.equal(store.frames, one.frames) and torch.equal(store.starts, one.starts)
-    assert store.digests == one.digests and store.entries == one.entries
 
 
 def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
