@@ -221,6 +221,12 @@ def write_labels(path, header, rows, seed):
     )
 
 
+@pytest.fixture
+def own_data(tmp_path):
+    """A small data set that a test may spoil."""
+    return write_data_set(tmp_path / "own", per_class=(3, 1), n_emotion=(8, 2), n_frames=40)
+
+
 def hard_data_set(root, seed=0, **changes):
     """As hard as the lab's: long clips of unlike lengths, unequal classes, intros in test clips."""
     options = {
@@ -297,6 +303,16 @@ def _cache(tmp_path_factory):
 def data_dir(tmp_path_factory):
     """The shared data set; not to be changed: hard_data_set and write_data_set make another."""
     return hard_data_set(tmp_path_factory.mktemp("data"))
+
+
+class Payload:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
