@@ -702,7 +702,7 @@ def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(data_dir, tmp
     for fold, member in enumerate(run.members):
         data = common.load_data(step.source, "mel", True, "emotion", fold=fold, n_folds=2)
         answers = common.predict_clips(member.model, data.held_out, member.settings)
-        pd.testing.assert_frame_equal(run.answers.loc[answers.index], answers)
+        pd.testing.assert_frame_equal(run.predictions.loc[answers.index], answers)
         learned = patrec.files.load_torch(member.path.with_name("last.pt"))["loss"]["log_var"]
         assert (learned != 0).all(), "the weights of the losses are not learned"
         assert member.facts["lr"] == 0.5 * step.args.lr
