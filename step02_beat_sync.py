@@ -207,10 +207,9 @@ times as long as on beats, and before training the gradient of the last output i
 that is more than {reach["untrained"]["full"]["seconds"]:.1f} s before the end of the clip (after
 {n_updates} updates {reach["trained"]["full"]["seconds"]:.1f} s; on beats
 {reach["untrained"]["beat-synced"]["seconds"]:.1f} and
-{reach["trained"]["beat-synced"]["seconds"]:.1f} s). Equal numbers of updates do not favour beats by
-themselves: the training loss, averaged over the last 10 updates, is {losses[0]} on full clips and
-{losses[1]} on beats; equal probabilities for all {len(genres)} genres would give
-{np.log(len(genres)):.2f}.
+{reach["trained"]["beat-synced"]["seconds"]:.1f} s). After the same number of updates the training
+loss (mean of the last 10) is {losses[0]} on full clips and {losses[1]} on beats; equal
+probabilities for all {len(genres)} genres would give {np.log(len(genres)):.2f}.
 
 Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and a
 product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al., 1994). The

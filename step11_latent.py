@@ -299,7 +299,7 @@ PCA is linear; of all projections onto a plane it keeps the largest share of the
 Isomap ({far} neighbours; Tenenbaum et al., 2000) keeps distances along the graph of neighbours.
 t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({near} neighbours;
 McInnes et al., 2018) keep neighbours together and do not keep large distances: look for groups, but
-not at how large or how far apart they are. Both start at random, so they run with {len(seeds)}
+not at how large or how far apart they are. Both draw random numbers, so they run with {len(seeds)}
 seeds; the first is shown.
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
