@@ -25,7 +25,7 @@ import pandas as pd
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from common import VAL_FRACTION, SpectrogramDataset, load_data, time_mask
+from common import SpectrogramDataset, load_data, time_mask
 from patrec.clips import N_READERS, read_array
 from patrec.errors import InputError
 from patrec.features import DB_FLOOR, N_MELS
@@ -34,6 +34,7 @@ from patrec.labels import MERGE, read_entries
 from patrec.machine import show_bars
 from patrec.plots import COLORS
 from patrec.recipes import GENRE_NETWORKS, window_size
+from patrec.splits import VAL_FRACTION
 from patrec.step import Step
 
 step = Step("step04_dataset", __doc__)

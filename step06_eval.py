@@ -25,14 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from common import (
-    band_statistics,
-    encode_labels,
-    genre_models,
-    load_test,
-    predict_clips,
-    true_labels,
-)
+from common import band_statistics, genre_models, load_test, predict_clips, true_labels
 from patrec.baselines import band_features
 from patrec.clips import load_clips
 from patrec.files import part_folder
@@ -40,6 +33,7 @@ from patrec.labels import read_entries
 from patrec.plots import plot_confusion, plot_scores
 from patrec.recipes import LSTM_NAMES
 from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.splits import encode_labels
 from patrec.step import Step
 from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 

@@ -33,11 +33,11 @@ from common import (
     count_weights,
     genre_models,
     genre_val_scores,
+    layer_table,
     load_data,
     load_test,
-    overfit,
     predict_clips,
-    split_indices,
+    train,
     train_all,
     true_labels,
 )
@@ -52,8 +52,9 @@ from patrec.plots import (
     plot_overfit,
     plot_per_class,
 )
-from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, window_size
+from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.splits import split_indices
 from patrec.step import Step
 from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 
@@ -67,11 +68,11 @@ def learn_by_heart(step, data):
     """7d: a new network of this step on four fixed batches; returns what metrics.json keeps."""
     step.heading("7d. Overfitting a few batches")
     seed_everything(step.args.seed)
-    model = Classifier(CNNBackbone(), n_classes=len(data.names))
-    size = step.args.batch_size
-    check = overfit(
-        model, data, nn.CrossEntropyLoss(), lr=step.args.lr, batch_size=size, device=step.device
-    )
+    model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
+    recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
+    loss_fn = nn.CrossEntropyLoss()  # no label smoothing, with which it could not come near 0
+    check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
     facts = check.facts
     step.table(pd.DataFrame([facts], index=["cnn_mel"]).rename_axis("CNN"))
     step.text(f"""
@@ -208,7 +209,7 @@ frequency. One dense layer gives one output (logit) per class.
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
 step.show_source(CNNBackbone, Classifier)
-step.show_layers(model, data)
+step.table(*layer_table(model, data))
 
 # %% 7b. The training
 # With the recipe of step 5: AdamW, one-cycle rate, label smoothing, averaged weights, and of the

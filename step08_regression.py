@@ -31,6 +31,7 @@ from common import (
     Regressor,
     emotion_baselines,
     genre_val_scores,
+    layer_table,
     load_data,
     make_backbone,
     overfit_emotions,
@@ -97,7 +98,7 @@ for kind, name in networks.items():
     )
     model = regressor(network, data).to(step.device)
     step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
-    step.show_layers(model, data)
+    step.table(*layer_table(model, data))
 step.text("""
     The loss has two terms. The squared error, in units of the labels' spread, fits the values. Half
     of 1 minus Pearson's correlation within the batch rewards answers that rise linearly with the

@@ -27,6 +27,18 @@ def in_notebook() -> bool:
     return bool(in_kernel) and not hasattr(sys.modules["__main__"], "__file__")
 
 
+def show_in_notebook(*things) -> None:
+    """Display Markdown (str), sounds (waveform, sampling rate) and figures under a cell."""
+    if not in_notebook():
+        return
+    from IPython.display import Audio, Markdown, display
+
+    for thing in things:
+        if isinstance(thing, tuple):
+            thing = Audio(thing[0], rate=thing[1])
+        display(Markdown(thing) if isinstance(thing, str) else thing)
+
+
 def kaggle_root() -> Path:
     """/kaggle, or the folder in $PATREC_KAGGLE_ROOT that stands in for it in tests."""
     return Path(os.environ.get("PATREC_KAGGLE_ROOT", "/kaggle"))

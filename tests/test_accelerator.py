@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import common
 import patrec.batches
 import patrec.errors
+import patrec.flags
 import patrec.labels
 import patrec.machine
 import patrec.recipes
@@ -147,7 +148,7 @@ def prepare(device, data_dir, name, head, quiet=False):
     window = None if network.beat or network.plain else 64
     patrec.machine.seed_everything(0)
     n_clips = 12 if network.plain else 24  # the stand-in is slow where every frame is a step
-    source = patrec.step.Source(data_dir, seed=0, device=device, subset=n_clips)
+    source = patrec.flags.Source(data_dir, seed=0, device=device, subset=n_clips)
     data = common.load_data(source, network.features, network.beat, crop=window)
     names = {"genre": data.names, "valence": ["valence"], "multitask": patrec.labels.EMOTIONS}[head]
     augment = patrec.recipes.make_augment(network, len(names) if head == "genre" else 0)
@@ -538,7 +539,7 @@ def test_half_precision_on_a_card_learns_as_single_precision_does(
 
 @on_card
 def test_batches_are_cut_on_the_card(cuda, data_dir):
-    data = common.load_data(patrec.step.Source(data_dir, seed=0, device=cuda), crop=64)
+    data = common.load_data(patrec.flags.Source(data_dir, seed=0, device=cuda), crop=64)
     x, _, _ = next(iter(DataLoader(data.train, 8, shuffle=True)))
     assert data.train.dataset.store.frames.is_cuda and x.is_cuda
 

@@ -47,8 +47,8 @@ from sklearn.svm import SVC
 from common import clip_ids, load_checkpoint, load_data, load_model, predict
 from patrec.batches import Augment
 from patrec.explain import calibration_error, fit_temperature
+from patrec.flags import Source
 from patrec.scores import classification_scores
-from patrec.step import Source
 from patrec.tables import with_interval
 
 LSTMS = ["mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"]

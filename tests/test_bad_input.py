@@ -873,7 +873,6 @@ def test_the_same_from_the_shell(data, tmp_path):
     [
         ("make_dataset.py", ["--adio-dir", "x"]),
         ("kaggle_kernel.py", ["--step", "5"]),
-        ("handin.py", ["zip", "--id", "1"]),
     ],
 )
 def test_mistyped_flags_are_named_in_one_line(script, flags):

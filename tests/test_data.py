@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader, Subset
 import common
 import patrec.clips
 import patrec.files
+import patrec.flags
 import patrec.labels
+import patrec.splits
 import patrec.step
 from common import CNNBackbone, LSTMBackbone, SpectrogramDataset, load_data
 from patrec.clips import load_clips, read_array
 from patrec.errors import InputError
+from patrec.flags import Source
 from patrec.labels import read_entries, read_labels
-from patrec.step import Source
 
 
 def write(path, text):
@@ -187,11 +189,11 @@ def test_class_numbers_are_sorted_and_come_from_training(data_dir):
         for entry in read_entries(data_dir, "genre", "test", True, merge=True)
         if entry.label != "Blues"
     ]
-    assert [data.names[k] for k in common.encode_labels(some, data.names)] == [
+    assert [data.names[k] for k in patrec.splits.encode_labels(some, data.names)] == [
         entry.label for entry in some
     ]
     with pytest.raises(InputError, match="Rebetiko"):
-        common.encode_labels([some[0]._replace(label="Rebetiko")], data.names)
+        patrec.splits.encode_labels([some[0]._replace(label="Rebetiko")], data.names)
 
 
 # --- arrays and their cache -----------------------------------------------------------
@@ -417,7 +419,7 @@ def test_leak_is_found_by_id_and_by_content(own_data):
 
 def test_leak_is_looked_for_in_the_form_that_is_tested_too(own_data):
     """Step 6 asks networks of frames for beats, which must not be a training clip's."""
-    source = patrec.step.Source(own_data)
+    source = patrec.flags.Source(own_data)
     settings = common.load_data(source).settings
     assert len(common.load_test(source, settings, beat=True))
     train, test = (read_entries(own_data, "genre", part, True, True) for part in ("train", "test"))
@@ -567,19 +569,19 @@ def test_statistics_of_a_silent_band_stay_finite():
 
 def test_split_is_stratified_seeded_disjoint_and_covers_all():
     classes = np.repeat([0, 1, 2], [50, 30, 10])
-    train, val = common.split_indices(90, 0.2, 7, classes)
+    train, val = patrec.splits.split_indices(90, 0.2, 7, classes)
     assert sorted([*train, *val]) == list(range(90))
     assert np.bincount(classes[val]).tolist() == [10, 6, 2]
     for other_seed, same in ((7, True), (8, False)):
-        again = common.split_indices(90, 0.2, other_seed, classes)[1]
+        again = patrec.splits.split_indices(90, 0.2, other_seed, classes)[1]
         assert (again.tolist() == val.tolist()) == same
 
 
 def test_split_refuses_what_cannot_be_split():
     with pytest.raises(InputError, match="single clip"):
-        common.split_indices(9, 0.2, 0, np.array([0] * 8 + [1]))
+        patrec.splits.split_indices(9, 0.2, 0, np.array([0] * 8 + [1]))
     with pytest.raises(InputError, match="too few"):
-        common.split_indices(1, 0.2, 0)
+        patrec.splits.split_indices(1, 0.2, 0)
 
 
 def test_validation_and_training_clips_of_a_data_set_do_not_overlap(data_dir):
@@ -640,14 +642,16 @@ def test_targets_go_with_their_clips_and_not_with_a_row_number(own_data):
 def test_folds_hold_every_clip_out_once(own_data, n_folds):
     labels = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5))
     source = Source(own_data / "nowhere")  # then the order is that of the labels
-    cuts = [common.split_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)]
+    cuts = [
+        patrec.splits.split_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)
+    ]
     for parts in cuts:
         assert sorted(sum(parts, [])) == sorted(labels), "parts overlap, or miss a clip"
     held_out = [clip_id for _, _, part in cuts for clip_id in part]
     assert sorted(held_out) == sorted(labels)
-    assert common.split_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
+    assert patrec.splits.split_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
     with pytest.raises(InputError, match="too few for"):
-        common.split_ids(
+        patrec.splits.split_ids(
             source, "emotion", dict(list(labels.items())[: 4 * n_folds - 1]), 0, n_folds
         )
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 import common
 import patrec.errors
 import patrec.files
+import patrec.flags
 import patrec.labels
 import patrec.machine
 import patrec.recipes
@@ -36,9 +37,9 @@ import patrec.scores
 import patrec.step
 import patrec.tables
 from common import RegressionLoss, Regressor
+from patrec.flags import Source
 from patrec.labels import EMOTIONS
 from patrec.recipes import GENRE_NETWORKS
-from patrec.step import Source
 
 STEPS = ("step08_regression", "step09_transfer", "step10_multitask")
 FLAGS = {
@@ -266,14 +267,14 @@ def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
 def test_the_short_twins_have_the_same_budget(source):
     """Both phases of the fine-tuning together and the short training from scratch."""
     data = common.load_data(source, target="emotion", crop=256)
-    args = patrec.step.make_parser("x", training=True).parse_args([])
+    args = patrec.flags.make_parser("x", training=True).parse_args([])
     plans = [
         patrec.recipes.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, share)
         for share in (0.05, 0.25, 0.3, 1.0)
     ]
     head, tune, scratch, full = (recipe.epochs * recipe.crops for recipe in plans)
     assert abs(head + tune - scratch) <= 2 and scratch == pytest.approx(0.3 * full, rel=0.1)
-    args = patrec.step.make_parser("x", training=True).parse_args(["--epochs", "40"])
+    args = patrec.flags.make_parser("x", training=True).parse_args(["--epochs", "40"])
     assert patrec.recipes.make_recipe(GENRE_NETWORKS["cnn_mel"], data, args, 0.25).epochs == 10
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import common
 import patrec.errors
+import patrec.flags
 import patrec.parallel
 import patrec.recipes
 import patrec.step
@@ -98,8 +99,8 @@ def small(network, data):
 
 
 def make_training(data, folder, **changes):
-    source = patrec.step.Source(data, smoke=True)
-    return patrec.step.TrainingOptions(
+    source = patrec.flags.Source(data, smoke=True)
+    return patrec.flags.TrainingOptions(
         source, folder, folder / "step", epochs=1, workers=2, **changes
     )
 
@@ -141,7 +142,7 @@ def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monke
 
     patch_everywhere(monkeypatch, "load_data", load_data)
     run = common.Experiment("one", patrec.recipes.GENRE_NETWORKS["beat_mel"], None, None, None)
-    training = patrec.step.TrainingOptions(patrec.step.Source(tmp_path), tmp_path, tmp_path)
+    training = patrec.flags.TrainingOptions(patrec.flags.Source(tmp_path), tmp_path, tmp_path)
     with pytest.raises(patrec.errors.InputError, match="^0$"):
         common.train_fold(training, run, 0, 1)
 
@@ -218,14 +219,14 @@ def wait_for(condition, seconds=100):
 
 
 def test_a_process_per_core_or_card_unless_told_otherwise(data, tmp_path, monkeypatch):
-    training = patrec.step.TrainingOptions(patrec.step.Source(data), tmp_path, tmp_path)
+    training = patrec.flags.TrainingOptions(patrec.flags.Source(data), tmp_path, tmp_path)
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 4)
     assert [common.count_workers(training, n) for n in (1, 3, 9)] == [1, 3, 4]
     told = dataclasses.replace(training, workers=6)
     assert [common.count_workers(told, n) for n in (3, 9)] == [3, 6]
-    smoke = dataclasses.replace(training, source=patrec.step.Source(data, smoke=True))
+    smoke = dataclasses.replace(training, source=patrec.flags.Source(data, smoke=True))
     assert common.count_workers(smoke, 9) == 1  # a process takes longer to begin
-    cards = dataclasses.replace(training, source=patrec.step.Source(data, device="cuda"))
+    cards = dataclasses.replace(training, source=patrec.flags.Source(data, device="cuda"))
     for n_cards, workers in ((2, 2), (1, 1), (0, 1)):
         monkeypatch.setattr(common.torch.cuda, "device_count", lambda n=n_cards: n)
         assert common.count_workers(cards, 9) == workers
@@ -257,8 +258,8 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
 
     patch_everywhere(monkeypatch, "parallel_map", parallel_map)
     patch_everywhere(monkeypatch, "load_data", lambda *args, **options: None)
-    source = patrec.step.Source(tmp_path)
-    training = patrec.step.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
+    source = patrec.flags.Source(tmp_path)
+    training = patrec.flags.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
     network = patrec.recipes.GENRE_NETWORKS["mel"]
     runs = [
         common.Experiment(name, network, None, None, None, n_folds=n)

@@ -36,10 +36,10 @@ from patrec.errors import InputError, end_in_one_line
 from patrec.explain import clip_attributions, patches
 from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_and_chroma, stack_rows
 from patrec.files import find_data, make_folder, output_folder, write_text
+from patrec.flags import Parser, Source, bounded
 from patrec.labels import EMOTIONS, fingerprint
 from patrec.machine import keep_freed_memory, pick_device, show_bars
 from patrec.plots import COLORS
-from patrec.step import Parser, Source, bounded
 
 HERE = Path(__file__).resolve().parent
 BLOCK_S, SHORTEST_S, EVERY_S = 30, 1.0, 3.0  # of a block, of a song, from window to window

@@ -55,10 +55,10 @@ from tqdm.auto import tqdm
 from patrec.errors import InputError, StepFailed, end_in_one_line
 from patrec.features import N_FFT, SR, extract_features
 from patrec.files import FOLDERS, cache_dir, part_folder, write_bytes, write_text
+from patrec.flags import Parser, bounded
 from patrec.labels import EMOTIONS, MERGE
 from patrec.machine import in_notebook, show_bars
 from patrec.parallel import WorkerDied, parallel_map
-from patrec.step import Parser, bounded
 
 # ======================================================================================
 # Demo music: a style per genre, a small synthesiser that plays it

@@ -42,9 +42,9 @@ from common import (
     true_labels,
 )
 from patrec.features import SR, mel_and_chroma, stack_rows
+from patrec.flags import Source
 from patrec.recipes import LSTM_NAMES
 from patrec.scores import average_predictions, genre_scores, paired_difference
-from patrec.step import Source
 from patrec.tables import with_interval
 
 N_TEST = sum(COUNTS[genre][1] for genre in MERGED)
