@@ -1,5 +1,6 @@
 """Data sets in the lab's layout, quirks of file names included, whose clips tell their answer."""
 
+import ast
 import atexit
 import itertools
 import json
@@ -281,6 +282,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
 
 
+def functions_of(script):
+    """A step's imports, constants and functions, without running its cells."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    body = ast.parse((ROOT / script).read_text()).body
+    constants = [node for node in body if isinstance(node, ast.Assign)]
+    constants = [node for node in constants if getattr(node.targets[0], "id", "").isupper()]
+    kept = [node for node in body if isinstance(node, kinds) or node in constants]
+    namespace = {}
+    exec(compile(ast.Module(kept, []), script, "exec"), namespace)
+    return namespace
+
+
 @pytest.fixture(autouse=True)
 def small_numbers():
     """A step rounds numbers below 1e-38 to 0 in its process, which is that of other tests too."""
@@ -375,9 +388,9 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
                 for name, module in list(sys.modules.items()):
                     if ROOT in Path(getattr(module, "__file__", None) or "/").parents:
                         del sys.modules[name]
-                sys.path[:] = [str(script.parent)] + [
-                    path for path in sys.path if path != str(ROOT)
-                ]
+                # A tool runs as `python -m tools.name`, from the project's folder.
+                folder = ROOT if script.parent == ROOT / "tools" else script.parent
+                sys.path[:] = [str(folder)] + [path for path in sys.path if path != str(ROOT)]
                 code = run_inside(script, *args)
             except BaseException:
                 traceback.print_exc()

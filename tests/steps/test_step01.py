@@ -12,7 +12,6 @@ from conftest import (
     read_metrics,
     read_table,
     run_forked,
-    write_data_set,
 )
 from scipy.io import wavfile
 
@@ -112,13 +111,3 @@ def test_bad_audio_is_one_line_before_anything_is_written(small_data, tmp_path, 
     result = run_forked(f"{STEP}.py", *flags, check=False)
     assert_clean_error(result, "song.wav", words)
     assert not out.exists()
-
-
-def test_unreadable_clips_are_an_input_error(tmp_path):
-    """Those of steps 2 and 3 are read by the same function (test_bad_input)."""
-    root = write_data_set(tmp_path / "data", per_class=(2, 1), n_emotion=(4, 2), n_frames=30)
-    for path in (root / "fma_genre_spectrograms" / "train").glob("*.npy"):
-        path.write_bytes(b"broken")
-    flags = ("--smoke", "--data-dir", root, "--out-dir", tmp_path / "out")
-    result = run_forked(f"{STEP}.py", *flags, check=False)
-    assert_clean_error(result, "not a readable", "--skip-bad")
