@@ -264,23 +264,6 @@ def hidden_emotions(n_emotion=(64, 12), seed=0):
     )
 
 
-SLOW = (
-    "answers_genre",
-    "workers",
-    "steps_07_11",
-    "resume",
-    "make_dataset",
-    "steps_08_10",
-    "crashes",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the slowest files, lest one process waits for the other at the end."""
-    place = {f"test_{name}": number for number, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
-
-
 @pytest.fixture(autouse=True)
 def small_numbers():
     """A step rounds numbers below 1e-38 to 0 in its process, which is that of other tests too."""
@@ -297,6 +280,27 @@ def _cache(tmp_path_factory):
 def data_dir(tmp_path_factory):
     """The shared data set; not to be changed: hard_data_set and write_data_set make another."""
     return hard_data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Small, for tests in which a step only has to find clips; not to be changed either."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(2, 1), n_frames=(60, 120))
+
+
+@pytest.fixture
+def make_step(monkeypatch):
+    """Function: a Step of its own, as a script makes it."""
+    from patrec.step import Step
+
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back after the test
+
+    def make(data, out, *flags, name="step06_eval"):
+        args = [name, "--data-dir", str(data), "--out-dir", str(out), *flags]
+        monkeypatch.setattr("sys.argv", args)
+        return Step(name, "x", training=True)
+
+    return make
 
 
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):

@@ -16,6 +16,7 @@ from patrec.scores import (
     emotion_scores,
     macro_f1,
     paired_difference,
+    resampled_spearman,
     spearman,
 )
 
@@ -50,6 +51,22 @@ def test_classification_scores_equal_scikit_learn():
     # By the normal approximation.
     half = 1.96 * math.sqrt(scores["accuracy"] * (1 - scores["accuracy"]) / 200)
     assert high - low == pytest.approx(2 * half, rel=0.15)
+
+
+def test_scores_of_a_hand_made_example():
+    """Six clips: two of A (one called B), three of B (one called C), one of C (called B)."""
+    scores = classification_scores([0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 2, 1], ["A", "B", "C"])
+    assert scores["confusion"] == [[1, 1, 0], [0, 2, 1], [0, 1, 0]]  # rows true, columns called
+    assert scores["accuracy"] == pytest.approx(1 / 2) and scores["n_clips"] == 6
+    for name in ("precision", "recall", "f1"):
+        assert scores[f"micro_{name}"] == pytest.approx(1 / 2)
+    expected = {"A": (1, 1 / 2, 2 / 3, 2), "B": (2 / 4, 2 / 3, 4 / 7, 3), "C": (0, 0, 0, 1)}
+    for name, values in expected.items():
+        found = [scores["per_class"][name][key] for key in ("precision", "recall", "f1", "support")]
+        assert found == pytest.approx(values)
+    assert scores["macro_precision"] == pytest.approx((1 + 1 / 2) / 3)
+    assert scores["macro_recall"] == pytest.approx((1 / 2 + 2 / 3) / 3)
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 4 / 7) / 3)
 
 
 def test_a_score_its_interval_and_the_validation_score_are_one_statistic():
@@ -103,6 +120,15 @@ def test_spearman_is_over_the_whole_set():
     assert scores["mean_spearman"] == pytest.approx(mean)
 
 
+def test_resampled_spearman_equals_scipys():
+    rng = np.random.default_rng(3)
+    targets, predictions = rng.random(20).round(1), rng.random(20)
+    rows = np.random.default_rng(0).integers(0, 20, (30, 20))
+    expected = [spearmanr(targets[sample], predictions[sample]).statistic for sample in rows]
+    assert resampled_spearman(targets, predictions, 30) == pytest.approx(expected)
+    assert not resampled_spearman(targets, np.ones(20), 30).any()
+
+
 # --- several models ---------------------------------------------------------------------
 
 
@@ -151,3 +177,17 @@ def test_paired_difference_of_emotions_by_hand():
         assert found["n_clips"] == 5 and found["spearman"] == pytest.approx(sign * 0.1)
         low, high = found["spearman_ci95"]
         assert low <= found["spearman"] <= high
+
+
+def test_a_difference_is_paired_and_of_the_emotions_that_both_models_have():
+    """Two nearly equal models on few clips: wide intervals each, a narrow one of the difference."""
+    rng = np.random.default_rng(0)
+    true = pd.DataFrame(rng.random((50, 3)), columns=EMOTIONS)
+    first = true + 0.4 * rng.standard_normal((50, 3))
+    second = first + 0.01 * rng.standard_normal((50, 3))
+    difference = paired_difference(true, first, second.iloc[::-1])
+    low, high = difference["spearman_ci95"]
+    alone_low, alone_high = emotion_scores(true, first)["mean_spearman_ci95"]
+    assert low <= difference["spearman"] <= high and high - low < (alone_high - alone_low) / 3
+    found = paired_difference(true, true[["energy"]], first)["spearman"]
+    assert found == pytest.approx(1 - spearmanr(true["energy"], first["energy"]).statistic)
