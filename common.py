@@ -119,7 +119,7 @@ class SpectrogramDataset(Dataset):
         return list(zip(x, self.targets[indices], lengths, strict=True))
 
     def variant(self, **changes):
-        """Return the same data seen otherwise, e.g. ``variant(crop=None)``; no copy."""
+        """Return the same data with other settings, e.g. ``variant(crop=None)``; no copy."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)
@@ -139,7 +139,7 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
     total, squares, n_frames = 0.0, 0.0, 0
     for index in indices:
         start, length = int(store.starts[index]), int(store.lengths[index])
-        # About 256 frames of a clip are enough: neighbours say nearly the same.
+        # About 256 frames of a clip are enough: neighbouring frames are nearly equal.
         x = store.frames[start : start + length : max(1, length // 256), BANDS[features]].float()
         total = total + x.sum(0, dtype=torch.float64)
         squares = squares + x.square().sum(0, dtype=torch.float64)
@@ -174,9 +174,8 @@ def load_data(
 ) -> Data:
     """Load the training split of genre or emotion and cut it into parts.
 
-    Whatever a network hears (frames or beats, mel or chroma), the same clips train,
-    validate and are held out: the cut is made on the ids, in the order of the full
-    clips' label file.
+    The same clips train, validate and are held out for every kind of input (frames or beats,
+    mel or chroma): the split is made on the ids, in the order of the full clips' label file.
 
     Parameters
     ----------
@@ -354,7 +353,7 @@ class LSTMBackbone(Backbone):
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
-        if frames_per_step > 1:  # a spread or a change is no standardised number yet
+        if frames_per_step > 1:  # deviations and changes are not standardised yet
             stem.append(StepNorm(n_inputs, affine=False))
         if mask_bands:
             stem.append(StripeMask(n_bands, mask_bands))
@@ -439,7 +438,7 @@ def frame_statistics(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """Describe every n frames: (B, T, F) -> (B, ceil(T / n), 3 F).
 
     Mean, standard deviation and mean absolute change from frame to frame of each band,
-    which are also what the classical floor hears of a whole clip (`band_features`).
+    which are also the input of the SVM baseline, there of a whole clip (`band_features`).
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)
@@ -635,7 +634,7 @@ def layer_table(model, data, n_clips=2) -> tuple[pd.DataFrame, str]:
 def regression_loss(outputs, targets, std) -> torch.Tensor:
     """Squared error in units of the labels' spread, plus half of 1 - Pearson's r.
 
-    The first term fits the values; the second rewards answers that rise linearly with the
+    The first term fits the values. The second rewards predictions that rise linearly with the
     labels, a differentiable stand-in for the ranks that Spearman's score judges. (Atmaja &
     Akagi, 2020, found a correlation-based loss, CCC, above squared error for speech emotion,
     scored by CCC; this sum is not theirs.)
@@ -645,7 +644,7 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
     """
     refuse_unlike(outputs, targets)
     error = ((outputs - targets) / std).square().mean()
-    if len(outputs) < 3:  # a correlation of two points says nothing
+    if len(outputs) < 3:  # a correlation of two points is always 1 or -1
         return error
     a, b = outputs - outputs.mean(), targets - targets.mean()
     pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
@@ -664,8 +663,8 @@ class RegressionLoss(nn.Module):
 
     Each squared error is divided by the variance of that emotion's training labels, which
     brings the losses into one order of magnitude. With `learned`, each loss L has a weight
-    besides, and L exp(-s) / 2 + s / 2 is minimised over s too: at the minimum exp(s) = L,
-    so an emotion that is predicted worse counts for less (after Kendall et al., 2018, eq. 7,
+    too, and L exp(-s) / 2 + s / 2 is minimised over s as well. At the minimum exp(s) = L,
+    so an emotion that is predicted worse counts less (after Kendall et al., 2018, eq. 7,
     who derive it for squared errors).
     """
 
@@ -873,8 +872,8 @@ def train(
             )
             val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         score = validation_score(outputs, targets, settings)
-        # Once the rate is low, the choice begins anew: an earlier epoch that did better was the
-        # best of many, partly by chance (docs/experiments.md). The loss breaks ties.
+        # The best epoch is chosen among the last ones, where the rate is low: an earlier peak is
+        # partly due to chance (docs/experiments.md). The loss decides between equal scores.
         settled = epoch > recipe.epochs - max(1, round(recipe.settled * recipe.epochs))
         first = settled and not (state.history and state.history[-1]["settled"])
         kept = first or (score, -val_loss) > state.best
@@ -899,8 +898,8 @@ def record_epoch(folder, state, settings, row, n_epochs) -> None:
     """Add an epoch to history.csv and last.pt, and print a line about it."""
     state.history.append(row)
     write_text(folder / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
-    # Last of the files: what it says is done is never missing from the others, whenever the
-    # process is killed.
+    # This file comes last: whenever the process is killed, the other files hold every epoch
+    # that this one counts as done.
     state.save(folder / "last.pt", settings)
     losses = f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
     scores = f"{losses}  val score {row['val_score']:.4f}  {row['seconds']:.1f} s"
@@ -1065,8 +1064,8 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
 def adjust_logits(logits, priors, strength=0.5):
     """Logit adjustment: subtract half the log of each class's share of the training clips.
 
-    That raises rare classes most: a network answers a common class more readily because it
-    was common in training, which macro-F1 does not reward. Menon et al. (2021, Long-tail
+    That raises rare classes most. A network predicts a common class too often because it was
+    common in training, and macro-F1 does not reward that. Menon et al. (2021, Long-tail
     learning via logit adjustment) subtract all of it, for the balanced error; half of it was
     chosen in cross-validation, where it gained the CNNs .018 macro-F1 and the LSTMs nothing
     (docs/experiments.md).
@@ -1086,13 +1085,13 @@ def score_name(settings) -> str:
 def validation_score(outputs, targets, settings) -> float:
     """Macro-F1, in which small classes count fully, or Spearman's correlation (their mean)."""
     if settings["part"] == "genre":
-        answers = adjust_logits(outputs, settings["priors"]).argmax(1)
-        return macro_f1(targets.numpy(), answers.numpy(), outputs.shape[1])
+        predictions = adjust_logits(outputs, settings["priors"]).argmax(1)
+        return macro_f1(targets.numpy(), predictions.numpy(), outputs.shape[1])
     return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
 
 
 def predict_clips(model, dataset, settings, device="cpu") -> pd.DataFrame:
-    """What a network answers for every clip: a row per clip id, a column per class or emotion.
+    """A network's predictions: a row per clip id, a column per class or emotion.
 
     For genre log-probabilities after logit adjustment, for emotion values.
     """
@@ -1117,9 +1116,9 @@ class Experiment:
     """One network to train, on every fold.
 
     name : str, of the run and its folder
-    network : Network, what it hears and how much it is shown
-    make_model : (network, data) -> nn.Module; called after seeding, so that a run gives
-        alone what it gives among others
+    network : Network, its kind and its input
+    make_model : (network, data) -> nn.Module; called after seeding, so that a
+        training gives the same alone as beside others
     make_loss : data -> nn.Module
     optimizer : class, e.g. torch.optim.AdamW
     target : 'genre', 'emotion' (all three) or the name of one emotion
@@ -1148,14 +1147,14 @@ class Result:
 
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
         averaged, all else is the first fold's
-    answers, truth : pd.DataFrame or None
-        What was answered for held-out emotion clips, each by the fold that did not hear it.
+    predictions, truth : pd.DataFrame or None
+        Predictions for held-out emotion clips, each by the fold that was not trained on it.
     folds : pd.Series or None, which fold that was, from 1 on
     """
 
     members: list[TrainedModel]
     facts: dict
-    answers: pd.DataFrame | None = None
+    predictions: pd.DataFrame | None = None
     truth: pd.DataFrame | None = None
     folds: pd.Series | None = None
 
@@ -1223,7 +1222,7 @@ def train_fold(training, run, fold, rounds_left):
     Returns
     -------
     path : Path of the checkpoint
-    answers, truth : pd.DataFrame, of the held-out clips; None for genre
+    predictions, truth : pd.DataFrame, of the held-out clips; None for genre
     """
     # In a worker process, too (see Step), and before a large product: the threads of products
     # have this from the thread that begins them.
@@ -1252,25 +1251,25 @@ def train_fold(training, run, fold, rounds_left):
     fitted = train(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
     if run.target == "genre":
         return fitted.path, None, None
-    answers = predict_clips(fitted.model, data.held_out, fitted.settings, device)
-    return fitted.path, answers, true_labels(data.held_out, fitted.settings)
+    predictions = predict_clips(fitted.model, data.held_out, fitted.settings, device)
+    return fitted.path, predictions, true_labels(data.held_out, fitted.settings)
 
 
 def join_folds(folds, device) -> Result:
     """One Result of what `train_fold` returned for every fold of a run."""
-    paths, answers, truths = zip(*folds, strict=True)
+    paths, predictions, truths = zip(*folds, strict=True)
     members = [load_trained(path, device) for path in paths]
     facts = dict(members[0].facts)
     for key in ("epochs", "train_seconds"):
         facts[key] = sum(member.facts[key] for member in members)
     vals = [member.facts["val"] for member in members]
     facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
-    if answers[0] is None:
+    if predictions[0] is None:
         return Result(members, facts)
-    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
-    answers = pd.concat(answers)
-    folds = pd.Series(numbers, answers.index)
-    return Result(members, facts, answers, pd.concat(truths), folds)
+    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in predictions])
+    predictions = pd.concat(predictions)
+    folds = pd.Series(numbers, predictions.index)
+    return Result(members, facts, predictions, pd.concat(truths), folds)
 
 
 def genre_experiment(name) -> Experiment:
@@ -1353,7 +1352,7 @@ def genre_val_scores(training) -> pd.DataFrame:
 
 
 def predict_unlabelled(source, run) -> pd.DataFrame:
-    """What a run answers for the emotion clips without labels, averaged over its folds."""
+    """A result's predictions for the emotion clips without labels, averaged over its folds."""
     return average_predictions(
         predict_clips(fit.model, load_test(source, fit.settings), fit.settings, source.device)
         for fit in run.members

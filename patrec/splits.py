@@ -65,7 +65,7 @@ N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels
 def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
     """Ids of the training, validation and held-out clips of a part.
 
-    labels : {id: label} of the clips that the network hears
+    labels : {id: label} of the clips in the network's kind of input
     """
     folder = part_folder(source.root, part)
     order = labels

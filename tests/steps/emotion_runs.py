@@ -251,7 +251,7 @@ def assert_truth(run, models):
 
 
 def assert_follows_its_axis(run, model, axes=EMOTIONS, least=0.7):
-    predictions, labels = run.answers(model)
+    predictions, labels = run.predictions(model)
     for axis in axes:
         i = EMOTIONS.index(axis)
         assert spearman(predictions[:, i], labels[:, i]) > least, (model, axis)
@@ -263,7 +263,7 @@ def assert_follows_its_axis(run, model, axes=EMOTIONS, least=0.7):
 def assert_learns_what_there_is(run, model):
     """Of the noisy data set."""
     assert_follows_its_axis(run, model, LEARNED)
-    predictions, labels = run.answers(model)
+    predictions, labels = run.predictions(model)
     assert spearman(predictions[:, 1], labels[:, 1]) < CHANCE, model
 
 
@@ -280,7 +280,7 @@ def assert_scores(run):
     """Scores are scipy's over all held-out clips at once; a constant, which ranks nothing, is 0."""
     facts, n_single = run.runs, 0
     for model in set(run.table["model"]) & set(facts):
-        predictions, labels = run.answers(model)
+        predictions, labels = run.predictions(model)
         constant = np.ptp(predictions, axis=0) == 0
         assert constant.all() if model == "constant" else not constant.any()
         pairs = zip(predictions.T, labels.T, strict=True)
@@ -294,7 +294,7 @@ def assert_scores(run):
             assert test[f"{key}_ci95"] == pytest.approx(bound, abs=0.12), (model, key)
             assert bound[0] - 0.01 <= value <= bound[1] + 0.01
     for name, axis in single_axis_runs(run):  # is scored on its own axis, and on no other
-        predictions, labels = run.answers(name.replace(f"_{axis}", ""))
+        predictions, labels = run.predictions(name.replace(f"_{axis}", ""))
         i, test = EMOTIONS.index(axis), facts[name]["test"]
         assert set(test) == {axis, f"{axis}_ci95", "n_clips"}
         assert test[axis] == pytest.approx(spearman(predictions[:, i], labels[:, i]), abs=1e-6)

@@ -114,8 +114,8 @@ def test_the_average_is_of_both_networks_in_predictions_and_in_what_is_handed_in
     for run in (runs.multitask, runs.noisy_multitask):
         members = run.runs["multitask_average"]["members"]
         assert members == ["multitask", "multitask_lstm"]
-        mean = np.mean([run.answers(member)[0] for member in members], axis=0)
-        assert np.allclose(run.answers("multitask_average")[0], mean, atol=1e-6)
+        mean = np.mean([run.predictions(member)[0] for member in members], axis=0)
+        assert np.allclose(run.predictions("multitask_average")[0], mean, atol=1e-6)
     run, source = runs.multitask, Source(runs.data["marked"])
     answers = own_predictions(run, members, lambda settings: common.load_test(source, settings))
     expected = average_predictions(answers)[list(EMOTIONS)].clip(0, 1)

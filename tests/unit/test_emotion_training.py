@@ -56,7 +56,7 @@ def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(tmp_path):
     for fold, member in enumerate(result.members):
         data = common.load_data(source, "mel", True, "emotion", fold=fold, n_folds=2)
         answers = common.predict_clips(member.model, data.held_out, member.settings)
-        pd.testing.assert_frame_equal(result.answers.loc[answers.index], answers)
+        pd.testing.assert_frame_equal(result.predictions.loc[answers.index], answers)
         assert set(result.folds[result.folds == fold + 1].index) == set(answers.index)
         learned = load_torch(member.path.with_name("last.pt"))["loss_fn"]["log_var"]
         assert (learned != 0).all(), "the weights of the losses are not learned"
