@@ -222,6 +222,12 @@ def write_labels(path, header, rows, seed):
     )
 
 
+@pytest.fixture
+def own_data(tmp_path):
+    """A small data set that a test may spoil."""
+    return write_data_set(tmp_path / "own", per_class=(3, 1), n_emotion=(8, 2), n_frames=40)
+
+
 def hard_data_set(root, seed=0, **changes):
     """As hard as the lab's: long clips of unlike lengths, unequal classes, intros in test clips."""
     options = {
@@ -265,23 +271,6 @@ def hidden_emotions(n_emotion=(64, 12), seed=0):
     )
 
 
-SLOW = (
-    "answers_genre",
-    "workers",
-    "steps_07_11",
-    "resume",
-    "make_dataset",
-    "steps_08_10",
-    "crashes",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the slowest files, lest one process waits for the other at the end."""
-    place = {f"test_{name}": number for number, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
-
-
 def functions_of(script):
     """A step's imports, constants and functions, without running its cells."""
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
@@ -312,6 +301,16 @@ def data_dir(tmp_path_factory):
     return hard_data_set(tmp_path_factory.mktemp("data"))
 
 
+class Payload:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
 FEW_GENRES = ("Blues", "Classical", "Metal", "Rock", "Trip-Hop")  # after the merge five classes
 
 
@@ -321,6 +320,27 @@ def small_data(tmp_path_factory):
     counts = dict.fromkeys(GENRES, (0, 0)) | dict.fromkeys(FEW_GENRES, (6, 4))
     options = {"n_emotion": (8, 2), "n_frames": (270, 320), "dtype": np.float32}
     return write_data_set(tmp_path_factory.mktemp("small"), per_class=counts, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Small, for tests in which a step only has to find clips; not to be changed either."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(2, 1), n_frames=(60, 120))
+
+
+@pytest.fixture
+def make_step(monkeypatch):
+    """Function: a Step of its own, as a script makes it."""
+    from patrec.step import Step
+
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back after the test
+
+    def make(data, out, *flags, name="step06_eval"):
+        args = [name, "--data-dir", str(data), "--out-dir", str(out), *flags]
+        monkeypatch.setattr("sys.argv", args)
+        return Step(name, "x", training=True)
+
+    return make
 
 
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
