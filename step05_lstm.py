@@ -186,18 +186,18 @@ step.heading("Scores on the test set")
 step.text("""
 Scored, here and on the validation clips, after logit adjustment: half the log of each class's share
 of the training clips is subtracted from its logit, which raises rare classes most (after Menon et
-al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops answers by the
+al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops predictions by the
 mean of its outputs over windows of the clip, which overlap on the test set. Models of beats are
 scored on the beat-synchronised test set. Step 6 compares them on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():
     test = load_test(step.source, run.settings)
-    answers = predict_clips(run.model, test, run.settings, step.device)
+    predictions = predict_clips(run.model, test, run.settings, step.device)
     true = true_labels(test, run.settings)
-    scores[name] = genre_scores(true, answers)
+    scores[name] = genre_scores(true, predictions)
     test_set = test.store.entries[0].path.parts[-3]
-    rows.append(prediction_rows(name, true, answers, test_set=test_set, seed=step.args.seed))
+    rows.append(prediction_rows(name, true, predictions, test_set=test_set, seed=step.args.seed))
 write_predictions(step.folder, rows)
 table = {
     name: {

@@ -129,9 +129,9 @@ def find_networks(out, args) -> dict[str, Heard]:
 
 
 def temperature_of(out) -> float:
-    """The temperature that step 7 has fitted on its validation clips; 1 where it has not."""
+    """The temperature that tools.explain has fitted for the CNN; 1 if it was not run."""
     try:
-        facts = json.loads((out / "step07_cnn" / "metrics.json").read_text())
+        facts = json.loads((out / "explain" / "metrics.json").read_text())
         return float(facts["calibration"]["temperature"])
     except (OSError, ValueError, KeyError, TypeError):
         return 1.0

@@ -84,7 +84,7 @@ def test_folds_are_summed_up_as_one_run(monkeypatch):
     assert run.facts["val"] == {"energy": pytest.approx(0.45)}
     assert (run.facts["epochs"], run.facts["train_seconds"]) == (10, 24.5)
     assert run.folds.to_dict() == {"1": 1, "2": 2}
-    assert run.answers["energy"].tolist() == pytest.approx([0.1, 0.2])
+    assert run.predictions["energy"].tolist() == pytest.approx([0.1, 0.2])
     assert run.truth["energy"].tolist() == pytest.approx([0.2, 0.4])
 
 

@@ -122,6 +122,6 @@ def test_predictions_of_other_folds_are_not_compared(earlier):
     write, find = earlier
     folds = pd.Series([1, 2, 1], IDS)
     write(held_out_rows(FULL, {"cnn": FULL}, 42, folds))
-    assert list(find(IDS, folds).answers) == ["cnn"]
+    assert list(find(IDS, folds).predictions) == ["cnn"]
     answers, _, note = find(IDS, 3 - folds)
     assert not answers and "folds" in note

@@ -7,13 +7,12 @@ runs them all, one after the other, as a user's session does.
 import os
 import re
 
+import kaggle_kernel
 import nbformat
 import pytest
 from conftest import ROOT, read_metrics, write_data_set
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-
-import kaggle_kernel
 
 STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
 
