@@ -8,16 +8,12 @@ runs them all, one after the other, as a user's session does. And the notebook t
 import contextlib
 import re
 
-import kaggle_kernel
 import nbformat
 import pytest
 from conftest import ROOT, read_metrics, write_data_set
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-<<<<<<< HEAD
-STEPS = sorted(ROOT.glob("step[0-9][0-9]_*.py"))
-=======
 from tools import kaggle
 from tools.steps import STEPS
 
@@ -26,7 +22,6 @@ pytestmark = pytest.mark.slow
 
 def open_client(notebook, folder):
     return NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
->>>>>>> 095fec3d84a46bcdaae22c87fd6f086c99cf1a17
 
 
 class Session:
