@@ -383,10 +383,13 @@ def exit_code(stop):
     return stop.code or 0
 
 
-def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
+def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, **env):
     """As `run_script`, in a copy of this process: a process of its own without seconds of imports.
 
-    The project's modules are imported anew, from the script's folder. env : None unsets a name
+    The project's modules are imported anew, from the script's folder.
+
+    prepare : callable, called in the copy before the script is run
+    env : None unsets a name
     """
     if not hasattr(os, "fork"):
         keep = {key: value for key, value in env.items() if value is not None}
@@ -411,6 +414,8 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
                 # A tool runs as `python -m tools.name`, from the project's folder.
                 folder = ROOT if script.parent == ROOT / "tools" else script.parent
                 sys.path[:] = [str(folder)] + [path for path in sys.path if path != str(ROOT)]
+                if prepare:
+                    prepare()
                 code = run_inside(script, *args)
             except BaseException:
                 traceback.print_exc()
