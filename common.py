@@ -1,22 +1,29 @@
-"""What the eleven steps of the lab share: data, networks, training, scores, figures.
+"""The Dataset, the networks, the losses and the training loop that all steps share.
 
-Read it from top to bottom; a clip travels the same way:
+Read it from top to bottom; a clip takes this way:
 
-    label file -> entries -> arrays -> one resident tensor -> Subset -> batch
-    -> backbone -> head -> loss -> answers (clip x target) -> scores -> files
+    label file -> entries -> arrays -> one tensor in memory -> Dataset -> Subset -> batch
+    -> backbone -> head -> loss -> predictions (clip x target) -> scores -> files
 
 Genre, one emotion and three emotions take the same way: one `load_data`, one `train`, one
-`predict_clips`. Sections: 1 Run, 2 Features, 3 Dataset, 4 Batches, 5 Models, 6 Losses, 7 Train
-and evaluate, 8 Metrics, 9 Plots, 10 Records.
+`predict_clips`.
+
+1. Dataset     SpectrogramDataset, load_data, load_test
+2. Networks    LSTMBackbone, CNNBackbone, Classifier, Regressor
+3. Losses      RegressionLoss
+4. Training    train (with overfit_batch), train_epoch, predict, checkpoints
+5. The trainings of a step    train_all, and what earlier steps have saved
 
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
-C channels, H hidden units, K classes or emotions, N clips."""
+C channels, H hidden units, K classes or emotions, N clips.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -27,7 +34,6 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import KFold, train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -41,7 +47,6 @@ from patrec.files import (
     earlier_folders,
     load_torch,
     make_folder,
-    part_folder,
     save_torch,
     write_text,
 )
@@ -49,8 +54,9 @@ from patrec.labels import EMOTIONS, fingerprint, label_file, read_entries
 from patrec.machine import fast_dtype, half_precision, seed_everything, show_bars
 from patrec.parallel import WorkerDied, parallel_map
 from patrec.plots import plot_overfit
-from patrec.recipes import GENRE_NETWORKS, Network, Recipe, make_recipe, window_size
+from patrec.recipes import GENRE_NETWORKS, OVERFIT_PASSES, Network, Recipe, make_recipe, window_size
 from patrec.scores import average_predictions, macro_f1, spearman
+from patrec.splits import encode_labels, refuse_lone_clips, split_ids, take_subset
 
 
 class SpectrogramDataset(Dataset):
@@ -113,7 +119,7 @@ class SpectrogramDataset(Dataset):
         return list(zip(x, self.targets[indices], lengths, strict=True))
 
     def variant(self, **changes):
-        """Return the same data seen otherwise, e.g. ``variant(crop=None)``; no copy."""
+        """Return the same data with other settings, e.g. ``variant(crop=None)``; no copy."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)
@@ -133,7 +139,7 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
     total, squares, n_frames = 0.0, 0.0, 0
     for index in indices:
         start, length = int(store.starts[index]), int(store.lengths[index])
-        # About 256 frames of a clip are enough: neighbours say nearly the same.
+        # About 256 frames of a clip are enough: neighbouring frames are nearly equal.
         x = store.frames[start : start + length : max(1, length // 256), BANDS[features]].float()
         total = total + x.sum(0, dtype=torch.float64)
         squares = squares + x.square().sum(0, dtype=torch.float64)
@@ -141,52 +147,6 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
     mean = total / n_frames
     std = (squares / n_frames - mean.square()).clamp(min=0).sqrt()
     return mean.float().cpu(), std.clamp(min=1e-3).float().cpu()  # a silent band stays finite
-
-
-def encode_labels(entries, classes) -> np.ndarray:
-    """Genre names -> class numbers; `classes` comes from the training part, sorted."""
-    number = {name: index for index, name in enumerate(classes)}
-    if unknown := sorted({entry.label for entry in entries} - set(number)):
-        fault = f"class {unknown[0]!r} does not occur in the training part {list(classes)}"
-        raise InputError(f"{label_file(entries)}: {fault}; mend the label or remove the clip")
-    return np.array([number[entry.label] for entry in entries])
-
-
-def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(n_clips) at random, seeded, into a larger and a smaller part.
-
-    Parameters
-    ----------
-    fraction : float
-        Share of the smaller (validation or test) part.
-    classes : np.ndarray [shape=(n_clips,)], optional
-        Class names or numbers, to keep every class's share in both parts.
-    """
-    n_classes = 0 if classes is None else refuse_lone_clips(classes)
-    n_held_out = max(math.ceil(fraction * n_clips), n_classes, 1)
-    if n_clips < 2 * n_held_out:
-        fault = f"{n_clips} clips are too few to split into training and validation part"
-        raise InputError(f"{fault}; add clips")
-    larger, smaller = train_test_split(
-        np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes
-    )
-    return larger, smaller
-
-
-def refuse_lone_clips(classes, file="") -> int:
-    """Raise InputError where a class has a single clip; returns the number of classes."""
-    names, counts = np.unique(classes, return_counts=True)
-    if (counts == 1).any():
-        fault = f"class {names[counts == 1][0]} has a single clip"
-        reason = "which cannot be in both the training and the validation part"
-        where = f"{file}: " if file else ""
-        raise InputError(f"{where}{fault}, {reason}; add clips of it or drop it")
-    return len(names)
-
-
-VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
-
-N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels for its test clips
 
 
 @dataclasses.dataclass
@@ -214,9 +174,8 @@ def load_data(
 ) -> Data:
     """Load the training split of genre or emotion and cut it into parts.
 
-    Whatever a network hears (frames or beats, mel or chroma), the same clips train,
-    validate and are held out: the cut is made on the ids, in the order of the full
-    clips' label file.
+    The same clips train, validate and are held out for every kind of input (frames or beats,
+    mel or chroma): the split is made on the ids, in the order of the full clips' label file.
 
     Parameters
     ----------
@@ -273,50 +232,6 @@ def load_data(
     }
     crops = Subset(whole.variant(crop=crop), train)
     return Data(crops, Subset(whole, val), Subset(whole, held_out), names, mean, std, settings)
-
-
-def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
-    """Ids of the training, validation and held-out clips of a part.
-
-    labels : {id: label} of the clips that the network hears
-    """
-    folder = part_folder(source.root, part)
-    order = labels
-    if folder.is_dir():  # a data set may hold beats alone
-        full = read_entries(source.root, part, "train", merge=source.merge)
-        order = {entry.clip_id: entry.label for entry in full}
-        odd = sorted(order.keys() ^ labels.keys())
-        if odd and part == "emotion":
-            raise InputError(
-                f"{part_folder(source.root, part, True)}: clip {odd[0]} can be used in only one of "
-                "the full and the beat-synchronised emotion data; take it out of both label files"
-            )
-    ids = np.array([*order, *(clip_id for clip_id in labels if clip_id not in order)])
-    try:
-        if part == "genre":
-            classes = np.array([order.get(clip_id) or labels[clip_id] for clip_id in ids])
-            train, val = split_indices(len(ids), VAL_FRACTION, source.seed, classes)
-            return ids[train].tolist(), ids[val].tolist(), []
-        n_splits = n_folds if n_folds > 1 else N_FOLDS
-        if len(ids) < 4 * n_splits:
-            fault = f"{len(ids)} clips are too few for {n_splits} folds"
-            raise InputError(f"{fault}; add clips, at least {4 * n_splits} are needed")
-        cut = KFold(n_splits, shuffle=True, random_state=source.seed).split(ids)
-        known, held_out = next(itertools.islice(cut, fold, None))
-        train, val = split_indices(len(known), VAL_FRACTION, source.seed)
-    except InputError as error:
-        raise InputError(f"{folder / 'train_labels.txt'}: {error}") from None
-    return ids[known[train]].tolist(), ids[known[val]].tolist(), ids[held_out].tolist()
-
-
-def take_subset(rows, targets, n) -> list[int]:
-    """The first n of the training rows, but at least one clip of every class."""
-    if not n or n >= len(rows):
-        return rows
-    first = list({targets[row]: row for row in reversed(rows)}.values())  # of each class
-    first.sort(key=lambda row: targets[row])
-    rest = [row for row in rows if row not in set(first)]
-    return (first + rest)[: max(n, len(first))]
 
 
 def load_test(source, settings, split="test", *, beat=None) -> SpectrogramDataset:
@@ -438,7 +353,7 @@ class LSTMBackbone(Backbone):
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
-        if frames_per_step > 1:  # a spread or a change is no standardised number yet
+        if frames_per_step > 1:  # deviations and changes are not standardised yet
             stem.append(StepNorm(n_inputs, affine=False))
         if mask_bands:
             stem.append(StripeMask(n_bands, mask_bands))
@@ -523,7 +438,7 @@ def frame_statistics(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """Describe every n frames: (B, T, F) -> (B, ceil(T / n), 3 F).
 
     Mean, standard deviation and mean absolute change from frame to frame of each band,
-    which are also what the classical floor hears of a whole clip (`band_features`).
+    which are also the input of the SVM baseline, there of a whole clip (`band_features`).
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)
@@ -693,10 +608,33 @@ def count_weights(model) -> int:
     return sum(weights.numel() for weights in model.parameters())
 
 
+def layer_table(model, data, n_clips=2) -> tuple[pd.DataFrame, str]:
+    """A network's layers as a table with its caption: output shape for a batch, and weights."""
+    items = data.train.dataset.__getitems__(data.train.indices[:n_clips])
+    x, lengths = (torch.stack(column) for column in (list(zip(*items, strict=True))[::2]))
+    rows, hooks = [], []
+
+    def note(name, module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        shape = " x ".join(map(str, output.shape))
+        rows.append([name, type(module).__name__, shape, count_weights(module)])
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(functools.partial(note, name)))
+    with torch.no_grad():
+        model.eval()(x.to(next(model.parameters()).device), lengths)
+    for hook in hooks:
+        hook.remove()
+    table = pd.DataFrame(rows, columns=["layer", "operation", "output", "weights"])
+    batch = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
+    return table.set_index("layer"), f"{batch}; {count_weights(model):,} weights"
+
+
 def regression_loss(outputs, targets, std) -> torch.Tensor:
     """Squared error in units of the labels' spread, plus half of 1 - Pearson's r.
 
-    The first term fits the values; the second rewards answers that rise linearly with the
+    The first term fits the values. The second rewards predictions that rise linearly with the
     labels, a differentiable stand-in for the ranks that Spearman's score judges. (Atmaja &
     Akagi, 2020, found a correlation-based loss, CCC, above squared error for speech emotion,
     scored by CCC; this sum is not theirs.)
@@ -706,7 +644,7 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
     """
     refuse_unlike(outputs, targets)
     error = ((outputs - targets) / std).square().mean()
-    if len(outputs) < 3:  # a correlation of two points says nothing
+    if len(outputs) < 3:  # a correlation of two points is always 1 or -1
         return error
     a, b = outputs - outputs.mean(), targets - targets.mean()
     pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
@@ -725,8 +663,8 @@ class RegressionLoss(nn.Module):
 
     Each squared error is divided by the variance of that emotion's training labels, which
     brings the losses into one order of magnitude. With `learned`, each loss L has a weight
-    besides, and L exp(-s) / 2 + s / 2 is minimised over s too: at the minimum exp(s) = L,
-    so an emotion that is predicted worse counts for less (after Kendall et al., 2018, eq. 7,
+    too, and L exp(-s) / 2 + s / 2 is minimised over s as well. At the minimum exp(s) = L,
+    so an emotion that is predicted worse counts less (after Kendall et al., 2018, eq. 7,
     who derive it for squared errors).
     """
 
@@ -764,8 +702,8 @@ def make_backbone(network) -> nn.Module:
 class TrainedModel:
     """A trained network and how it came about.
 
-    model : nn.Module, holding the epoch that was kept
-    settings : dict, what its checkpoint holds to judge new clips
+    model : nn.Module, with the weights of the epoch that was kept
+    settings : dict, what its checkpoint holds to prepare and judge new clips
     facts : dict for metrics.json: epochs, best_epoch, weights, n_train, val ...
     history : pd.DataFrame, a row per epoch
     path : Path of the checkpoint
@@ -778,26 +716,115 @@ class TrainedModel:
     path: Path
 
 
-UNFINISHED = "unfinished"  # a file in the folder of a run that is being trained
+@dataclasses.dataclass
+class OverfitCheck:
+    """What `train` with overfit_batch found.
+
+    learned : bool, whether the loss came under the goal with every clip right
+    facts : dict of batches, clips, passes, loss, accuracy (None for regression)
+    history : pd.DataFrame, the loss of every pass
+    """
+
+    learned: bool
+    facts: dict
+    history: pd.DataFrame
+
+
+class TrainingState:
+    """All that changes while a network is trained; saved after each epoch, for --resume.
+
+    Parameters
+    ----------
+    model, loss_fn, optimizer : the loss may have weights of its own to learn
+    recipe : Recipe
+    n_batches : int, in an epoch
+    constant_rate : bool
+        The learning rate stays as it is; otherwise it follows one cycle (with Adam's beta1
+        against it, .95 to .85, torch's default).
+    """
+
+    def __init__(self, model, loss_fn, optimizer, recipe, n_batches, device, constant_rate=False):
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.history, self.best = [], (-math.inf, -math.inf)
+        n_steps, scheduler = recipe.epochs * n_batches, torch.optim.lr_scheduler
+        if constant_rate:
+            self.schedule = scheduler.ConstantLR(optimizer, factor=1.0)
+        else:
+            # Where the warm-up is exactly one step, OneCycleLR divides by zero.
+            warm_up = recipe.warm_up * (1.5 if abs(recipe.warm_up * n_steps - 1) < 1e-6 else 1)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self.schedule = scheduler.OneCycleLR(
+                optimizer, rates, total_steps=n_steps, pct_start=warm_up
+            )
+        swa = torch.optim.swa_utils
+        decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
+        self.average = swa.AveragedModel(
+            model, multi_avg_fn=swa.get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+        kind = torch.device(device).type
+        self.scaler = torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16)
+        self.plan = f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {n_steps} batches"
+
+    def parts(self) -> dict:
+        names = ("model", "average", "loss_fn", "optimizer", "schedule", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path, settings) -> None:
+        """Write all that an uninterrupted training would hold after this epoch."""
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state["rng"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+        state |= {"plan": self.plan, "settings": settings}
+        save_torch(path, state | {"history": self.history, "best": list(self.best)})
+
+    def load(self, path, settings) -> None:
+        """Go on from what `save` has written; InputError if it belongs to another training."""
+        state = load_torch(path)
+        keys = {*self.parts(), "rng", "plan", "settings", "history", "best"}
+        if not isinstance(state, dict) or not keys <= set(state):
+            raise InputError(f"{path}: not the state of a training; leave out --resume")
+        if state["plan"] != self.plan:
+            fault = f"begun with {state['plan']}, now {self.plan}"
+            raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
+        # Other clips, or the same ones split by another seed: what was validated would now be
+        # trained on.
+        known = state["settings"]
+        odd = [name for name in settings if not equal_settings(settings[name], known.get(name))]
+        if odd:
+            fault = f"begun with other clips or another --seed ({' and '.join(odd)} differ)"
+            raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
+        try:
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            fault = "belongs to another model; leave out --resume, or name another --out-dir"
+            raise InputError(f"{path}: {fault}") from error
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        self.history, self.best = state["history"], tuple(state["best"])
+
+
+def equal_settings(value, other) -> bool:
+    """Equality of two settings: plain values or, the band statistics, tuples of tensors."""
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(torch.equal, value, other))
+    return value == other
+
+
+UNFINISHED = "unfinished"  # a file in the folder of a network that is being trained
 
 
 def train(
-    model,
-    data,
-    loss_fn,
-    optimizer,
-    recipe,
-    folder,
-    *,
-    device="cpu",
-    resume=False,
-    max_seconds=math.inf,
-) -> TrainedModel:
-    """Train a network, genre or emotion, and keep the best of its last epochs.
+    model, data, loss_fn, optimizer, recipe, folder=None, *,
+    device="cpu", resume=False, max_seconds=math.inf, overfit_batch=False,
+) -> TrainedModel | OverfitCheck:  # fmt: skip
+    """Train a network, for genre or emotion; or only check that it can learn (lab, step 5b).
 
-    One-cycle learning rate (with Adam's beta1 against it, .95 to .85, torch's default), gradients
-    clipped to norm 1, running average of the weights. After each epoch the averaged weights are
-    scored on the validation part; the best of the last fifth of the epochs are kept in
+    With `overfit_batch` the same loop learns four fixed batches by heart, see `overfit`. Without
+    it, the training is normal: after each epoch the averaged weights are scored on the
+    validation clips, and the best of the last fifth of the epochs is kept in
     ``folder/best.pt`` (of a run cut short: the best so far), the state to go on from in
     ``folder/last.pt``, the curve in ``folder/history.csv``.
 
@@ -805,8 +832,9 @@ def train(
     ----------
     model : nn.Module
         Called as ``model(x, lengths)``; frozen weights need no gradient.
+    data : Data, see `load_data`
     loss_fn : nn.Module
-        (outputs, targets) -> scalar tensor; may have weights of its own to learn.
+        (outputs, targets) -> scalar tensor.
     optimizer : torch.optim.Optimizer, of the model's and the loss's weights
     resume : bool
         Go on from ``last.pt`` if it is there.
@@ -818,73 +846,47 @@ def train(
     StepFailed
         The loss became NaN or infinite (epoch, batch and rate are named), or memory ran out.
     """
+    if overfit_batch:
+        return overfit(model, data, loss_fn, optimizer, recipe, device)
     make_folder(folder)
-    shown = Subset(data.train.dataset, data.train.indices * recipe.crops)
-    train_loader = DataLoader(shown, recipe.batch_size, shuffle=True)
+    crops = Subset(data.train.dataset, data.train.indices * recipe.crops)
+    loader = DataLoader(crops, recipe.batch_size, shuffle=True)
     val_loader = DataLoader(data.val, recipe.batch_size)
     settings = data.settings | {"window": recipe.window, "run": folder.name}
-    facts = {
-        "planned_epochs": recipe.epochs,
-        "lr": recipe.lr,
-        "batch_size": recipe.batch_size,
-        "examples_per_epoch": len(shown),
-        "n_train": len(data.train),
-        "n_val": len(data.val),
-        "weights": count_weights(model),
-        "trained_weights": sum(w.numel() for w in model.parameters() if w.requires_grad),
-    }
-    n_steps = recipe.epochs * len(train_loader)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    # Where the warm-up is exactly one step, OneCycleLR divides by zero.
-    warm_up = recipe.warm_up * (1.5 if abs(recipe.warm_up * n_steps - 1) < 1e-6 else 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=n_steps, pct_start=warm_up
-    )
-    decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
-    parts = training_parts(model, loss_fn, optimizer, schedule, decay, device)
-    average = parts["average"]
-    first_settled = recipe.epochs - max(1, round(recipe.settled * recipe.epochs)) + 1
-    history, best = [], (-math.inf, -math.inf)
+    facts = training_facts(model, data, recipe, len(crops))
+    state = TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
     if resume and (folder / "last.pt").exists():
-        history, best = restore_training(folder / "last.pt", parts, recipe, settings)
-        print(f"{folder.name}: going on after epoch {len(history)} of {recipe.epochs}")
+        state.load(folder / "last.pt", settings)
+        print(f"{folder.name}: going on after epoch {len(state.history)} of {recipe.epochs}")
     elif not resume:  # stopped in its first epoch, a new run must not go on as the old one
         (folder / "last.pt").unlink(missing_ok=True)
-    # While this mark is there, no step takes the network for a finished one.
-    write_text(folder / UNFINISHED, "")
+    write_text(folder / UNFINISHED, "")  # so that no step takes the network for a finished one
     began = time.monotonic()
-    for epoch in range(len(history) + 1, recipe.epochs + 1):
-        epoch_began = time.monotonic()
-        lr = schedule.get_last_lr()[0]
+    for epoch in range(len(state.history) + 1, recipe.epochs + 1):
+        epoch_began, lr = time.monotonic(), state.schedule.get_last_lr()[0]
         with advice_on_memory(device, recipe.batch_size):
-            train_loss = train_epoch(train_loader, parts, recipe, device, epoch)
+            train_loss = train_epoch(loader, state, recipe, device, epoch)
             # As few windows as cover the clip: half the time that the test's take.
-            outputs, targets = predict(average, val_loader, device, recipe.window, overlap=False)
+            outputs, targets = predict(
+                state.average, val_loader, device, recipe.window, overlap=False
+            )
             val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         score = validation_score(outputs, targets, settings)
-        # Compared from minus infinity, the loss only breaking ties, so something is always kept.
-        # Once the rate is low, the choice begins anew: an earlier epoch that did better was the
-        # best of many, partly by chance (docs/experiments.md).
-        rank = (score, -val_loss)
-        kept = epoch == first_settled or rank > best
+        # The best epoch is chosen among the last ones, where the rate is low: an earlier peak is
+        # partly due to chance (docs/experiments.md). The loss decides between equal scores.
+        settled = epoch > recipe.epochs - max(1, round(recipe.settled * recipe.epochs))
+        first = settled and not (state.history and state.history[-1]["settled"])
+        kept = first or (score, -val_loss) > state.best
         if kept:
-            best = rank
-            save_checkpoint(folder / "best.pt", average.module, settings,
+            state.best = (score, -val_loss)
+            save_checkpoint(folder / "best.pt", state.average.module, settings,
                             epoch=epoch, val_score=score, facts=facts)  # fmt: skip
         seconds = time.monotonic() - epoch_began
         row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-        row |= {"val_score": score, "settled": int(epoch >= first_settled), "kept": int(kept)}
-        history.append(row | {"seconds": seconds})
-        write_text(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
-        # Last of the three: what it says is done is never missing from the others, whenever
-        # the process is killed.
-        save_torch(folder / "last.pt", training_state(parts, recipe, settings, history, best))
-        scores = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}  val score {score:.4f}"
-        line = f"{folder.name} epoch {epoch:3d}/{recipe.epochs}  {scores}  {seconds:.1f} s"
-        print(line, flush=True)
+        row |= {"val_score": score, "settled": int(settled), "kept": int(kept), "seconds": seconds}
+        record_epoch(folder, state, settings, row, recipe.epochs)
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
-            done = f"{epoch} of {recipe.epochs} epochs"
-            print(f"{folder.name}: time is up after {done}; scoring the best of them")
+            print(f"{folder.name}: time is up after {epoch} of {recipe.epochs} epochs")
             break
     (folder / UNFINISHED).unlink()
     checkpoint = load_checkpoint(folder / "best.pt")
@@ -892,24 +894,80 @@ def train(
     return trained_model(model, checkpoint, folder / "best.pt")
 
 
-def training_parts(model, loss_fn, optimizer, schedule, decay, device) -> dict:
-    """All that changes while a network is trained; decay : of the averaged weights."""
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
+def record_epoch(folder, state, settings, row, n_epochs) -> None:
+    """Add an epoch to history.csv and last.pt, and print a line about it."""
+    state.history.append(row)
+    write_text(folder / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
+    # This file comes last: whenever the process is killed, the other files hold every epoch
+    # that this one counts as done.
+    state.save(folder / "last.pt", settings)
+    losses = f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+    scores = f"{losses}  val score {row['val_score']:.4f}  {row['seconds']:.1f} s"
+    print(f"{folder.name} epoch {row['epoch']:3d}/{n_epochs}  {scores}", flush=True)
+
+
+def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0.01):
+    """Learn a few fixed batches by heart, without regularisation; returns an OverfitCheck.
+
+    Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
+    or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
+    Wrong labels it does not find: they can be learned by heart too. The batches are crops, as
+    in training, drawn once; each pass is `train_epoch`, the loop of every training, at a
+    constant rate.
+    """
+    loader = DataLoader(data.train, recipe.batch_size, shuffle=True)
+    batches = list(itertools.islice(loader, n_batches))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, StripeMask):
+            module.widest = 0
+    recipe = dataclasses.replace(recipe, augment=None)
+    state = TrainingState(
+        model, loss_fn, optimizer, recipe, len(batches), device, constant_rate=True
     )
-    kind = torch.device(device).type
+    learned = False
+    while not learned and len(state.history) < recipe.epochs:
+        number = len(state.history) + 1
+        with advice_on_memory(device, recipe.batch_size):
+            loss = train_epoch(batches, state, recipe, device, number)
+            state.history.append({"pass": number, "loss": loss})
+            if number % 10 == 1 or loss < goal or number == recipe.epochs:  # a third of its time
+                right = batch_accuracy(model, batches, device)
+                learned = loss < goal and right in (None, 1.0)
+                accuracy = "" if right is None else f"  accuracy {right:.3f}"
+                print(f"overfit pass {number:3d}  loss {loss:.4f}{accuracy}", flush=True)
+    facts = {"batches": len(batches), "clips": sum(len(x) for x, *_ in batches)}
+    facts |= {"passes": len(state.history), "loss": loss, "accuracy": right}
+    return OverfitCheck(learned, facts, pd.DataFrame(state.history))
+
+
+@torch.no_grad()
+def batch_accuracy(model, batches, device) -> float | None:
+    """Accuracy over some batches, in training mode; None for regression."""
+    if batches[0][1].is_floating_point():
+        return None
+    with half_precision(device):
+        right = [model(x.to(device), n).argmax(1).cpu() == y.cpu() for x, y, n in batches]
+    return float(torch.cat(right).float().mean())
+
+
+def training_facts(model, data, recipe, examples_per_epoch) -> dict:
+    """What is known of a training before it begins, for metrics.json."""
     return {
-        "model": model,
-        "average": average,
-        "loss": loss_fn,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "scaler": torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16),
+        "planned_epochs": recipe.epochs,
+        "lr": recipe.lr,
+        "batch_size": recipe.batch_size,
+        "examples_per_epoch": examples_per_epoch,
+        "n_train": len(data.train),
+        "n_val": len(data.val),
+        "weights": count_weights(model),
+        "trained_weights": sum(w.numel() for w in model.parameters() if w.requires_grad),
     }
 
 
 def trained_model(model, checkpoint, path) -> TrainedModel:
-    """The Fit of a network and its checkpoint, with the facts of its training."""
+    """The TrainedModel of a network and its checkpoint, with the facts of its training."""
     settings, curve = checkpoint["settings"], path.with_name("history.csv")
     history = pd.read_csv(curve) if curve.exists() else pd.DataFrame({"seconds": []})
     facts = checkpoint["facts"] | {
@@ -937,29 +995,28 @@ def advice_on_memory(device, batch_size):
         raise StepFailed(f"{fault}; try --batch-size {smaller}") from None
 
 
-def train_epoch(loader, parts, recipe, device, epoch) -> float:
+def train_epoch(loader, state, recipe, device, epoch) -> float:
     """One pass over the training clips; returns the mean loss."""
-    names = ("model", "loss", "optimizer", "schedule", "scaler")
-    model, loss_fn, optimizer, schedule, scaler = (parts[name] for name in names)
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
     model.train()  # the caller may have left the network in evaluation mode
-    losses, rates, fast = [], [], half_precision(device)
+    losses, rates = [], []
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False)
     for x, targets, lengths in bar:  # x (B, T, F)
         x, targets = x.to(device), targets.to(device)
         if recipe.augment:
             x, targets = recipe.augment(x, targets)
-        with fast:
+        with half_precision(device):
             outputs = model(x, lengths)
-        loss = loss_fn(outputs.float(), targets)
+        loss = state.loss_fn(outputs.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        rates.append(schedule.get_last_lr()[0])
-        schedule.step()
-        parts["average"].update_parameters(model)
+        rates.append(state.schedule.get_last_lr()[0])
+        state.schedule.step()
+        state.average.update_parameters(model)
         losses.append(loss.detach())
     losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
     if not losses.isfinite().all():
@@ -1007,8 +1064,8 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
 def adjust_logits(logits, priors, strength=0.5):
     """Logit adjustment: subtract half the log of each class's share of the training clips.
 
-    That raises rare classes most: a network answers a common class more readily because it
-    was common in training, which macro-F1 does not reward. Menon et al. (2021, Long-tail
+    That raises rare classes most. A network predicts a common class too often because it was
+    common in training, and macro-F1 does not reward that. Menon et al. (2021, Long-tail
     learning via logit adjustment) subtract all of it, for the balanced error; half of it was
     chosen in cross-validation, where it gained the CNNs .018 macro-F1 and the LSTMs nothing
     (docs/experiments.md).
@@ -1028,13 +1085,13 @@ def score_name(settings) -> str:
 def validation_score(outputs, targets, settings) -> float:
     """Macro-F1, in which small classes count fully, or Spearman's correlation (their mean)."""
     if settings["part"] == "genre":
-        answers = adjust_logits(outputs, settings["priors"]).argmax(1)
-        return macro_f1(targets.numpy(), answers.numpy(), outputs.shape[1])
+        predictions = adjust_logits(outputs, settings["priors"]).argmax(1)
+        return macro_f1(targets.numpy(), predictions.numpy(), outputs.shape[1])
     return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
 
 
 def predict_clips(model, dataset, settings, device="cpu") -> pd.DataFrame:
-    """What a network answers for every clip: a row per clip id, a column per class or emotion.
+    """A network's predictions: a row per clip id, a column per class or emotion.
 
     For genre log-probabilities after logit adjustment, for emotion values.
     """
@@ -1055,122 +1112,13 @@ def true_labels(dataset, settings) -> pd.Series | pd.DataFrame:
 
 
 @dataclasses.dataclass
-class Check:
-    """What `overfit` found. facts: batches, clips, passes, loss, accuracy (None: regression)."""
-
-    learned: bool
-    facts: dict
-    history: pd.DataFrame
-
-
-def overfit(
-    model, data, loss_fn, *, lr=2e-3, batch_size=32, device="cpu", n_batches=4, limit=300, goal=0.01
-) -> Check:
-    """Learn a few fixed batches by heart, without regularisation (lab, step 5b).
-
-    Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
-    or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
-    Wrong labels it does not find: they can be learned by heart too. The batches are crops, as
-    in training, drawn once; each pass is `train_epoch`, the loop of every training, with
-    plain Adam at a constant rate.
-    """
-    loader = DataLoader(data.train, batch_size, shuffle=True)
-    batches = list(itertools.islice(loader, n_batches))
-    model, loss_fn = model.to(device), loss_fn.to(device)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, StripeMask):
-            module.widest = 0
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    parts = training_parts(model, loss_fn, optimizer, schedule, 0.0, device)
-    recipe = Recipe(limit, lr, batch_size)
-    history, learned = [], False
-    while not learned and len(history) < limit:
-        number = len(history) + 1
-        with advice_on_memory(device, batch_size):
-            loss = train_epoch(batches, parts, recipe, device, number)
-            history.append({"pass": number, "loss": loss})
-            if number % 10 == 1 or loss < goal or number == limit:  # a third of a pass's time
-                right = batch_accuracy(model, batches, device)
-                learned = loss < goal and right in (None, 1.0)
-                accuracy = "" if right is None else f"  accuracy {right:.3f}"
-                print(f"overfit pass {number:3d}  loss {loss:.4f}{accuracy}", flush=True)
-    facts = {"batches": len(batches), "clips": sum(len(x) for x, *_ in batches)}
-    facts |= {"passes": len(history), "loss": loss, "accuracy": right}
-    return Check(learned, facts, pd.DataFrame(history))
-
-
-@torch.no_grad()
-def batch_accuracy(model, batches, device) -> float | None:
-    """Share of right answers over some batches, in training mode; None for regression."""
-    if batches[0][1].is_floating_point():
-        return None
-    fast = half_precision(device)
-    with fast:
-        right = [model(x.to(device), n).argmax(1).cpu() == y.cpu() for x, y, n in batches]
-    return float(torch.cat(right).float().mean())
-
-
-def training_state(parts, recipe, settings, history, best) -> dict:
-    """All that an uninterrupted run would hold after this epoch."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    facts = {"plan": recipe_text(recipe, parts["schedule"]), "settings": settings}
-    return states | facts | {"rng": rng, "history": history, "best": list(best)}
-
-
-def recipe_text(recipe, schedule) -> str:
-    return f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {schedule.total_steps} batches"
-
-
-def restore_training(path, parts, recipe, settings):
-    """Put a training back into the state that `training_state` kept; returns history and best."""
-    state = load_torch(path)
-    keys = {*parts, "rng", "plan", "settings", "history", "best"}
-    if not isinstance(state, dict) or not keys <= set(state):
-        raise InputError(f"{path}: not the state of a training; leave out --resume")
-    planned = recipe_text(recipe, parts["schedule"])
-    if state["plan"] != planned:
-        fault = f"begun with {state['plan']}, now {planned}"
-        raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
-    # Other clips, or the same ones split by another seed: what was validated would now be
-    # trained on.
-    known = state["settings"]
-    odd = [name for name, value in settings.items() if not equal_settings(value, known.get(name))]
-    if odd:
-        fault = f"begun with other clips or another --seed ({' and '.join(odd)} differ)"
-        raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, KeyError, ValueError) as error:
-        fault = "belongs to another model; leave out --resume, or name another --out-dir"
-        raise InputError(f"{path}: {fault}") from error
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
-    return state["history"], tuple(state["best"])
-
-
-def equal_settings(value, other) -> bool:
-    """Equality of two settings: plain values or, the band statistics, tuples of tensors."""
-    if isinstance(value, tuple) and isinstance(other, tuple):
-        return len(value) == len(other) and all(map(torch.equal, value, other))
-    return value == other
-
-
-@dataclasses.dataclass
 class Experiment:
     """One network to train, on every fold.
 
     name : str, of the run and its folder
-    network : Network, what it hears and how much it is shown
-    make_model : (network, data) -> nn.Module; called after seeding, so that a run gives
-        alone what it gives among others
+    network : Network, its kind and its input
+    make_model : (network, data) -> nn.Module; called after seeding, so that a
+        training gives the same alone as beside others
     make_loss : data -> nn.Module
     optimizer : class, e.g. torch.optim.AdamW
     target : 'genre', 'emotion' (all three) or the name of one emotion
@@ -1199,14 +1147,14 @@ class Result:
 
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
         averaged, all else is the first fold's
-    answers, truth : pd.DataFrame or None
-        What was answered for held-out emotion clips, each by the fold that did not hear it.
+    predictions, truth : pd.DataFrame or None
+        Predictions for held-out emotion clips, each by the fold that was not trained on it.
     folds : pd.Series or None, which fold that was, from 1 on
     """
 
     members: list[TrainedModel]
     facts: dict
-    answers: pd.DataFrame | None = None
+    predictions: pd.DataFrame | None = None
     truth: pd.DataFrame | None = None
     folds: pd.Series | None = None
 
@@ -1274,7 +1222,7 @@ def train_fold(training, run, fold, rounds_left):
     Returns
     -------
     path : Path of the checkpoint
-    answers, truth : pd.DataFrame, of the held-out clips; None for genre
+    predictions, truth : pd.DataFrame, of the held-out clips; None for genre
     """
     # In a worker process, too (see Step), and before a large product: the threads of products
     # have this from the thread that begins them.
@@ -1303,25 +1251,25 @@ def train_fold(training, run, fold, rounds_left):
     fitted = train(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
     if run.target == "genre":
         return fitted.path, None, None
-    answers = predict_clips(fitted.model, data.held_out, fitted.settings, device)
-    return fitted.path, answers, true_labels(data.held_out, fitted.settings)
+    predictions = predict_clips(fitted.model, data.held_out, fitted.settings, device)
+    return fitted.path, predictions, true_labels(data.held_out, fitted.settings)
 
 
 def join_folds(folds, device) -> Result:
     """One Result of what `train_fold` returned for every fold of a run."""
-    paths, answers, truths = zip(*folds, strict=True)
+    paths, predictions, truths = zip(*folds, strict=True)
     members = [load_trained(path, device) for path in paths]
     facts = dict(members[0].facts)
     for key in ("epochs", "train_seconds"):
         facts[key] = sum(member.facts[key] for member in members)
     vals = [member.facts["val"] for member in members]
     facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
-    if answers[0] is None:
+    if predictions[0] is None:
         return Result(members, facts)
-    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
-    answers = pd.concat(answers)
-    folds = pd.Series(numbers, answers.index)
-    return Result(members, facts, answers, pd.concat(truths), folds)
+    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in predictions])
+    predictions = pd.concat(predictions)
+    folds = pd.Series(numbers, predictions.index)
+    return Result(members, facts, predictions, pd.concat(truths), folds)
 
 
 def genre_experiment(name) -> Experiment:
@@ -1404,7 +1352,7 @@ def genre_val_scores(training) -> pd.DataFrame:
 
 
 def predict_unlabelled(source, run) -> pd.DataFrame:
-    """What a run answers for the emotion clips without labels, averaged over its folds."""
+    """A result's predictions for the emotion clips without labels, averaged over its folds."""
     return average_predictions(
         predict_clips(fit.model, load_test(source, fit.settings), fit.settings, source.device)
         for fit in run.members
@@ -1471,9 +1419,13 @@ def overfit_emotions(step, runs) -> None:
         crop = window_size(network)
         data = load_data(step.source, network.features, network.beat, target, crop=crop)
         seed_everything(args.seed)
-        model = Regressor(make_backbone(network), data.names, data.mean, data.std)
-        settings = {"lr": args.lr, "batch_size": args.batch_size, "device": device}
-        checks[name] = overfit(model, data, RegressionLoss(data.std), **settings)
+        model = Regressor(make_backbone(network), data.names, data.mean, data.std).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        recipe = Recipe(OVERFIT_PASSES, args.lr, args.batch_size)
+        loss_fn = RegressionLoss(data.std).to(device)
+        checks[name] = train(
+            model, data, loss_fn, optimizer, recipe, device=device, overfit_batch=True
+        )
     keys = ("passes", "loss")
     facts = {name: {key: check.facts[key] for key in keys} for name, check in checks.items()}
     step.heading("Overfitting a few batches")

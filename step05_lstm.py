@@ -30,18 +30,21 @@ from common import (
     Experiment,
     LSTMBackbone,
     frame_statistics,
+    layer_table,
     load_data,
     load_test,
     make_backbone,
     masked_mean_max,
     overfit,
     predict_clips,
+    train,
     train_all,
+    train_epoch,
     true_labels,
 )
 from patrec.machine import seed_everything
 from patrec.plots import plot_histories, plot_overfit, plot_scores
-from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, window_size
+from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import genre_scores
 from patrec.step import Step
 from patrec.tables import prediction_rows, with_interval, write_predictions
@@ -87,7 +90,7 @@ data = load_data(step.source, network.features, network.beat, crop=window_size(n
 seed_everything(step.args.seed)
 model = classifier(network, data).to(step.device)
 step.show_source(make_backbone, LSTMBackbone.forward, frame_statistics, masked_mean_max)
-step.show_layers(model, data)
+step.table(*layer_table(model, data))
 
 # %% 5b. Overfitting a few batches
 # The lab: a boolean overfit_batch, with which training learns a few batches by heart until
@@ -95,11 +98,11 @@ step.show_layers(model, data)
 # loss and gradient. The boolean is --overfit-batch; the loop, `train_epoch`, is that of every
 # training here.
 step.heading("5b. Overfitting a few batches")
-step.show_source(overfit)
+step.show_source(train, train_epoch, overfit)
 loss_fn = nn.CrossEntropyLoss()  # no label smoothing, with which it could not come near 0
-check = overfit(
-    model, data, loss_fn, lr=step.args.lr, batch_size=step.args.batch_size, device=step.device
-)
+optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
+recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
+check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
 step.table(pd.DataFrame([check.facts], index=[names[0]]).rename_axis("LSTM"))
 facts = check.facts
 step.text(f"""
@@ -183,18 +186,18 @@ step.heading("Scores on the test set")
 step.text("""
 Scored, here and on the validation clips, after logit adjustment: half the log of each class's share
 of the training clips is subtracted from its logit, which raises rare classes most (after Menon et
-al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops answers by the
+al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops predictions by the
 mean of its outputs over windows of the clip, which overlap on the test set. Models of beats are
 scored on the beat-synchronised test set. Step 6 compares them on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():
     test = load_test(step.source, run.settings)
-    answers = predict_clips(run.model, test, run.settings, step.device)
+    predictions = predict_clips(run.model, test, run.settings, step.device)
     true = true_labels(test, run.settings)
-    scores[name] = genre_scores(true, answers)
+    scores[name] = genre_scores(true, predictions)
     test_set = test.store.entries[0].path.parts[-3]
-    rows.append(prediction_rows(name, true, answers, test_set=test_set, seed=step.args.seed))
+    rows.append(prediction_rows(name, true, predictions, test_set=test_set, seed=step.args.seed))
 write_predictions(step.folder, rows)
 table = {
     name: {

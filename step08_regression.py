@@ -31,6 +31,7 @@ from common import (
     Regressor,
     emotion_baselines,
     genre_val_scores,
+    layer_table,
     load_data,
     make_backbone,
     overfit_emotions,
@@ -97,10 +98,10 @@ for kind, name in networks.items():
     )
     model = regressor(network, data).to(step.device)
     step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
-    step.show_layers(model, data)
+    step.table(*layer_table(model, data))
 step.text("""
     The loss has two terms. The squared error, in units of the labels' spread, fits the values. Half
-    of 1 minus Pearson's correlation within the batch rewards answers that rise linearly with the
+    of 1 minus Pearson's correlation within the batch rewards predictions that rise linearly with the
     labels, a differentiable stand-in for the ranks that Spearman's correlation, the lab's metric,
     judges. (Atmaja & Akagi, 2020, found a loss made of the concordance correlation coefficient
     above squared error for speech emotion, scored by that coefficient; this sum is not theirs.)
@@ -171,14 +172,14 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
 # The lab's metric: over all held-out clips at once (a mean over batches is another number),
 # averaged over the three axes.
 step.heading("8e. Scores on the held-out clips")
-answers = {
-    kind: pd.concat([runs[f"{kind}_{emotion}"].answers for emotion in EMOTIONS], axis=1)
+predictions = {
+    kind: pd.concat([runs[f"{kind}_{emotion}"].predictions for emotion in EMOTIONS], axis=1)
     for kind in networks
 }
 true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
-answers |= emotion_baselines(step.source, step.args.folds)
-scores = {name: emotion_scores(true, table) for name, table in answers.items()}
-rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in answers.items()}
+predictions |= emotion_baselines(step.source, step.args.folds)
+scores = {name: emotion_scores(true, table) for name, table in predictions.items()}
+rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
 mean_rmse = {name: float(errors.mean()) for name, errors in rmse.items()}
 step.table(
     emotion_table(scores).assign(**{"RMSE, mean of the three": mean_rmse}),
@@ -191,14 +192,16 @@ step.text("""
     the order says nothing; a constant ranks nothing, its correlation is undefined and counted
     as 0. The root of the mean squared error (RMSE) judges the values: a model may rank well
     and still answer too near to the mean, or the other way round. With several folds the
-    answers of all are ranked together, though each fold's network has a mean of its own,
+    predictions of all are ranked together, though each fold's network has a mean of its own,
     which tends to lower the score. Clips are held out at random: where several are by one artist,
     the scores are optimistic for music by others. On the README's small set of music the CNN's
     budget was set in cross-validation on all labelled clips, these included (the LSTM's by
     judgement).
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
-differences = {pair: paired_difference(true, *(answers[name] for name in pair)) for pair in pairs}
+differences = {
+    pair: paired_difference(true, *(predictions[name] for name in pair)) for pair in pairs
+}
 step.text("\n".join(f"- {difference_line(*pair, found)}" for pair, found in differences.items()))
 step.text("""
     Each difference is of the mean over the three axes, on the same clips; its interval reflects
@@ -210,7 +213,7 @@ step.figure(plot_emotion_scores(scores), "scores", caption)
 fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained")
 for (row, column), ax in np.ndenumerate(axes):
     kind, emotion = list(networks)[row], EMOTIONS[column]
-    x, y = true[emotion], answers[kind].loc[true.index, emotion]
+    x, y = true[emotion], predictions[kind].loc[true.index, emotion]
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect")
     ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean true value")
     ax.scatter(x, y, s=14, alpha=0.6, color=COLORS[0])
@@ -225,9 +228,10 @@ step.figure(fig, "scatter", caption)
 
 # %% Predictions for the unlabelled clips, in the competition's format
 # By the network with the higher mean Spearman on validation clips; of several folds the
-# mean of their answers.
+# mean of their predictions.
 facts = {
-    name: run.facts | {"test": emotion_scores(run.truth, run.answers)} for name, run in runs.items()
+    name: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
+    for name, run in runs.items()
 }
 for kind, name in networks.items():
     parts = {emotion: facts[f"{kind}_{emotion}"] for emotion in EMOTIONS}
@@ -245,6 +249,6 @@ step.text(f"""
 if unlabelled:
     columns = [predict_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
     write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
-rows = held_out_rows(true, answers, step.args.seed, runs["cnn_valence"].folds)
+rows = held_out_rows(true, predictions, step.args.seed, runs["cnn_valence"].folds)
 write_predictions(step.folder, rows)
 step.finish(facts, folds=step.args.folds, networks=networks)

@@ -210,10 +210,10 @@ def is_twin(kind):
 
 # The twins. `scratch` has the budget of both phases together, at the full rate;
 # `scratch_full` the whole budget. The latter is what step 8 trains (same network, clips, seed
-# and recipe): its answers are taken from there if it was run so, else it is trained here.
+# and recipe): its predictions are taken from there if it was run so, else it is trained here.
 step8 = earlier_predictions(step.training, "step08_regression", clip_ids(data.held_out))
 step.text(step8.note)
-twin = next(filter(is_twin, step8.answers), None)
+twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
 genre_path, genre_stats = genre.path, genre.settings["stats"]
@@ -268,7 +268,7 @@ step.text("""
     `head`: the first phase. `transfer`: the second, which goes on from it. `scratch`: random
     weights, the budget of both phases together, up to rounding to whole epochs, at the full rate.
     `scratch_full`: random weights, the whole budget, which is how step 8 trains: where it trained
-    this very network with this recipe its answers are taken, else it is trained here.
+    this very network with this recipe its predictions are taken, else it is trained here.
     Standardisation differs too: by genre training clips for the copied network, by emotion training
     clips for the untrained one.
 """)
@@ -303,14 +303,16 @@ step.figure(
 # when both starts are given as little (`scratch`), and whether the short fine-tuning gets
 # as far as the whole training that step 8 spends (`scratch_full`).
 step.heading("9e. The results, and step 8's")
-answers = {
-    kind: pd.concat([runs[kind, emotion].answers for emotion in emotions], axis=1)
+predictions = {
+    kind: pd.concat([runs[kind, emotion].predictions for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
 }
-shown = {kind: answers[kind] for kind in ("transfer", "head", "scratch")}
+shown = {kind: predictions[kind] for kind in ("transfer", "head", "scratch")}
 full = "scratch_full" if twin is None else f"scratch_full = {twin} (step 8)"
-shown[full] = answers["scratch_full"] if twin is None else step8.answers[twin][list(emotions)]
-for kind, table in step8.answers.items():
+shown[full] = (
+    predictions["scratch_full"] if twin is None else step8.predictions[twin][list(emotions)]
+)
+for kind, table in step8.predictions.items():
     if kind != twin:
         shown[f"{kind} (step 8)"] = table[list(emotions)]
 scores = {name: emotion_scores(true, table) for name, table in shown.items()}
@@ -319,7 +321,7 @@ step.table(
     f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
     "one training seed",
 )
-if step8.answers:
+if step8.predictions:
     step.text(BASELINES)
 differences = {
     name: paired_difference(true, shown["transfer"], table)
@@ -340,7 +342,7 @@ if step.args.compare_depths:
     fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
     for ax, emotion in zip(panels.flat, emotions, strict=True):
         tried = [runs[kind, emotion] for kind in tunings.values()]
-        test = [emotion_scores(run.truth, run.answers) for run in tried]
+        test = [emotion_scores(run.truth, run.predictions) for run in tried]
         ax.plot([t[emotion] for t in test], "o-", color=COLORS[0], label="held-out clips")
         low, high = np.array([t[f"{emotion}_ci95"] for t in test]).T
         ax.fill_between(depths, low, high, color=COLORS[0], alpha=0.15, label="95% interval")
@@ -352,13 +354,13 @@ if step.args.compare_depths:
     caption = "Spearman's correlation against the number of blocks left as genre training made them"
     step.figure(fig, "depths", f"{caption}; dotted: from scratch, held-out clips")
 
-write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds=1))
+write_predictions(step.folder, held_out_rows(true, predictions, step.args.seed, folds=1))
 facts = {
-    names[key]: run.facts | {"test": emotion_scores(run.truth, run.answers)}
+    names[key]: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
     for key, run in runs.items()
 }
 if len(emotions) == len(EMOTIONS):
-    for kind, table in answers.items():
+    for kind, table in predictions.items():
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
         facts[kind] = combine_emotions(parts, emotion_scores(true, table))
 step.finish(

@@ -242,13 +242,13 @@ if step.args.learned_weights:
 # CNN, the same network, clips, epochs, rate and seed, both from random weights (else there is
 # no comparison here). What differs is the shared backbone and what follows from it.
 step.heading("10d. Together and alone")
-answers = {name: run.answers for name, run in runs.items()}
+predictions = {name: run.predictions for name, run in runs.items()}
 true, folds = runs["multitask"].truth, runs["multitask"].folds
 single, single_runs, note = earlier_predictions(
     step.training, "step08_regression", true.index, folds
 )
 step.text(note)
-rows = {"multitask_scratch": answers["multitask_scratch"]}
+rows = {"multitask_scratch": predictions["multitask_scratch"]}
 keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
 alike = [
     single_runs.get(f"cnn_{emotion}", {}).get(key) == runs["multitask_scratch"].facts[key]
@@ -282,16 +282,16 @@ elif "cnn" in single:
 # and step 9's models and the floors of step 8 beside them.
 step.heading("10d. All models on the held-out clips")
 averaged = ("multitask", "multitask_lstm")
-answers["multitask_average"] = average_predictions(answers[name] for name in averaged)
+predictions["multitask_average"] = average_predictions(predictions[name] for name in averaged)
 fitted_on = single_runs.get("cnn_valence", {}).get("n_train")
 if fitted_on == runs["multitask"].facts["n_train"]:  # step 8 has fitted them on these very clips
     floors = {name: single[name] for name in ("constant", "ridge", "svr")}
 else:
     floors = emotion_baselines(step.source, step.args.folds)
-answers |= floors
+predictions |= floors
 transfer, _, note = earlier_predictions(step.training, "step09_transfer", true.index, folds)
 step.text(note)
-shown = dict(answers)
+shown = dict(predictions)
 shown |= {f"{name} (step 8)": single[name] for name in ("lstm", "cnn") if name in single}
 shown |= {f"{name} (step 9)": transfer[name] for name in ("transfer",) if name in transfer}
 scores = {name: emotion_scores(true, table) for name, table in shown.items()}
@@ -302,7 +302,7 @@ step.table(
 )
 step.text(BASELINES)
 step.text("""
-    `multitask_average` is the mean of the answers of `multitask` and `multitask_lstm`. That
+    `multitask_average` is the mean of the predictions of `multitask` and `multitask_lstm`. That
     these two are averaged, and the CNN's budget, were settled in cross-validation on all labelled
     clips of the small set of real music that the README measures on (docs/experiments.md), the
     LSTM's budget by judgement. On that set the networks' scores are therefore optimistic; on other
@@ -327,7 +327,7 @@ step.text(f"""
 if unlabelled:
     members = (predict_unlabelled(step.source, runs[name]) for name in averaged)
     write_submission(step.folder / "submission.csv", average_predictions(members))
-write_predictions(step.folder, held_out_rows(true, answers, step.args.seed, folds))
+write_predictions(step.folder, held_out_rows(true, predictions, step.args.seed, folds))
 facts = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}
 facts["multitask_average"] = {"members": averaged, "val": {}, "test": scores["multitask_average"]}
 facts |= {name: {"val": {}, "test": scores[name]} for name in floors}

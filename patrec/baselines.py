@@ -10,7 +10,7 @@ from patrec.scores import spearman
 
 
 def band_features(store, indices=None) -> np.ndarray:
-    """Describe each clip by statistics of its bands over time: the classical floor.
+    """Describe each clip by statistics of its bands over time: the input of the SVM baselines.
 
     Mean, standard deviation, 10th and 90th percentile and mean absolute difference from
     frame to frame, of each of the 128 mel bands.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 import sys
+import tempfile
 import threading
 import time
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +29,13 @@ from patrec.files import cache_dir, part_folder
 from patrec.labels import Entry, read_entries
 from patrec.machine import show_bars
 
+# NumPy parses headers with `ast`, which up to CPython 3.11.7 fails now and then while another
+# thread is in it too (python/cpython#106905): a sound clip would be called broken.
+HEADER_LOCK = threading.Lock()
 
-def read_array(path, lock=None) -> np.ndarray:
+
+def read_array(path) -> np.ndarray:
     """Read one array and check it.
-
-    lock : threading.Lock, which threads that read at the same time share. NumPy parses a
-        header with `ast`, which up to CPython 3.11.7 fails now and then while another
-        thread is in it too (python/cpython#106905): a sound clip would be called broken.
 
     Returns
     -------
@@ -44,8 +46,9 @@ def read_array(path, lock=None) -> np.ndarray:
     InputError
         Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
+    cure = "replace the file, or leave such clips out with --skip-bad"
     try:
-        with lock or contextlib.nullcontext():  # the numbers are read when they are converted
+        with HEADER_LOCK:  # the numbers are read when they are converted
             # Takes .npy files only: no archive and no pickle, which may run code.
             array = np.lib.format.open_memmap(path, mode="r")
         fault = shape_fault(array)
@@ -56,11 +59,12 @@ def read_array(path, lock=None) -> np.ndarray:
             fault = value_fault(array)
     except FileNotFoundError:
         fault = "missing, though the label file names it"
+        if os.path.exists(f"{path}.gz"):
+            fault, cure = "missing, only its compressed form .npy.gz is there", "unpack it (gunzip)"
     except Exception as error:  # whatever a broken header makes numpy raise, MemoryError too
         reason = str(error).splitlines()[0] if str(error) else "empty file"
         fault = f"not a readable .npy array ({reason})"
     if fault:
-        cure = "replace the file, or leave such clips out with --skip-bad"
         raise InputError(f"{path}: {fault}; {cure}")
     return array
 
@@ -109,7 +113,7 @@ class ClipStore:
     digests: list[str]
 
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while others compute
 
@@ -117,9 +121,10 @@ N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while o
 def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     """Load the arrays of `entries`, in their order, into a ClipStore.
 
-    The first time, threads read, check and convert the files into one cache file; later
-    starts map that file. The cache's name is a hash of every file's name, size and time,
-    so a changed data set is read anew.
+    The first time, threads read, check and convert the files into a cache: the frames of all
+    clips in a .npy file, which later starts map, and the clips' lengths, digests and faults in
+    a .json file. The cache's name is a hash of every file's name, size and time, so a changed
+    data set is read anew.
 
     Raises
     ------
@@ -129,31 +134,30 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
-    lock = threading.Lock()
     with ThreadPoolExecutor(threads) as pool:
         facts = list(pool.map(file_facts, entries))
         key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
-        cache = cache_dir() / f"{key}.clips"
+        cache = cache_dir() / f"{key}.json"
         try:
-            footer, frames = open_cache(cache)
-            left_out = set(range(len(entries))) - set(footer["kept"])
-            if any(convert(entries[index], lock)[0] is not None for index in left_out):
+            clips, frames = open_cache(cache)
+            left_out = [e for e, clip in zip(entries, clips, strict=True) if "fault" in clip]
+            if any("fault" not in convert(entry)[1] for entry in left_out):
                 raise ValueError("a disk or a share that had failed for a moment")
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            # Not there yet, or cut short when the machine went down.
-            fill_cache(cache, entries, pool, lock)
-            footer, frames = open_cache(cache)
-    faults = footer["faults"]
+        except (OSError, ValueError):  # not there yet, or cut short when the machine went down
+            fill_cache(cache, entries, pool)
+            clips, frames = open_cache(cache)
+    faults = [clip["fault"] for clip in clips if "fault" in clip]
     if faults and not skip_bad:
         more = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
         raise InputError(faults[0] + more)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    if not footer["kept"]:
+    kept = [entry for entry, clip in zip(entries, clips, strict=True) if clip["length"]]
+    if not kept:
         raise InputError(f"{entries[0].path.parent}: none of {len(entries)} clips can be read")
-    lengths = torch.tensor(footer["lengths"])
-    kept = [entries[index] for index in footer["kept"]]
-    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, footer["digests"])
+    lengths = torch.tensor([clip["length"] for clip in clips if clip["length"]])
+    digests = [clip["digest"] for clip in clips if clip["length"]]
+    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, digests)
 
 
 def file_facts(entry) -> tuple:
@@ -166,68 +170,61 @@ def file_facts(entry) -> tuple:
         return path, None, None
 
 
-def convert(entry, lock=None) -> tuple[np.ndarray | None, str | None]:
-    """Read one clip as (T, 140) float16, time first: a crop is one block. Or say what is wrong."""
+def convert(entry) -> tuple[np.ndarray | None, dict]:
+    """Read one clip as (T, 140) float16, time first: a crop is one block. And its row of .json."""
     try:  # torch converts to half precision several times as fast as NumPy
-        array = torch.from_numpy(read_array(entry.path, lock)).half().numpy()
+        array = torch.from_numpy(read_array(entry.path)).half().numpy()
     except InputError as error:
-        return None, str(error)
-    return np.ascontiguousarray(array.T), None
+        return None, {"length": 0, "fault": str(error)}
+    frames = np.ascontiguousarray(array.T)
+    digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
+    return frames, {"length": len(frames), "digest": digest}
 
 
-def fill_cache(cache, entries, pool, lock) -> None:
-    """Write the cache file: all frames, then a JSON footer, then the footer's length."""
-    footer = {"kept": [], "lengths": [], "digests": [], "faults": []}
-    for leftover in cache.parent.glob("*.clips.*.tmp"):  # of a killed run; none is filled for hours
+def fill_cache(cache, entries, pool) -> None:
+    """Write the frames of all clips into a .npy file, and a row for each clip into `cache`."""
+    for leftover in cache.parent.glob("*.clips"):  # of killed runs; none is filled for a day
         with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
-    partial = cache.with_suffix(f".clips.{uuid.uuid4().hex[:8]}.tmp")
-    bar = tqdm(total=len(entries), desc="reading clips", disable=not show_bars(), leave=False)
+            if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(leftover)
+    blocks = (entries[n : n + 512] for n in range(0, len(entries), 512))  # few wait in memory
+    converted = itertools.chain.from_iterable(pool.map(convert, block) for block in blocks)
+    bar = {"desc": "reading clips", "total": len(entries), "disable": not show_bars()}
+    header, shape = {"descr": "<f2", "fortran_order": False}, (0, N_ROWS)
+    clips = []
     try:
-        with bar, open(partial, "wb") as file:
-            for first in range(0, len(entries), 512):  # so that few arrays wait in memory
-                converted = pool.map(
-                    functools.partial(convert, lock=lock), entries[first : first + 512]
-                )
-                for index, (frames, fault) in enumerate(converted, start=first):
-                    bar.update()
-                    if fault:
-                        footer["faults"].append(fault)
-                        continue
-                    file.write(frames)
-                    footer["kept"].append(index)
-                    footer["lengths"].append(len(frames))
-                    digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8)
-                    footer["digests"].append(digest.hexdigest())
-            text = json.dumps(footer).encode()
-            file.write(text + len(text).to_bytes(8, "little"))
-        os.replace(partial, cache)
+        with tempfile.TemporaryDirectory(suffix=".clips", dir=cache.parent) as folder:
+            with open(f"{folder}/npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+                for frames, clip in tqdm(converted, leave=False, **bar):
+                    clips.append(clip)
+                    if frames is not None:
+                        file.write(frames)
+                shape = (sum(clip["length"] for clip in clips), N_ROWS)
+                file.seek(0)  # NumPy leaves room in the header for any number of frames
+                np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+            Path(folder, "json").write_text(json.dumps(clips))
+            os.replace(f"{folder}/npy", cache.with_suffix(".npy"))
+            os.replace(f"{folder}/json", cache)  # last: it says that the cache is whole
     except OSError as error:
         cure = "point $PATREC_CACHE to a folder with more room"
-        raise InputError(f"{partial}: cannot be written ({error.strerror}); {cure}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise InputError(f"{cache}: cannot be written ({error.strerror}); {cure}") from error
 
 
-def open_cache(cache) -> tuple[dict, torch.Tensor]:
-    """Map a cache file; returns its footer and the frames, (total frames, 140) float16."""
-    with open(cache, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        size = int.from_bytes(file.read(8), "little")
-        file.seek(-8 - size, os.SEEK_END)
-        footer = json.loads(file.read(size))
-    shape = (sum(footer["lengths"]), N_ROWS)
-    if not shape[0]:
-        return footer, torch.empty(shape, dtype=torch.float16)
+def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
+    """Map a cache; returns the rows of the clips and the frames, (total frames, 140) float16."""
+    clips = json.loads(cache.read_text())
+    path = cache.with_suffix(".npy")
     try:
         # Mode "c" (copy on write): a change made by mistake never reaches the file.
-        frames = np.memmap(cache, np.float16, "c", shape=shape)
+        frames = np.lib.format.open_memmap(path, mode="c")
     except OSError:  # Linux refuses what would not fit into its memory if all of it were changed
-        frames = np.memmap(cache, np.float16, "r", shape=shape)
+        frames = np.lib.format.open_memmap(path, mode="r")
+    if frames.shape != (sum(clip["length"] for clip in clips), N_ROWS):
+        raise ValueError("the two files are of different caches")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of memory that cannot be written
-        return footer, torch.from_numpy(frames)
+        return clips, torch.from_numpy(frames)
 
 
 def find_leak(train, test) -> list[str]:

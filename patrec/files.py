@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -16,6 +15,7 @@ import filelock
 import numpy as np
 import torch
 
+from patrec.demo import write_demo
 from patrec.errors import InputError
 from patrec.machine import kaggle_root, on_kaggle
 
@@ -37,10 +37,10 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
     """Find the folder that holds fma_genre_spectrograms and its three siblings.
 
     Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
-    scripts; as a last resort, and never on Kaggle, synthesises the demo set.
+    scripts; as a last resort, and never on Kaggle, makes the demo set.
 
-    parts : those that a step needs; of the demo set no others are synthesised
-    demo : False: synthesise none
+    parts : those that a step needs; of the demo set no others are made
+    demo : False: make none
 
     Raises
     ------
@@ -75,15 +75,16 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         raise InputError(f"data set not attached (looked in {tried}); {cure}")
     if not demo:
         raise InputError(f"no data in {tried}; give --data-dir")
-    scores = "Scores on it say nothing about real music."
-    print(f"No data set found: synthesising a demo set. {scores}", file=sys.stderr)
-    # A separate process, so that this file imports no other of the project.
-    command = [sys.executable, "-m", "tools.make_dataset", "--demo", "--parts", *parts]
-    made = subprocess.run([*command, "--out", str(places[-1])], cwd=PROJECT)
-    if made.returncode:
-        fault = f"make_dataset.py could not write the demo set to {places[-1]}"
-        raise InputError(f"{fault}; give --data-dir")
-    return places[-1]
+    print(
+        f"No data set found: a small made-up one is written to {places[-1]}. Scores on it say "
+        "nothing about real music.",
+        file=sys.stderr,
+    )
+    try:
+        return write_demo(places[-1], parts).resolve()
+    except OSError as error:
+        fault = f"the demo set cannot be written ({error.strerror or error})"
+        raise InputError(f"{places[-1]}: {fault}; give --data-dir") from error
 
 
 def cache_dir() -> Path:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
 
 from patrec.errors import InputError
 from patrec.files import part_folder
@@ -29,80 +33,64 @@ class Entry(NamedTuple):
 
 
 def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
-    """Read a label file of any of the three forms that the data set has.
+    """Read a label file: ``Id<TAB>Genre``, or ``Id,valence,energy,danceability``.
 
-    ``Id<TAB>Genre`` for genre, ``Id,valence,energy,danceability`` for emotion. The clip's
-    id is what stands before the first dot of the first column.
+    Returns (clip_id, label) of every clip, in the file's order; the label is the genre name
+    or the tuple (valence, energy, danceability), each in [0, 1].
 
-    Returns
-    -------
-    list of (clip_id, label), in the file's order; label is the genre name or the tuple
-    (valence, energy, danceability), each in [0, 1].
-
-    Raises
-    ------
-    InputError
-        Names the file, the line and the fault.
+    Raises InputError, which names the file, the line and the fault.
     """
-    expected = f"'Id<TAB>Genre' or 'Id,{','.join(EMOTIONS)}'"
-    rows = [(n, line) for n, line in enumerate(read_lines(path), start=1) if line.strip()]
-    if not rows:
-        raise InputError(f"{path}: empty; its first line must be {expected}")
-    header = rows[0][1].strip()
+    rows = read_rows(path)
+    ids = rows["Id"].str.partition(".")[0]  # what stands before the first dot
+    bad_id = (ids == "") | rows["Id"].str.contains(r"[/\\:\0]")  # none leaves its folder
+    faults = {
+        f"does not have {rows.shape[1]} filled columns": (rows == "").any(axis=1),
+        "has no clip id such as 104085.fused.full.npy.gz": bad_id,
+    }
+    if "Genre" in rows:
+        labels = rows["Genre"]
+    else:
+        values = rows[list(EMOTIONS)].apply(pd.to_numeric, errors="coerce")
+        bad_value = ~((values >= 0) & (values <= 1)).all(axis=1)
+        faults["holds a value that is no number in [0, 1]"] = bad_value
+        labels = values.apply(tuple, axis=1)
+    clips = pd.DataFrame({"id": ids, "label": labels}).drop_duplicates()  # given twice: one clip
+    faults["is labelled otherwise in an earlier line"] = clips["id"].duplicated()
+    for fault, is_bad in faults.items():
+        if is_bad.any():
+            cells = rows.loc[is_bad.idxmax()].tolist()  # of the first such line
+            where = f"{path}, line {is_bad.idxmax()}"
+            raise InputError(f"{where}: {cells} {fault}; mend or remove the line")
+    return list(clips.itertuples(index=False, name=None))
+
+
+def read_rows(path) -> pd.DataFrame:
+    """Read the cells of a label file as text, indexed by line number, columns by name."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: with a byte order mark or not
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path}: {reason}; expected a label file in UTF-8") from None
+    n_blank = len(text) - len(text.lstrip("\n"))
+    header = text[n_blank:].partition("\n")[0]
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
     # Columns are found by name: a fixed number is how valence once was read as energy.
-    is_genre = columns == ["Id", "Genre"]
-    if is_genre and separator != "\t":
-        raise InputError(f"{path}: columns separated by {separator!r}; expected a tab")
-    is_emotion = columns[0] == "Id" and sorted(columns[1:]) == sorted(EMOTIONS)
-    if not is_genre and not (is_emotion and separator == ","):
+    if sorted(columns) != sorted(["Id", "Genre"] if separator == "\t" else ["Id", *EMOTIONS]):
+        expected = f"'Id,{','.join(EMOTIONS)}' or, with a tab between them, 'Id' and 'Genre'"
         raise InputError(f"{path}: header {header!r}; expected {expected}")
-
-    labels = {}  # a row given twice is one clip
-    for n, line in rows[1:]:
-        where = f"{path}, line {n}"
-        cells = [cell.strip() for cell in line.split(separator)]
-        if len(cells) != len(columns) or not all(cells):
-            fault = f"{line!r} has not {len(columns)} filled columns"
-            raise InputError(f"{where}: {fault}; mend or remove the line")
-        clip_id = cells[0].split(".")[0]
-        if not clip_id or any(mark in cells[0] for mark in "/\\:\0"):
-            fault = f"{cells[0]!r} is no clip id"
-            raise InputError(f"{where}: {fault}; expected e.g. 104085.fused.full.npy.gz")
-        label = cells[1] if is_genre else emotion_values(where, line, columns[1:], cells[1:])
-        if labels.setdefault(clip_id, label) != label:
-            fault = f"clip {clip_id} was labelled {labels[clip_id]!r} before, now {label!r}"
-            raise InputError(f"{where}: {fault}; keep one")
-    if not labels:
-        raise InputError(f"{path}: a header and no clips; is the data set complete?")
-    return list(labels.items())
-
-
-def read_lines(path) -> list[str]:
-    """Lines of a label file; InputError where it cannot be read."""
-    try:  # -sig: a byte order mark is no part of the header
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        fault = "label file missing; is the data set complete?"
-    except UnicodeDecodeError as error:
-        fault = f"not UTF-8 text at byte {error.start}; save it as UTF-8"
-    except OSError as error:  # a folder in its place, no permission
-        fault = f"cannot be read ({error.strerror}); is the data set complete?"
-    raise InputError(f"{path}: {fault}")
-
-
-def emotion_values(where, line, columns, cells) -> tuple[float, float, float]:
-    """Cells of an emotion label file -> (valence, energy, danceability), each in [0, 1]."""
+    as_text = {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}  # "NA" is a name
+    every_line = {"header": None, "skiprows": n_blank, "skip_blank_lines": False}
     try:
-        values = dict(zip(columns, map(float, cells), strict=True))
-    except ValueError:
-        fault = f"{line!r} holds a value that is no number"
-        raise InputError(f"{where}: {fault}; mend or remove the line") from None
-    if not all(0 <= value <= 1 for value in values.values()):
-        fault = f"{line!r} holds a value outside [0, 1]"
-        raise InputError(f"{where}: {fault}; mend or remove the line")
-    return tuple(values[name] for name in EMOTIONS)
+        rows = pd.read_csv(io.StringIO(text), sep=separator, **as_text, **every_line)
+    except pd.errors.ParserError as error:  # "Expected 2 fields in line 6, saw 3"
+        fault = str(error).rpartition("C error: ")[2].strip()
+        raise InputError(f"{path}: {fault}; mend or remove the line") from None
+    rows = rows.apply(lambda column: column.str.strip()).set_axis(columns, axis=1)
+    rows = rows.set_axis(rows.index + n_blank + 1)[(rows != "").any(axis=1).to_numpy()][1:]
+    if rows.empty:
+        raise InputError(f"{path}: a header and no clips; is the data set complete?")
+    return rows
 
 
 def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
@@ -122,7 +110,9 @@ def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
         raise InputError(f"{folder}: no such folder; --data-dir must hold {folder.name}")
     arrays = folder / split
     if part == "emotion" and split == "test":  # the lab publishes no labels for these
-        labels = [(path.name.split(".")[0], None) for path in sorted(arrays.glob("*.npy"))]
+        files = [*arrays.glob("*.npy"), *arrays.glob("*.npy.gz")]  # read_array names the latter
+        ids = {path.name.split(".")[0] for path in files} - {""}  # "": hidden, as ._1.npy of macOS
+        labels = [(clip_id, None) for clip_id in sorted(ids)]
     else:
         file = folder / f"{split}_labels.txt"
         labels = read_labels(file)

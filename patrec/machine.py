@@ -10,8 +10,6 @@ import os
 import platform
 import random
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,18 @@ def in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     in_kernel = "ipykernel" in sys.modules and ipython and ipython.get_ipython() is not None
     return bool(in_kernel) and not hasattr(sys.modules["__main__"], "__file__")
+
+
+def show_in_notebook(*things) -> None:
+    """Display Markdown (str), sounds (waveform, sampling rate) and figures under a cell."""
+    if not in_notebook():
+        return
+    from IPython.display import Audio, Markdown, display
+
+    for thing in things:
+        if isinstance(thing, tuple):
+            thing = Audio(thing[0], rate=thing[1])
+        display(Markdown(thing) if isinstance(thing, str) else thing)
 
 
 def kaggle_root() -> Path:
@@ -121,11 +131,3 @@ def half_precision(device):
     kind = torch.device(device).type
     dtype = fast_dtype(kind)
     return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def clock_of(device) -> Callable:
-    """A clock, in s, for what a device computes; on a CPU the time that this thread had a core.
-
-    So other programs, which take a core away for a while, are not measured.
-    """
-    return time.thread_time if torch.device(device).type == "cpu" else time.perf_counter

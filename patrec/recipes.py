@@ -11,7 +11,7 @@ from patrec.features import BANDS
 
 
 class Network(NamedTuple):
-    """One kind of network of the lab and what it hears."""
+    """One kind of network of the lab and its input."""
 
     kind: str  # 'lstm' or 'cnn'
     features: str  # 'mel', 'chroma' or 'fused' (both)
@@ -76,7 +76,7 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
 
     A small data set gets more passes, up to the budget's limit, so that as many examples are
     shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
-    clip several times (another random crop each, where the network hears crops): validation
+    clip several times (another random crop each, where the input is crops): validation
     comes after each epoch, and takes about a twentieth of a CNN's training where an epoch shows
     each clip five times.
 
@@ -104,7 +104,7 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
 
 
 def window_size(network) -> int | None:
-    """Frames that a network hears at once; None: whole clips, of beats or for the textbook."""
+    """Frames of a crop or window; None: whole clips, of beats or for the textbook LSTM."""
     return None if network.beat or network.plain else BUDGETS[network.kind].crop
 
 
@@ -118,3 +118,6 @@ def make_augment(network, n_classes=0) -> Augment | None:
     if network.kind == "cnn":
         return Augment(n_classes=n_classes)
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
+
+
+OVERFIT_PASSES = 300  # over the four batches of the overfit check, at most

@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import patrec.batches
 import patrec.clips
+import patrec.flags
 import patrec.labels
 import patrec.machine
 import patrec.recipes
+import patrec.splits
 import patrec.step
 
 
@@ -131,8 +133,10 @@ def measure(side, args) -> dict:
     device = patrec.machine.pick_device(args.device)
     entries = patrec.labels.read_entries(args.data_dir, "genre", "train", merge=True)[: args.clips]
     classes = sorted({entry.label for entry in entries})
-    targets = common.encode_labels(entries, classes)
-    train_idx, val_idx = common.split_indices(len(targets), common.VAL_FRACTION, 0, targets)
+    targets = patrec.splits.encode_labels(entries, classes)
+    train_idx, val_idx = patrec.splits.split_indices(
+        len(targets), patrec.splits.VAL_FRACTION, 0, targets
+    )
     for entry in entries:  # both sides read from a warm page cache
         entry.path.read_bytes()
     patrec.machine.seed_everything(0)
@@ -272,7 +276,7 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     """
     device = patrec.machine.pick_device(args.device)
     network = patrec.recipes.GENRE_NETWORKS["cnn_mel"]
-    source = patrec.step.Source(args.data_dir, seed=0, device=device)
+    source = patrec.flags.Source(args.data_dir, seed=0, device=device)
     data = common.load_data(source, crop=patrec.recipes.window_size(network))
     n_classes = len(data.names)
     equal = data.settings | {"priors": [1 / n_classes] * n_classes}  # the largest logit as it is

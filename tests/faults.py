@@ -39,7 +39,8 @@ class Fault(NamedTuple):
     file: str
     old: str  # stands in the file exactly once
     new: str
-    # Who must notice: "data" is tests/test_data.py, "data::test_x" one test of it.
+    # Who must notice: "data" is tests/test_data.py, "data::test_x" one test of it;
+    # "tools/handin" is tests/tools/test_handin.py.
     tests: str
 
 
@@ -574,13 +575,13 @@ TABLE = {
         ("labels: those of the emotion test clips given away", "for i in order if some[i].split == split]",
          "for i in order]", "make_dataset::test_demo_layout_is_the_labs"),
     ],
-    "handin.py": [
-        ("draft: trial runs not named", '[f["step"] for f in facts if f["smoke"]]',
-         '[f["step"] for f in facts if f["demo"] and f["smoke"]]',
-         "handin::test_draft_says_which_steps_are_no_results"),
-        ("draft: written over what a student wrote", "args.to.exists() and not is_untouched(args.to)",
-         "args.to.exists() and not args.to.stat().st_size",
-         "handin::test_draft_never_overwrites_what_a_student_wrote"),
+    "tools/handin.py": [
+        ("draft: trial runs not named", '[f["step"] for f in facts if f[flaw]]', "[]",
+         "tools/handin::test_draft_says_what_is_missing_and_what_is_no_result"),
+        ("draft: written over what a student wrote", "made.get(target.name) != checksum", "not checksum",
+         "tools/handin::test_draft_never_overwrites_what_a_student_wrote"),
+        ("zip: without its folders", "path.relative_to(HERE)", "path.name",
+         "tools/handin::test_unpacked_zip_has_the_layout_of_the_project"),
     ],
     "kaggle_kernel.py": [
         ("kernel: no GPU where networks must be trained", '("genre_model" in text and not earlier)',
@@ -618,10 +619,12 @@ def paths_of(tests) -> tuple[list[str], list[str]]:
     there, gone = [], []
     for name in tests.split():
         stem, _, function = name.partition("::")
-        path = ROOT / "tests" / f"test_{stem}.py"
+        folder, _, stem = stem.rpartition("/")
+        path = ROOT / "tests" / folder / f"test_{stem}.py"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         found = text and (not function or f"def {function}(" in text)
-        (there if found else gone).append(f"tests/{path.name}" + "::" * bool(function) + function)
+        place = path.relative_to(ROOT).as_posix()
+        (there if found else gone).append(place + "::" * bool(function) + function)
     return there, gone
 
 

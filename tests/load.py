@@ -16,6 +16,7 @@ the end. Linux only (/proc, madvise).
 import argparse
 import ctypes
 import itertools
+import mmap
 import os
 import shutil
 import sys
@@ -26,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import training_parts  # noqa: E402
+import torch  # noqa: E402
 
 import common  # noqa: E402
-from patrec import features, files, labels, machine, recipes, step  # noqa: E402
+from patrec import features, files, flags, labels, machine, recipes  # noqa: E402
 
 CLASSES = sorted({name for name in labels.MERGE.values() if name})
 
@@ -81,16 +82,21 @@ def train_batches(data, n_batches) -> float:
     endless = itertools.chain.from_iterable(itertools.repeat(loader.batch_sampler))
     stretch = list(itertools.islice(endless, n_batches))
     batches = common.DataLoader(data.train, batch_sampler=stretch)
-    parts = training_parts(model, recipe.lr, n_batches + 1, "cpu")
+    optimizer, loss_fn = (
+        torch.optim.AdamW(model.parameters(), recipe.lr),
+        torch.nn.CrossEntropyLoss(),
+    )
+    state = common.TrainingState(model, loss_fn, optimizer, recipe, n_batches + 1, "cpu")
     began = time.perf_counter()
-    common.train_epoch(batches, parts, recipe, "cpu", 1)
+    common.train_epoch(batches, state, recipe, "cpu", 1)
     return (time.perf_counter() - began) / sum(map(len, stretch))
 
 
 def page_out(frames, share) -> None:
     """Have the system take back this share of a mapped file: the next use reads from disk."""
     MADV_PAGEOUT = 21  # from linux/mman.h
-    address, size = ctypes.c_void_p(frames.data_ptr()), ctypes.c_size_t(int(share * frames.nbytes))
+    start = frames.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # the file's header comes before
+    address, size = ctypes.c_void_p(start), ctypes.c_size_t(int(share * frames.nbytes))
     if ctypes.CDLL(None, use_errno=True).madvise(address, size, MADV_PAGEOUT):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
@@ -127,7 +133,7 @@ def main():
             for start in ("first", "second"):
                 data.pop(n_clips, None)  # one mapping at a time
                 data[n_clips] = common.load_data(
-                    step.Source(root / str(n_clips), seed=0),
+                    flags.Source(root / str(n_clips), seed=0),
                     crop=recipes.BUDGETS["cnn"].crop,
                 )
                 now = time.perf_counter()

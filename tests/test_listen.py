@@ -10,6 +10,7 @@ import re
 import shutil
 import types
 
+import listen
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,10 +20,10 @@ import torch
 from conftest import Page, assert_clean_error, patch_everywhere, run_script, write_data_set
 
 import common
-import listen
 import patrec.batches
 import patrec.errors
 import patrec.features
+import patrec.flags
 import patrec.labels
 import patrec.recipes
 import patrec.step
@@ -47,7 +48,7 @@ def data(tmp_path_factory):
 
 def save_networks(out, data, **odd):
     """Checkpoints as steps 5, 7 and 10 leave them; odd : settings of the CNN's that are changed."""
-    source = patrec.step.Source(data)
+    source = patrec.flags.Source(data)
     for role, (step, run) in listen.NETWORKS.items():
         torch.manual_seed(len(role))
         kind = "lstm" if "lstm" in role else "cnn"

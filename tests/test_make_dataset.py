@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 
+import make_dataset
 import numpy as np
 import pytest
 import soundfile
 from conftest import GENRES, ROOT, assert_clean_error, run_forked, run_script
 
-import make_dataset
 from patrec.clips import read_array
 from patrec.errors import InputError, StepFailed, end_in_one_line
 from patrec.features import SR

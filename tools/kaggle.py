@@ -1,279 +1,166 @@
-"""Turn a step into a folder that `kaggle kernels push` takes.
+"""Turn a step into a folder that `kaggle kernels push` takes, or into cells to paste.
 
-    python kaggle_kernel.py 5 --user NAME                # kernels/patrec-lab3-step05-lstm/
-    python kaggle_kernel.py 6 --user NAME --earlier 5    # finds the checkpoints of step 5's kernel
-    python kaggle_kernel.py --all --user NAME            # every step, the earlier ones attached
-    python kaggle_kernel.py 5 --user NAME --notebook     # a notebook instead of a script
+    python -m tools.kaggle 5 --user NAME                # kernels/patrec-lab3-step05-lstm/
+    python -m tools.kaggle 6 --user NAME --earlier 5    # finds the checkpoints of step 5's kernel
+    python -m tools.kaggle --all --user NAME            # every step, the earlier ones attached
+    python -m tools.kaggle 5 --user NAME --notebook     # a notebook instead of a script
     kaggle kernels push -p kernels/patrec-lab3-step05-lstm
 
-A script kernel is one file that Kaggle runs without arguments. The folder holds that
-file (the text of common.py, then the step's, with the import between them taken out) and
-kernel-metadata.json (private, GPU T4 where the step trains, internet off, data set
-attached). The file runs alone anywhere else too, with the step's flags. A notebook kernel
-holds the same as cells: common.py in one, then the step's own cells, the comment that
-opens each as Markdown.
+    python -m tools.kaggle --setup > setup_cell.py      # by hand: paste this as the first cell
+
+A script kernel is one file that Kaggle runs without arguments. It holds the texts of the
+modules that the step needs, which it writes into a temporary folder, and then the step. It
+also runs on any other machine, with the step's flags. A notebook kernel has one cell for each
+module, then the step's own cells. In a notebook of your own, paste what --setup prints into
+the first cell and the text of a step into the second one.
+
+The folder also holds kernel-metadata.json: private, with a T4 GPU where the step trains,
+without internet, with the data set attached.
 """
 
 import argparse
 import ast
+import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 
-from tools.handin import Parser, stop, write
+from patrec.errors import InputError, end_in_one_line
+from patrec.files import PROJECT, make_folder, write_text
+from patrec.flags import Parser
+from tools.steps import STEPS, find_step
 
-HERE = Path(__file__).resolve().parent
 DATA_SET = "geoparslp/patreco3-multitask-affective-music"
 NO_USER = "your-kaggle-name"
-# Steps that look for what others left (checkpoints, scores): --all attaches those kernels.
-EARLIER = {
-    "06": ("05",),
-    "07": ("05",),
-    "08": ("05",),
-    "09": ("05", "07", "08"),
-    "10": ("07", "08", "09"),
-    "11": ("05", "07"),
-}
 OWNER, SLUG = r"[A-Za-z0-9][A-Za-z0-9_-]*", r"[a-z0-9][a-z0-9-]{3,48}[a-z0-9]"
 
+ONE_FILE = """\
+# One file for a Kaggle script kernel: the modules that the steps share, then {script}.py,
+# which is at the end. The modules are written into a temporary folder and imported from there.
+"""
+MAKE_TEMPORARY_FOLDER = """\
+import atexit
+import shutil
+import sys
+import tempfile
 
-def find_step(name, folder=HERE) -> Path:
-    """Find a step's script by '5', '05', 'step05' or its file name."""
-    scripts = sorted(folder.glob("step[0-9][0-9]_*.py"))
-    number = re.fullmatch(r"(?:step)?0*(\d{1,2})", name)
-    stem = Path(name).name.removesuffix(".py")
-    found = [
-        path
-        for path in scripts
-        if path.stem == stem or (number and int(path.name[4:6]) == int(number[1]))
-    ]
-    if not found:
-        stop(
-            f"{name!r}: no such step in {folder}; there are "
-            f"{', '.join(path.stem for path in scripts) or 'none'}"
-        )
-    return found[0]
+folder = tempfile.mkdtemp(prefix="patrec-")
+atexit.register(shutil.rmtree, folder, ignore_errors=True)
+sys.path.insert(0, folder)
+"""
+ONE_CELL = """\
+# The first cell of a notebook: it writes the modules that the steps share into the working folder.
+# Run it once. After that, the text of each step runs in a cell of its own.
+"""
+WRITE_MODULES = """\
+from pathlib import Path
 
-
-def parse(path) -> tuple[str, ast.Module]:
-    """Read a script; returns its text and its syntax tree."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, ast.parse(text)
-    except FileNotFoundError:
-        stop(f"{path}: no such file")
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        stop(f"{path}: no valid Python ({error})")
+for name, text in MODULES.items():
+    path = Path(folder, name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text.removeprefix("\\n"), encoding="utf-8")
+"""
 
 
-def top_level_names(tree) -> dict[str, str | None]:
-    """Names that a module binds at its top level: to which import, or None for anything else."""
-    names = {}
-    nodes = list(tree.body)
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names[node.name] = None
-            continue  # what is inside belongs to it
-        if isinstance(node, ast.Import):
-            names |= {
-                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0]
-                for a in node.names
-            }
-        elif isinstance(node, ast.ImportFrom):
-            names |= {
-                a.asname or a.name: f"{node.module}.{a.name}"
-                for a in node.names
-                if node.module != "common"
-            }
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names[node.id] = None
-        if not isinstance(
-            node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-        ):
-            nodes += ast.iter_child_nodes(node)
-    return names
+def read(path) -> str:
+    return (PROJECT / path).read_text(encoding="utf-8")
 
 
-def imports_of_common(path, tree) -> list[ast.ImportFrom]:
-    """The step's `from common import ...` statements; other forms cannot be bundled."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and any(a.name == "common" for a in node.names):
-            stop(
-                f"{path}, line {node.lineno}: 'import common' cannot be bundled; "
-                "write 'from common import ...'"
-            )
-        others = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        if local := [
-            name
-            for name in others
-            if name and name != "common" and path.with_name(f"{name}.py").exists()
-        ]:
-            stop(
-                f"{path}, line {node.lineno}: imports {local[0]}, which the one file would "
-                "not hold; what steps share belongs into common.py"
-            )
-        is_common = isinstance(node, ast.ImportFrom) and node.module == "common"
-        renamed = is_common and any(a.asname or a.name == "*" for a in node.names)
-        if is_common and (renamed or node not in tree.body):
-            stop(
-                f"{path}, line {node.lineno}: only a plain 'from common import names' "
-                "at the top level can be bundled"
-            )
-    return [
-        node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "common"
-    ]
+def find_modules(*scripts) -> dict[str, str]:
+    """Find the project's modules that scripts import, directly or through other modules.
 
+    scripts : str, their texts
 
-def without(text, nodes) -> str:
-    """Text without the lines of some statements and the blank line before each."""
-    lines = text.splitlines(keepends=True)
-    for node in sorted(nodes, key=lambda node: -node.lineno):
-        first = node.lineno - 1
-        del lines[first - (first > 0 and not lines[first - 1].strip()) : node.end_lineno]
-    return "".join(lines)
-
-
-def docstring_node(tree) -> list[ast.stmt]:
-    return tree.body[:1] if ast.get_docstring(tree) is not None else []
-
-
-def bundle(step, common=HERE / "common.py") -> str:
-    """Return one script: the step's docstring, common's text, the step's text.
-
-    The docstring comes first because the step's --help shows `__doc__`; common's own
-    becomes a comment. `from __future__` must precede all other code.
+    Returns
+    -------
+    dict : the path of each module in the project, with its text
     """
-    common_text, common_tree = parse(common)
-    step_text, step_tree = parse(step)
-    imports = imports_of_common(step, step_tree)
-    known, own = top_level_names(common_tree), top_level_names(step_tree)
-    missing = sorted({a.name for node in imports for a in node.names} - set(known))
-    if missing:
-        stop(f"{step}: imports {', '.join(missing)}, which {common.name} does not define")
-    # The same import in both is no clash; a step's own `copy` would break common's.
-    clashes = sorted(
-        name for name in own if name in known and (own[name] is None or own[name] != known[name])
-    )
-    if clashes:
-        stop(
-            f"{step}: {', '.join(clashes)} would replace a name of {common.name} in one "
-            "file; rename in the step"
-        )
+    found = {"patrec/__init__.py": read("patrec/__init__.py")}
+    texts = list(scripts)
+    while texts:
+        for module in re.findall(r"^\s*(?:from|import) ([\w.]+)", texts.pop(), re.MULTILINE):
+            path = module.replace(".", "/") + ".py"
+            if path not in found and (PROJECT / path).is_file():
+                found[path] = read(path)
+                texts.append(found[path])
+    return dict(sorted(found.items()))
 
-    trees = (common_tree, step_tree)
-    future = [
-        [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
-        for tree in trees
-    ]
-    features = sorted({a.name for nodes in future for node in nodes for a in node.names})
-    rule = "# " + "=" * 86
-    about = "".join(
-        f"# {line}".rstrip() + "\n" for line in (ast.get_docstring(common_tree) or "").splitlines()
-    )
-    text = "\n".join(
-        [
-            (
-                "".join(step_text.splitlines(keepends=True)[: step_tree.body[0].end_lineno]).strip()
-                if docstring_node(step_tree)
-                else ""
-            ),
-            (
-                f"# One file for a Kaggle script kernel: {common.name}, which all steps share, "
-                f"then {step.name} (at the end)."
-            ),
-            *(f"from __future__ import {feature}" for feature in features),
-            f"\n{rule}\n# {common.name}\n{rule}\n#\n{about}",
-            without(common_text, docstring_node(common_tree) + future[0]).strip() + "\n",
-            f"\n{rule}\n# {step.name}\n{rule}\n",
-            without(step_text, docstring_node(step_tree) + future[1] + imports).strip() + "\n",
-        ]
-    )
+
+def literal(text) -> str:
+    """Write a text as a Python string: as it stands, between triple quotes, if that is possible."""
+    for code in (f"r'''\n{text}'''", f'r"""\n{text}"""'):
+        with contextlib.suppress(SyntaxError):  # the text holds these quotes itself
+            if ast.literal_eval(code) == f"\n{text}":
+                return code
+    return repr(f"\n{text}")
+
+
+def dict_of_modules(modules) -> str:
+    """Write Python code that makes the dict MODULES, each text under a line with its name."""
+    parts = ["MODULES = {}\n"]
+    for name, text in modules.items():
+        parts.append(f"# {f' {name} ':-^96}\nMODULES[{name!r}] = {literal(text)}\n")
+    return "\n".join(parts)
+
+
+def split_docstring(script, text) -> tuple[str, str]:
+    """Split the text of a step after the docstring with which it begins."""
     try:
-        compile(text, step.name, "exec")
-    except SyntaxError as error:
-        stop(f"{step}: cannot be put into one file with {common.name} ({error})")
-    return text
+        end = ast.parse(text).body[0].end_lineno
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{script}.py: no valid Python ({error})") from None
+    lines = text.split("\n")
+    return "\n".join(lines[:end]), "\n".join(lines[end:])
 
 
-def kernel_slug(step) -> str:
-    """Name of a step's kernel, e.g. patrec-lab3-step05-lstm."""
-    return re.sub(r"[^a-z0-9]+", "-", f"patrec-lab3-{step.stem}".lower()).strip("-")[:50].strip("-")
+def one_file(script, text) -> str:
+    """Make one file of a step: its docstring, which --help shows, the modules, the step's text."""
+    docstring, _ = split_docstring(script, text)
+    future = r"^from __future__ import .*\n"  # Python accepts it at the top of a file only
+    parts = [
+        f"{docstring}\n",
+        ONE_FILE.format(script=script),
+        *re.findall(future, text, re.MULTILINE),
+        dict_of_modules(find_modules(text)),
+        MAKE_TEMPORARY_FOLDER + WRITE_MODULES,
+        f"# {f' {script}.py ':=^96}",
+        re.sub(future, "", text, flags=re.MULTILINE),
+    ]
+    return "\n".join(parts)
 
 
-def needs_gpu(step, earlier) -> bool:
-    """Does the step train? Steps 6 and 11 only where earlier kernels give no checkpoints."""
-    text, _ = parse(step)
-    return "training=True" in text or ("genre_model" in text and not earlier)
+def setup_cell() -> str:
+    """Make the cell that writes the modules of all steps into a notebook's working folder."""
+    modules = find_modules(*(read(f"{step.script}.py") for step in STEPS.values()))
+    return "\n".join([ONE_CELL, dict_of_modules(modules), 'folder = "."', WRITE_MODULES])
 
 
-def metadata(step, user, data_set, earlier, as_notebook=False) -> dict:
-    """What kernel-metadata.json holds; earlier are kernels as owner/slug."""
-    gpu = needs_gpu(step, earlier)
-    slug = kernel_slug(step)
-    return {
-        "id": f"{user}/{slug}",
-        "title": slug.replace("-", " ").capitalize(),  # Kaggle turns the title back into the slug
-        "code_file": f"{step.stem}.ipynb" if as_notebook else step.name,
-        "language": "python",
-        "kernel_type": "notebook" if as_notebook else "script",
-        "is_private": True,  # the course forbids publishing solutions
-        "enable_gpu": gpu,
-        # The default may be a P100, too old for the installed torch.
-        "machine_shape": "NvidiaTeslaT4" if gpu else "",
-        "enable_tpu": False,
-        "enable_internet": False,
-        "dataset_sources": [data_set],
-        "competition_sources": [],
-        "kernel_sources": list(earlier),
-        "model_sources": [],
-    }
+def notebook(script, text) -> dict:
+    """Make a notebook of a step (nbformat 4): a cell for each module, then the step's cells.
 
-
-def earlier_kernel(name, user) -> str:
-    """'5', 'slug' or 'owner/slug' -> owner/slug."""
-    if re.fullmatch(r"(?:step)?\d{1,2}(_\w+)?(\.py)?", name):
-        name = kernel_slug(find_step(name))
-    name = name if "/" in name else f"{user}/{name}"
-    if not re.fullmatch(f"{OWNER}/{SLUG}", name):
-        stop(
-            f"--earlier {name}: expected a step's number, or owner/kernel-slug "
-            "as in the kernel's address"
-        )
-    return name
-
-
-def notebook(step, common=HERE / "common.py") -> dict:
-    """Return the step as a notebook (nbformat 4): common's text in one cell, then the step's.
-
-    A cell of the script begins at a line `# %%`; that line becomes a heading and the
-    comment under it Markdown.
+    A cell of the step begins at a line `# %%`. That line becomes a heading, and the comment
+    under it Markdown.
     """
-    bundle(step, common)  # what cannot be one file cannot be one notebook either
-    common_text, common_tree = parse(common)
-    step_text, step_tree = parse(step)
-    imports = imports_of_common(step, step_tree)
-    body = without(step_text, docstring_node(step_tree) + imports)
-    about = f"# {ast.get_docstring(step_tree) or step.stem}"
-    shared = f"*{common.name}*, which all steps share. Run this cell first."
-    cells = [cell("markdown", about), cell("markdown", shared), cell("code", common_text)]
+    docstring, body = split_docstring(script, text)
+    shared = "The modules that all steps share: run these cells first."
+    make_folders = 'from pathlib import Path\n\nPath("patrec").mkdir(exist_ok=True)'
+    cells = [
+        cell("markdown", f"# {ast.literal_eval(docstring)}"),
+        cell("markdown", shared),
+        cell("code", make_folders),
+    ]
+    for path, module in find_modules(text).items():
+        cells.append(cell("code", f"%%writefile {path}\n{module}"))
     for part in re.split(r"^# %%", body, flags=re.MULTILINE):
         title, _, rest = part.partition("\n")
         lines = rest.splitlines()
-        n_comment = next(
-            (i for i, line in enumerate(lines) if not line.startswith("#")), len(lines)
-        )
-        comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:n_comment])
-        if text := "\n\n".join(t for t in (title.strip() and f"## {title.strip()}", comment) if t):
-            cells.append(cell("markdown", text))
-        if code := "\n".join(lines[n_comment:]).strip():
-            cells.append(cell("code", code))
+        n = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:n])
+        words = [f"## {title.strip()}"] * bool(title.strip()) + [comment] * bool(comment)
+        code = "\n".join(lines[n:]).strip()
+        cells += [cell("markdown", "\n\n".join(words))] * bool(words)
+        cells += [cell("code", code)] * bool(code)
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {
         "cells": [{"id": f"cell-{number}"} | made for number, made in enumerate(cells)],
@@ -284,63 +171,109 @@ def notebook(step, common=HERE / "common.py") -> dict:
 
 
 def cell(kind, source) -> dict:
-    """One cell of a notebook."""
+    """Make one cell of a notebook."""
     more = {"outputs": [], "execution_count": None} if kind == "code" else {}
     return {"cell_type": kind, "metadata": {}, "source": source} | more
 
 
-def main(argv=None):
+def kernel_slug(number) -> str:
+    """Name a step's kernel as its address does, e.g. patrec-lab3-step05-lstm."""
+    return f"patrec-lab3-{STEPS[number].script}".replace("_", "-")
+
+
+def kernel_id(text, user) -> str:
+    """Complete what --earlier names: a step, a kernel of the user's, or owner/slug."""
+    with contextlib.suppress(InputError):  # no step, so a kernel
+        text = kernel_slug(find_step(text))
+    name = text if "/" in text else f"{user}/{text}"
+    if not re.fullmatch(f"{OWNER}/{SLUG}", name):
+        cure = "give a step's number, or owner/slug as in the kernel's address"
+        raise InputError(f"--earlier {text}: no name of a kernel; {cure}")
+    return name
+
+
+def metadata(number, user, data_set, earlier, as_notebook=False) -> dict:
+    """Say what kernel-metadata.json holds; earlier are kernels as owner/slug."""
+    step, slug = STEPS[number], kernel_slug(number)
+    # A step that reads checkpoints trains the networks itself if no earlier kernel has them.
+    gpu = step.trains or bool(step.builds_on and not earlier)
+    return {
+        "id": f"{user}/{slug}",
+        "title": slug.replace("-", " ").capitalize(),  # Kaggle turns the title back into the slug
+        "code_file": f"{step.script}.{'ipynb' if as_notebook else 'py'}",
+        "language": "python",
+        "kernel_type": "notebook" if as_notebook else "script",
+        "is_private": True,  # the course forbids publishing solutions
+        "enable_gpu": gpu,
+        # The default may be a P100, which is too old for the installed torch.
+        "machine_shape": "NvidiaTeslaT4" if gpu else "",
+        "enable_tpu": False,
+        "enable_internet": False,
+        "dataset_sources": [data_set],
+        "competition_sources": [],
+        "kernel_sources": earlier,
+        "model_sources": [],
+    }
+
+
+def parse_flags(argv) -> argparse.Namespace:
+    """Read the command line; a mistake in it is an InputError or ends the program."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("step", nargs="?", help="5, 05, step05 or the file's name")
-    add("--all", action="store_true", help="all steps, each with the kernels it builds on")
-    add("--notebook", action="store_true", help="a notebook kernel instead of a script kernel")
-    add("--user", default=NO_USER, help="your name on Kaggle, as in kaggle.com/NAME")
-    attached = "data set to attach (default: %(default)s)"
-    add("--dataset", default=DATA_SET, metavar="OWNER/SLUG", help=attached)
+    add = parser.flag
+    add("step", "5, 05, step05 or the file's name", nargs="?")
+    add("--all", "all steps, each with the kernels it builds on", action="store_true")
+    add("--setup", "print the cell that writes the modules, for pasting", action="store_true")
+    add("--notebook", "a notebook kernel instead of a script kernel", action="store_true")
+    add("--user", "your name on Kaggle, as in kaggle.com/NAME", default=NO_USER)
+    add("--dataset", "data set to attach", default=DATA_SET, metavar="OWNER/SLUG")
     outputs = "kernels whose outputs to attach: a step's number or owner/slug"
-    add("--earlier", nargs="+", default=[], metavar="KERNEL", help=outputs)
-    where = "where the folders go (default: %(default)s)"
-    add("--out", type=Path, default=Path("kernels"), help=where)
+    add("--earlier", outputs, nargs="+", default=[], metavar="KERNEL")
+    add("--out-dir", "where the folders go", type=Path, default=Path("kernels"))
     args = parser.parse_args(argv)
-    if args.all == bool(args.step):
-        stop("name one step, e.g. 5, or give --all")
+    if bool(args.step) + args.all + args.setup != 1:
+        raise InputError("name one step, e.g. 5, or give --all or --setup")
     if args.all and args.earlier:
-        stop("--all attaches the earlier kernels by itself; give --earlier with one step")
+        raise InputError("--all attaches the earlier kernels by itself; drop --earlier")
     if not re.fullmatch(OWNER, args.user):
-        stop(f"--user {args.user!r}: expected the name in kaggle.com/NAME, no spaces or slashes")
+        cure = "give the name in kaggle.com/NAME, without spaces or slashes"
+        raise InputError(f"--user {args.user!r}: no name on Kaggle; {cure}")
     if not re.fullmatch(f"{OWNER}/{OWNER}(/[0-9]+)?", args.dataset):
-        stop(f"--dataset {args.dataset!r}: expected owner/slug, e.g. {DATA_SET}")
+        raise InputError(f"--dataset {args.dataset!r}: give owner/slug, e.g. {DATA_SET}")
+    return args
 
-    steps = sorted(HERE.glob("step[0-9][0-9]_*.py")) if args.all else [find_step(args.step)]
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.setup:
+        sys.stdout.reconfigure(encoding="utf-8")  # a Greek Windows would refuse some letters
+        print(setup_cell())
+        return
     kernels = []
-    for step in steps:  # everything is made before anything is written
-        names = args.earlier
-        if args.all:
-            numbers = EARLIER.get(step.name[4:6], ())
-            names = [number for number in numbers if list(HERE.glob(f"step{number}_*.py"))]
-        earlier = [earlier_kernel(name, args.user) for name in names]
-        text = json.dumps(notebook(step), indent=1) + "\n" if args.notebook else bundle(step)
-        facts = metadata(step, args.user, args.dataset, earlier, args.notebook)
-        kernels.append((step, text, facts))
-    for step, text, facts in kernels:
-        folder = args.out / kernel_slug(step)
-        cure = "choose another --out"
-        write(folder / facts["code_file"], text.encode(), cure)
-        settings = json.dumps(facts, indent=2) + "\n"
-        write(folder / "kernel-metadata.json", settings.encode(), cure)
+    for number in STEPS if args.all else [find_step(args.step)]:  # all is made, then written
+        names = map(str, STEPS[number].builds_on) if args.all else args.earlier
+        earlier = [kernel_id(name, args.user) for name in names]
+        script = STEPS[number].script
+        text = read(f"{script}.py")
+        if args.notebook:
+            code = json.dumps(notebook(script, text), indent=1) + "\n"
+        else:
+            code = one_file(script, text)
+        facts = metadata(number, args.user, args.dataset, earlier, args.notebook)
+        kernels.append((args.out_dir / kernel_slug(number), code, facts))
+    for folder, code, facts in kernels:
+        make_folder(folder)
+        write_text(folder / facts["code_file"], code)
+        write_text(folder / "kernel-metadata.json", json.dumps(facts, indent=2) + "\n")
         sources = " and ".join(facts["kernel_sources"])
-        device = "GPU T4" if facts["enable_gpu"] else "CPU"
-        after = f", after {sources}" if sources else ""
-        print(f"{folder}: {device}{after}; kaggle kernels push -p {folder}")
+        device, after = "GPU T4" if facts["enable_gpu"] else "CPU", f", after {sources}"
+        push = f"kaggle kernels push -p {folder}"
+        print(f"{folder}: {device}{after if sources else ''}; {push}")
     if args.user == NO_USER:
-        print(
-            f"The id says {NO_USER!r}: give --user, or put your Kaggle name into "
-            "kernel-metadata.json, before you push."
-        )
-    return [facts for _, _, facts in kernels]
+        cure = "give --user, or put your Kaggle name into kernel-metadata.json, before you push"
+        print(f"The id says {NO_USER!r}: {cure}.")
 
 
 if __name__ == "__main__":
+    sys.excepthook = end_in_one_line
     main()

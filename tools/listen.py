@@ -44,10 +44,10 @@ from patrec.features import (
     stack_rows,
 )
 from patrec.files import PROJECT, find_data, make_folder, output_folder, write_text
+from patrec.flags import Parser, Source, bounded
 from patrec.labels import EMOTIONS, fingerprint
 from patrec.machine import keep_freed_memory, pick_device, show_bars
 from patrec.plots import COLORS
-from patrec.step import Parser, Source, bounded
 
 SHORTEST_S, EVERY_S = 1.0, 3.0  # shortest song; from window to window
 # The networks in use: the step that trains each, and the name of its run.
@@ -131,9 +131,9 @@ def find_networks(out, args) -> dict[str, LoadedModel]:
 
 
 def temperature_of(out) -> float:
-    """The temperature that step 7 has fitted on its validation clips; 1 if there is none."""
+    """The temperature that tools.explain has fitted for the CNN; 1 if it was not run."""
     try:
-        facts = json.loads((out / "step07_cnn" / "metrics.json").read_text())
+        facts = json.loads((out / "explain" / "metrics.json").read_text())
         return float(facts["calibration"]["temperature"])
     except (OSError, ValueError, KeyError, TypeError):
         return 1.0
@@ -466,9 +466,9 @@ def make_page(facts, pictures, audio, limits) -> str:
 def limits_of(out, networks, temperature) -> str:
     """The limits of the predictions, as HTML."""
     names = networks["cnn"].settings["names"]
-    scaled = "are not calibrated (run step 7)"
+    scaled = "are not calibrated (run python -m tools.explain)"
     if temperature != 1.0:
-        scaled = f"are calibrated on validation clips by step 7 (temperature {temperature:.2f})"
+        scaled = f"are calibrated on validation clips (temperature {temperature:.2f})"
     demo = ""
     for step, _ in NETWORKS.values():
         metrics = out / step / "metrics.json"

@@ -57,10 +57,10 @@ from patrec.files import (
     write_bytes,
     write_text,
 )
+from patrec.flags import Parser, bounded
 from patrec.labels import EMOTIONS, MERGE
 from patrec.machine import show_bars
 from patrec.parallel import WorkerDied, parallel_map
-from patrec.step import Parser, bounded
 
 MARKER = "AUDIO.txt"  # by it a set of this program is known; it holds the arguments
 

@@ -1,0 +1,164 @@
+"""The command line that the steps share, and what its flags say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+import time
+from pathlib import Path
+
+import torch
+
+from patrec.files import FOLDERS, find_data, output_folder
+from patrec.machine import in_notebook, keep_freed_memory, pick_device, seed_everything
+
+
+def bounded(kind, low, high=math.inf):
+    """Return an argparse type that accepts `kind` values in [low, high] only."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            name = {int: "a whole number", float: "a number"}[kind]
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists all flags\n")
+
+    def flag(self, name, help, **options):
+        """Add a flag whose help ends with its default."""
+        if options.get("default") is not None:
+            help += " (default: %(default)s)"
+        self.add_argument(name, help=help, **options)
+
+
+def make_parser(description, training=False) -> Parser:
+    """Build the command line that every step shares; `training` adds the flags of a training."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a mistyped flag must fail, not be guessed
+    )
+    add = parser.flag
+    add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
+    add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
+    add("--seed", type=bounded(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="where to compute")
+    add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
+    add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
+    add("--allow-leak", action="store_true", help="go on although test clips are trained on")
+    add("--no-merge", action="store_true", help="keep the classes instead of merging 20 into 10")
+    if training:
+        scaled = "passes over the training clips; else scaled to their number"
+        add("--epochs", type=bounded(int, 1), help=scaled)
+        add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
+        add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
+        add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
+        check = "only check that the network can learn 4 batches by heart"
+        add("--overfit-batch", action="store_true", help=check)
+        add("--resume", action="store_true", help="go on from the last finished epoch")
+        add(
+            "--max-minutes", type=bounded(float, 0.01), help="stop training cleanly after this long"
+        )
+        workers = "processes that train side by side; else one per core or graphics card"
+        add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which clips there are and how they are read: what the data flags of a step say."""
+
+    root: Path  # folder of the four parts
+    seed: int = 42  # of all splits
+    device: str | torch.device = "cpu"
+    merge: bool = True
+    skip_bad: bool = False
+    allow_leak: bool = False
+    subset: int | None = None  # train on so many clips only
+    smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How a step trains and where it looks for what others have trained: what its flags say."""
+
+    source: Source
+    out: Path  # folder of all steps' outputs
+    folder: Path  # this step's
+    epochs: int | None = None
+    batch_size: int = 32
+    lr: float = 2e-3
+    resume: bool = False
+    deadline: float = math.inf  # when --max-minutes are over, as time.time() tells it
+    workers: int | None = None  # processes that train side by side; None: see `count_workers`
+
+    smoke = property(lambda self: self.source.smoke)
+
+
+def parse_flags(description, training=False, add_flags=None, flags="") -> argparse.Namespace:
+    """Read the command line; in a notebook, which has none, the text `flags`.
+
+    A step without the flags of a training has them at their defaults: it may have to train a
+    network that it does not find.
+    """
+    parser = make_parser(description, training)
+    if add_flags:
+        add_flags(parser)
+    given = parser.parse_args(shlex.split(flags) if in_notebook() else None)
+    defaults = make_parser("", training=True).parse_args([])
+    return argparse.Namespace(**(vars(defaults) | vars(given)))
+
+
+def prepare_process(seed) -> None:
+    """Seed everything, and set what makes a training on a processor fast."""
+    seed_everything(seed)
+    keep_freed_memory()
+    # Gradients that vanish on their way back through an LSTM become numbers below 1e-38, with
+    # which some processors compute slowly (docs/experiments.md, Speed): they are 0 instead.
+    torch.set_flush_denormal(True)
+
+
+def source_from(args, parts=tuple(FOLDERS)) -> Source:
+    """The data that the flags name; `parts` are those that the step needs."""
+    device = pick_device(args.device)
+    return Source(
+        root=find_data(args.data_dir, parts),
+        seed=args.seed,
+        device=device,
+        merge=not args.no_merge,
+        skip_bad=args.skip_bad,
+        allow_leak=args.allow_leak,
+        subset=args.subset or (64 if args.smoke else None),
+        smoke=args.smoke,
+    )
+
+
+def options_from(args, source, folder) -> TrainingOptions:
+    """What the flags say of the trainings of a step that writes into `folder`."""
+    minutes = math.inf if args.max_minutes is None else args.max_minutes
+    return TrainingOptions(
+        source=source,
+        out=output_folder(args.out_dir).absolute(),  # a worker may have another working directory
+        folder=folder.absolute(),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        resume=args.resume,
+        deadline=time.time() + 60 * minutes,
+        workers=args.workers,
+    )

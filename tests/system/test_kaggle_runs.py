@@ -1,0 +1,187 @@
+"""The one file of a step, run in a made-up /kaggle and alone in an empty folder.
+
+$PATREC_KAGGLE_ROOT stands in for /kaggle, so that the mounts can be laid out here.
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+
+import pandas as pd
+import pytest
+from conftest import (
+    ROOT,
+    assert_clean_error,
+    read_metrics,
+    run_forked,
+    run_script,
+    write_data_set,
+)
+
+import patrec.machine
+from tools import kaggle
+from tools.steps import STEPS
+
+pytestmark = pytest.mark.slow
+MOUNTS = (  # the classic layout and the one of newer kernels
+    "input/patreco3-multitask-affective-music/data",
+    "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
+)
+EARLIER_MOUNTS = (
+    "input/patrec-lab3-step05-lstm",
+    "input/notebooks/someone/patrec-lab3-step05-lstm",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small, for each step only has to run."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(24, 6))
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Nothing here tells where data are; what the files write for themselves goes into a folder.
+
+    And UMAP, which compiles for half a minute, stays out.
+    """
+    for name in ("PATREC_DATA", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setitem(sys.modules, "umap", None)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def write_one_file(number, path):
+    script = f"{STEPS[number].script}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(kaggle.one_file(STEPS[number].script, (ROOT / script).read_text("utf-8")))
+    return path
+
+
+def listing(folder):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def layout(tmp_path, data):
+    """Function of a mount: makes an empty /kaggle/working and mounts the tiny data set."""
+
+    def lay_out(mount=None):
+        root = tmp_path / "kaggle"
+        for name in ("working", "input"):
+            (root / name).mkdir(parents=True)
+        if mount:
+            shutil.copytree(data, root / mount)
+        return root
+
+    return lay_out
+
+
+def run_kernel(root, number, *args, run=run_forked, check=True):
+    """Run a step's file as Kaggle does: /kaggle/src/script.py, in /kaggle/working.
+
+    The inputs and the source must be as before: on Kaggle they are read-only (a listing tells, for
+    these tests may run as root).
+    """
+    script = write_one_file(number, root / "src" / "script.py")
+    before = listing(root / "input") | listing(root / "src")
+    places = {"cwd": root / "working", "PATREC_KAGGLE_ROOT": str(root)}
+    result = run(script, *args, check=check, timeout=400, **places)
+    assert listing(root / "input") | listing(root / "src") == before
+    return result
+
+
+@pytest.mark.parametrize("number", STEPS)
+def test_every_step_runs_alone_as_one_file(layout, number):
+    mount = MOUNTS[number % 2]  # the steps take turns with the layouts
+    root = layout(mount)
+    run_kernel(root, number, "--smoke")
+    written = root / "working" / "outputs" / STEPS[number].script
+    metrics = read_metrics(written)
+    assert metrics["data"]["root"] == str((root / mount).resolve())
+    assert not metrics["data"]["demo"]
+    assert (written / "summary.md").is_file()
+    assert [path.name for path in (root / "working").iterdir()] == ["outputs"]
+
+
+def test_without_arguments_as_on_kaggle(layout, temporary):
+    """In a fresh interpreter. Step 4 is quick in its full size, on tiny data."""
+    root = layout(MOUNTS[0])
+    run_kernel(root, 4, run=run_script)
+    assert not read_metrics(root / "working" / "outputs" / STEPS[4].script)["smoke"]
+    assert not list(temporary.glob("patrec-*"))  # the modules were removed
+
+
+def test_missing_data_set_is_named_and_nothing_is_written(layout):
+    root = layout()
+    result = run_kernel(root, 1, check=False)
+    assert_clean_error(result, "geoparslp/patreco3-multitask-affective-music", "Input")
+    assert not any((root / "working").iterdir())
+
+
+def test_step_6_uses_the_checkpoints_of_attached_kernels(layout):
+    """Three models come from a kernel mounted the classic way, three from a new mount."""
+    root = layout(MOUNTS[1])
+    run_kernel(root, 5, "--smoke", "--epochs", "1")
+    trained = sorted((root / "working" / "outputs" / STEPS[5].script).glob("*/best.pt"))
+    assert len(trained) == 6
+    for mount, checkpoints in zip(EARLIER_MOUNTS, (trained[:3], trained[3:]), strict=True):
+        for path in checkpoints:
+            target = root / mount / path.parent.relative_to(root / "working")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path.parent, target)
+    shutil.rmtree(root / "working" / "outputs")
+    result = run_kernel(root, 6, "--smoke")
+    found = re.findall(r"^\w+: using (\S+),", result.stdout, re.MULTILINE)
+    counts = [sum(str(root / mount) in path for path in found) for mount in EARLIER_MOUNTS]
+    assert counts == [3, 3], result.stdout
+    assert "training it here" not in result.stdout
+
+
+def test_kaggle_is_where_kaggle_is(monkeypatch):
+    """What the stand-in of these tests replaces."""
+    monkeypatch.delenv("PATREC_KAGGLE_ROOT", raising=False)
+    assert str(patrec.machine.kaggle_root()) == "/kaggle"
+
+
+def results(out):
+    """Curves without times, weights, predictions and source texts of step 5."""
+    folder = out / STEPS[5].script
+    found = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    for path in sorted(folder.glob("*/history.csv")):
+        curve = pd.read_csv(path).drop(columns="seconds")
+        found[path.parent.name] = curve.to_csv(), path.with_name("best.pt").read_bytes()
+    summary = (folder / "summary.md").read_text()
+    found["source"] = re.findall(r"```python\n.*?```", summary, re.DOTALL)
+    return found
+
+
+def test_one_file_alone_gives_what_the_project_gives_with_workers_and_without(
+    data, tmp_path, temporary
+):
+    """In an empty folder, from another working folder: workers and `getsource` find all of it."""
+    script = write_one_file(5, tmp_path / "empty" / "one.py")
+    (tmp_path / "elsewhere").mkdir()
+    flags = ("--features", "beat_mel", "beat_chroma", "--epochs", 3, "--subset", 16)
+    flags += ("--data-dir", data)
+    made = {}
+    for name, which, workers in (
+        ("project", ROOT / f"{STEPS[5].script}.py", 1),
+        ("alone", script, 1),
+        ("workers", script, 2),
+    ):
+        out = tmp_path / name
+        more = ("--out-dir", out, "--workers", workers)
+        run_script(which, *flags, *more, cwd=tmp_path / "elsewhere")
+        made[name] = results(out)
+        assert not list(temporary.glob("patrec-*")), "the modules were not removed"
+    assert made["project"]["source"] and len(made["project"]) >= 4
+    assert made["alone"] == made["project"]
+    assert made["workers"] == made["project"]
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["one.py"]

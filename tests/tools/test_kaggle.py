@@ -1,0 +1,303 @@
+"""tools.kaggle: the one file, the notebook and the cell to paste hold the project's very texts.
+
+That they run is shown in tests/system.
+"""
+
+import ast
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from conftest import ROOT, assert_clean_error
+
+from patrec.errors import InputError
+from tools import kaggle
+from tools.steps import STEPS
+
+SCRIPTS = [step.script for step in STEPS.values()]
+DATA_SET = "geoparslp/patreco3-multitask-affective-music"
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def project_modules():
+    return {f"patrec/{path.name}" for path in (ROOT / "patrec").glob("*.py")} | {"common.py"}
+
+
+def modules_in(code):
+    """The texts that a file or a cell writes, by path, as Python reads them."""
+    texts = {}
+    for node in ast.parse(code).body:
+        match node:
+            case ast.Assign([ast.Subscript(ast.Name("MODULES"), name)], text):
+                texts[ast.literal_eval(name)] = ast.literal_eval(text)[1:]
+    return texts
+
+
+def imported(text):
+    """Paths of the project's modules that a text imports."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {f"{name.replace('.', '/')}.py" for name in names} & project_modules()
+
+
+def kernels(out, *words):
+    """Run the tool; return the folders that it wrote, by the name of the step's script."""
+    kaggle.main([*map(str, words), "--user", "someone", "--out-dir", str(out)])
+    facts = {folder: read_facts(folder) for folder in out.iterdir()}
+    return {fact["code_file"].partition(".")[0]: folder for folder, fact in facts.items()}
+
+
+def read_facts(folder):
+    return json.loads((folder / "kernel-metadata.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    return kernels(tmp_path_factory.mktemp("kernels"), "--all")
+
+
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory):
+    return kernels(tmp_path_factory.mktemp("notebooks"), "--all", "--notebook")
+
+
+# ------------------------------------------------------------------------- the one file
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_file_holds_the_step_and_its_modules_word_by_word(scripts, script):
+    step, code = read(f"{script}.py"), (scripts[script] / f"{script}.py").read_text("utf-8")
+    compile(code, script, "exec")
+    assert ast.get_docstring(ast.parse(code)) == ast.get_docstring(ast.parse(step))  # for --help
+    assert code.endswith(step)
+    texts = modules_in(code)
+    for name, text in texts.items():
+        assert text == read(name)
+        assert text in code  # as text, which a grader can read
+    for text in (step, *texts.values()):
+        assert imported(text) <= set(texts)
+
+
+def test_a_step_carries_only_what_it_needs(scripts):
+    script = STEPS[1].script  # trains nothing
+    assert "common.py" not in modules_in((scripts[script] / f"{script}.py").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 1\n",
+        "no newline at the end",
+        "",
+        "\n\nblank lines first\n",
+        "r = r'\\d\\n' # \\\n",
+        "a = '''one''' # ends with a quote '",
+        'a = """two"""\n',
+        "both ''' and \"\"\" \\\n",
+        "ends with a backslash \\",
+        'ends with a quote "',
+        "carriage\r\nreturns\r",
+        "tabs\t, μ, Müller ♫ and \x0c form feeds\n",
+    ],
+)
+def test_any_text_is_given_back(text):
+    (name,) = modules_in(code := kaggle.dict_of_modules({"a.py": text}))
+    assert modules_in(code)[name] == text
+
+
+def test_future_imports_come_first_and_the_temporary_folder_is_removed(tmp_path):
+    text = '"""About."""\nfrom __future__ import annotations\nimport patrec\n\n'
+    text += "def f(x: Undefined):\n    pass\n\nprint(__doc__, f.__annotations__, patrec.__file__)"
+    (tmp_path / "one.py").write_text(kaggle.one_file("step05_x", text))
+    (tmp_path / "temporary").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    command = [sys.executable, "one.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.stdout.startswith(f"About. {{'x': 'Undefined'}} {env['TMPDIR']}"), run.stderr
+    assert not any((tmp_path / "temporary").iterdir())
+
+
+def test_a_step_that_is_no_python_is_named():
+    with pytest.raises(InputError, match="step05_x.py: no valid Python"):
+        kaggle.one_file("step05_x", '"""About."""\ndef broken(:\n')
+
+
+# ------------------------------------------------------- the cell to paste, the notebook
+
+
+def test_the_setup_cell_writes_every_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kaggle.main(["--setup"])
+    exec(capsys.readouterr().out, {})
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")}
+    for script in SCRIPTS:
+        assert imported(read(f"{script}.py")) <= written
+    for name in written:
+        assert (tmp_path / name).read_text("utf-8") == read(name)
+        assert imported(read(name)) <= written
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_notebook_holds_the_step_and_its_modules(notebooks, script):
+    made = nbformat.read(notebooks[script] / f"{script}.ipynb", as_version=4)
+    nbformat.validate(made)
+    assert made.metadata.kernelspec.name == "python3"  # Kaggle runs none without
+    code = [cell.source for cell in made.cells if cell.cell_type == "code"]
+    texts = {}
+    for source in code:
+        if source.startswith("%%writefile "):
+            line, _, text = source.partition("\n")
+            texts[line.split()[1]] = text
+        else:
+            compile(source, script, "exec")
+    step = read(f"{script}.py")
+    for text in (step, *texts.values()):
+        assert imported(text) <= set(texts)
+    assert all(text == read(name) for name, text in texts.items())
+    # Every line of the step is there, the comment that opens a cell as Markdown.
+    shown = [line for cell in made.cells for line in cell.source.splitlines()]
+    _, _, body = step.removeprefix('"""').partition('"""')
+    for line in body.splitlines():
+        heading = f"## {line.removeprefix('# %%').strip()}"
+        assert {line, heading, line.removeprefix("#").removeprefix(" ")} & {*shown, ""}, line
+    assert ast.get_docstring(ast.parse(step), clean=False).strip() in made.cells[0].source
+
+
+# -------------------------------------------------------------------------- the metadata
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """The official client, which finds nobody's name or key here to sign in with."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "XDG_CONFIG_HOME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", str(home))
+        patch.setenv("KAGGLE_CONFIG_DIR", str(home))
+        from kaggle.api.kaggle_api_extended import KaggleApi
+    return KaggleApi()
+
+
+@pytest.fixture
+def push(client, monkeypatch, capsys):
+    """`kaggle kernels push -p FOLDER`, all of it but the sending; returns what it would send."""
+
+    def call(folder):
+        sent = []
+        network = SimpleNamespace(
+            kernels=SimpleNamespace(kernels_api_client=SimpleNamespace(save_kernel=sent.append))
+        )
+        monkeypatch.setattr(client, "build_kaggle_client", lambda: contextlib.nullcontext(network))
+        capsys.readouterr()
+        client.kernels_push(str(folder))
+        printed = capsys.readouterr()
+        assert printed.out + printed.err == "", "a warning: the title does not give the id"
+        (request,) = sent
+        # The server's rule, which the client leaves to it.
+        assert len(request.new_title) <= 50 and len(request.slug.split("/")[1]) <= 50
+        return request
+
+    return call
+
+
+@pytest.mark.parametrize("number", STEPS)
+def test_the_official_client_pushes_the_folders(scripts, notebooks, push, number):
+    step = STEPS[number]
+    for kind, folders, suffix in (("script", scripts, "py"), ("notebook", notebooks, "ipynb")):
+        folder = folders[step.script]
+        request = push(folder)
+        assert request.slug == f"someone/{folder.name}" and request.kernel_type == kind
+        if kind == "script":  # of a notebook the client sends a form of its own
+            assert request.text == (folder / f"{step.script}.{suffix}").read_text("utf-8")
+        assert request.language == "python"
+        assert request.is_private and not request.enable_internet and not request.enable_tpu
+        assert request.dataset_data_sources == [DATA_SET]
+        assert request.competition_data_sources == request.model_data_sources == []
+        assert request.enable_gpu == step.trains
+        assert request.machine_shape == ("NvidiaTeslaT4" if step.trains else "")
+        earlier = [source.split("-step")[1][:2] for source in request.kernel_data_sources]
+        assert list(map(int, earlier)) == list(step.builds_on)
+        assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"title": "Other"},
+        {"code_file": "x.py"},
+        {"language": "Python"},
+        {"kernel_type": "py"},
+        {"dataset_sources": ["slug"]},
+        {"kernel_sources": ["slug"]},
+    ],
+)
+def test_a_folder_that_the_client_would_refuse_is_noticed(scripts, push, tmp_path, fault):
+    """So that the test above tells something, whatever the next version of the client checks."""
+    folder = shutil.copytree(scripts[STEPS[1].script], tmp_path / "kernel")
+    path = folder / "kernel-metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fault))
+    with pytest.raises((ValueError, AssertionError)):
+        push(folder)
+
+
+def test_earlier_kernels_by_number_or_name(tmp_path):
+    earlier = ("--earlier", "5", "other/their-kernel", "my-kernel")
+    (folder,) = kernels(tmp_path / "with", 6, *earlier, "--dataset", "me/my-copy").values()
+    facts = read_facts(folder)
+    names = ["someone/patrec-lab3-step05-lstm", "other/their-kernel", "someone/my-kernel"]
+    assert facts["kernel_sources"] == names
+    assert facts["dataset_sources"] == ["me/my-copy"]
+    assert not facts["enable_gpu"]  # it only scores what step 5 trained
+    (folder,) = kernels(tmp_path / "without", 6).values()
+    assert read_facts(folder)["enable_gpu"]  # it has to train
+
+
+def test_without_a_user_it_says_what_to_fill_in(tmp_path, push, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kaggle.main(["step05_lstm.py"])
+    assert "give --user" in capsys.readouterr().out
+    push(tmp_path / "kernels" / "patrec-lab3-step05-lstm")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["99"], "no such step"),
+        ([], "--all"),
+        (["5", "--all"], "--all"),
+        (["5", "--setup"], "--setup"),
+        (["5", "--user", "a/b"], "--user"),
+        (["5", "--dataset", "slug-alone"], "owner/slug"),
+        (["5", "--earlier", "a/b"], "--earlier"),
+        (["5", "--earlier", "99"], "--earlier 99"),
+        (["--all", "--earlier", "5"], "--all"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=told) as stopped:
+        kaggle.main(words)
+    assert len(str(stopped.value).splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_in_place_of_the_folder_is_one_line_of_the_command(tmp_path):
+    (tmp_path / "kernels").touch()
+    command = [sys.executable, "-m", "tools.kaggle", "5", "--out-dir", str(tmp_path / "kernels")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_clean_error(run, "kernels", "--out-dir")

@@ -1,0 +1,407 @@
+"""The Dataset and load_data: every item is its clip's, and no part learns from another."""
+
+import itertools
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import COUNTS, labels_of, write_data_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Subset
+
+import common
+from common import SpectrogramDataset, load_data, load_test
+from patrec.clips import ClipStore, load_clips
+from patrec.errors import InputError
+from patrec.files import part_folder
+from patrec.flags import Source
+from patrec.labels import EMOTIONS, Entry, read_entries
+from patrec.splits import encode_labels, split_ids, split_indices
+
+
+@pytest.fixture
+def beat_set(data_dir):
+    """Beat-synchronised clips, whose lengths differ, with statistics of all of them."""
+    entries = read_entries(data_dir, "genre", "train", beat=True)
+    store = load_clips(entries)
+    stats = common.band_statistics(store, range(len(entries)), "fused")
+    return SpectrogramDataset(store, np.arange(len(entries)), "fused", stats)
+
+
+def clip_store(arrays):
+    """A ClipStore of (140, T) arrays."""
+    lengths = torch.tensor([array.shape[1] for array in arrays])
+    frames = torch.from_numpy(np.concatenate(arrays, axis=1).T.astype(np.float16).copy())
+    ids = [str(i) for i in range(len(arrays))]
+    entries = [Entry(i, None, "Rock") for i in ids]
+    return ClipStore(entries, frames, lengths.cumsum(0) - lengths, lengths, ids)
+
+
+# --- items and batches ------------------------------------------------------------------
+
+
+def test_item_is_the_standardised_clip(beat_set):
+    x, target, length = beat_set[3]
+    array = np.load(beat_set.store.entries[3].path)
+    mean, std = (value.numpy()[:, None] for value in beat_set.stats)
+    assert x.dtype == torch.float32 and int(target) == 3
+    assert x.shape == (int(length), 140) == array.T.shape
+    np.testing.assert_allclose(x.T.numpy(), (array - mean) / std, atol=0.02)
+
+
+ROWS = {"mel": slice(0, 128), "chroma": slice(128, 140), "fused": slice(0, 140)}
+
+
+@pytest.mark.parametrize("features", ROWS)
+def test_features_are_the_right_rows(data_dir, features):
+    entries = read_entries(data_dir, "genre", "train")[:4]
+    x = SpectrogramDataset(load_clips(entries), range(4), features)[2][0]
+    np.testing.assert_allclose(x.T.numpy(), np.load(entries[2].path)[ROWS[features]], atol=0.04)
+
+
+def test_a_batch_is_its_items_padded(beat_set):
+    indices = [5, 0, 90, 5]
+    batch = beat_set.__getitems__(indices)
+    lengths = {int(beat_set[i][2]) for i in indices}
+    assert len(lengths) > 1, "the test wants clips of several lengths"
+    for (x, target, length), index in zip(batch, indices, strict=True):
+        alone, its_target, its_length = beat_set[index]
+        assert x.shape == (max(lengths), 140) and target == its_target and length == its_length
+        assert torch.equal(x[:length], alone)
+
+
+def test_padding_is_the_mean_and_not_the_loudest_value(beat_set):
+    """Bug 12: dB padded with zeros is padded with maximum loudness."""
+    x, _, lengths = next(iter(DataLoader(beat_set, 32)))
+    padding = torch.arange(x.shape[1]) >= lengths[:, None]
+    assert padding.any() and (x[padding] == 0).all()
+    mean, std = beat_set.stats
+    assert ((0 - mean[:128]) / std[:128]).min() > 1, (
+        "0 dB lies far above the mean, so the check above tells the two apart"
+    )
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_loader_fetches_a_batch_at_once(beat_set, monkeypatch, subset):
+    calls, whole = [], SpectrogramDataset.__getitems__
+
+    def count(self, indices):
+        calls.append(len(indices))
+        return whole(self, indices)
+
+    monkeypatch.setattr(SpectrogramDataset, "__getitems__", count)
+    dataset = Subset(beat_set, list(range(10, 50))) if subset else beat_set
+    targets = torch.cat([y for _, y, _ in DataLoader(dataset, 16)])
+    assert sum(calls) == len(dataset) and max(calls) == 16 and len(calls) == -(-len(dataset) // 16)
+    assert targets.tolist() == (list(range(10, 50)) if subset else list(range(len(beat_set))))
+
+
+def test_crops_are_random_and_stay_within_their_clip():
+    """Every clip is filled with its own number, every frame's chroma with its place."""
+    lengths = [50, 7, 30, 31]
+    arrays = [np.full((140, n), float(i)) for i, n in enumerate(lengths)]
+    for array in arrays:
+        array[139] = np.arange(array.shape[1]) / 64
+    dataset = SpectrogramDataset(clip_store(arrays), range(4), "fused", crop=30)
+    torch.manual_seed(0)
+    starts = [set() for _ in range(4)]
+    for _ in range(200):
+        for i, (x, target, length) in enumerate(dataset.__getitems__([0, 1, 2, 3])):
+            assert int(target) == i and int(length) == min(30, lengths[i])
+            assert (x[:length, 0] == i).all(), "frames of another clip"
+            place = (x[:length, 139] * 64).round()
+            assert (place.diff() == 1).all() and place[-1] < lengths[i]
+            starts[i].add(int(place[0]))
+    assert starts == [set(range(21)), {0}, {0}, {0, 1}]
+
+
+def test_long_clips_come_out_whole_and_targets_must_match():
+    store = clip_store([np.full((140, n), -9.0) for n in (2000, 2002)])
+    items = [SpectrogramDataset(store, [0, 1])[i] for i in range(2)]
+    assert [(len(x), int(length)) for x, _, length in items] == [(2000, 2000), (2002, 2002)]
+    with pytest.raises(ValueError, match="3 targets for 2 clips"):
+        SpectrogramDataset(store, [0, 1, 2])
+
+
+# --- statistics -------------------------------------------------------------------------
+
+
+def random_clips(lengths, seed=0):
+    """Clips with slow and fast changes, each about another mean, in the steps of half precision."""
+    rng = np.random.default_rng(seed)
+    clips = []
+    for n in lengths:
+        drift = 6 * np.sin(np.linspace(0, rng.uniform(2, 9), n)) + rng.uniform(-40, -20)
+        mel = drift + 5 * rng.standard_normal((128, n)) + np.linspace(-10, 10, 128)[:, None]
+        clip = np.vstack([np.clip(mel, -80, 0), rng.random((12, n))])
+        clips.append(clip.astype(np.float16).astype(np.float64))
+    return clips
+
+
+@pytest.mark.parametrize("features", ROWS)
+def test_band_statistics_are_those_of_the_given_clips(features):
+    """Exactly numpy's where every frame is read; of long clips a sample, which must come close."""
+    clips = random_clips([200, 150, 90, 255])
+    mean, std = common.band_statistics(clip_store(clips), [0, 2, 3], features)
+    frames = np.concatenate([clips[i] for i in (0, 2, 3)], axis=1)[ROWS[features]]
+    np.testing.assert_allclose(mean, frames.mean(1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(std, frames.std(1), rtol=1e-4, atol=1e-4)
+    long = random_clips([1293, 1293, 1280, 1291, 1293], seed=1)
+    mean, std = common.band_statistics(clip_store(long), [0, 1, 3, 4], features)
+    frames = np.concatenate([long[i] for i in (0, 1, 3, 4)], axis=1)[ROWS[features]]
+    standard_error = frames.std(1) / math.sqrt(4 * 256)
+    assert (np.abs(mean.numpy() - frames.mean(1)) < 4 * standard_error).all()
+    np.testing.assert_allclose(std, frames.std(1), rtol=0.12)
+
+
+def test_statistics_of_a_silent_band_stay_finite():
+    store = clip_store([np.full((140, 20), -80.0)])
+    mean, std = common.band_statistics(store, [0])
+    assert (mean == -80).all() and (std > 0).all()
+    assert SpectrogramDataset(store, [0], "mel", (mean, std))[0][0].abs().max() == 0
+
+
+def test_statistics_come_from_the_training_part_only(tmp_path):
+    """On clips so short that each of their frames counts."""
+    root = write_data_set(tmp_path / "short", COUNTS, n_emotion=(2, 1), n_frames=60)
+    data = load_data(Source(root, seed=3))
+    arrays = [np.load(entry.path)[:128] for entry in data.train.dataset.store.entries]
+    mean, std = (value.numpy() for value in data.settings["stats"])
+    frames = np.concatenate([arrays[i] for i in data.train.indices], axis=1)
+    np.testing.assert_allclose(mean, frames.mean(1), atol=2e-3)
+    np.testing.assert_allclose(std, frames.std(1), atol=2e-3)
+    everything = np.concatenate(arrays, axis=1)
+    assert np.abs(everything.mean(1) - frames.mean(1)).max() > 0.02, (
+        "the two must differ for this test to tell anything"
+    )
+
+
+def test_statistics_that_are_given_are_used(own_data):
+    """Of the network that is continued: its filters expect them. And test clips get them too."""
+    given = torch.full((128,), -40.0), torch.full((128,), 5.0)
+    for target in ("genre", "energy"):
+        data = load_data(Source(own_data), target=target, stats=given, n_folds=2)
+        assert data.settings["stats"] is given
+        for part in (data.train.dataset, load_test(Source(own_data), data.settings)):
+            array = np.load(part.store.entries[1].path)[:128]
+            np.testing.assert_allclose(part[1][0].T.numpy(), (array + 40) / 5, atol=0.01)
+
+
+# --- identity: a clip, its frames, its label --------------------------------------------
+
+
+def write_marked(root, labels, draw):
+    """Both parts in both forms, label files in any order, each array full of its clip's number."""
+    header = {"genre": "Id\tGenre", "emotion": ",".join(["Id", *EMOTIONS])}
+    for part, beat in itertools.product(labels, (False, True)):
+        folder = part_folder(root, part, beat)
+        (folder / "train").mkdir(parents=True)
+        for number, clip_id in enumerate(labels[part], start=1):
+            array = np.full((140, 1 + number % 3), -number - beat / 2, dtype=np.float32)
+            array[1], array[128:] = -77, number / 64
+            np.save(folder / "train" / f"{clip_id}.fused.full.npy", array)
+        rows = [
+            f"{clip_id}\t{label}" if part == "genre" else ",".join([clip_id, *map(str, label)])
+            for clip_id, label in draw(st.permutations(list(labels[part].items())))
+        ]
+        (folder / "train_labels.txt").write_text("\n".join([header[part], *rows]) + "\n")
+
+
+IDS = st.lists(st.from_regex("[0-9A-Z_-]{1,4}", fullmatch=True), unique=True, min_size=8)
+
+
+@settings(derandomize=True, max_examples=8, deadline=None, database=None)
+@given(ids=IDS, seed=st.integers(0, 9), subset=st.integers(3, 20), draw=st.data())
+def test_every_item_is_its_clips_own_whatever_the_order_of_the_label_files(
+    tmp_path_factory, ids, seed, subset, draw
+):
+    """Through cache, split, subset and Dataset: the frames, the label and the id of one clip."""
+    labels = {
+        "genre": {clip_id: ["Rock", "NA"][n % 2] for n, clip_id in enumerate(ids)},
+        "emotion": {clip_id: (n / 64, 1 - n / 64, 0.5) for n, clip_id in enumerate(ids)},
+    }
+    root, cuts = tmp_path_factory.mktemp("marked"), {part: [] for part in labels}
+    write_marked(root, labels, draw.draw)
+    source = Source(root, seed=seed, merge=False, subset=subset)
+    for part, beat, features in itertools.product(labels, (False, True), ("mel", "chroma")):
+        data = load_data(source, features, beat, part, n_folds=2)
+        parts = [data.train, data.val, data.held_out]
+        cuts[part].append([common.clip_ids(one) for one in parts])
+        mean, std = data.settings["stats"]
+        for one, clip_ids in zip(parts, cuts[part][-1], strict=True):
+            for clip_id, (x, target, length) in zip(clip_ids, one, strict=True):
+                number = ids.index(clip_id) + 1
+                frames = number / 64 if features == "chroma" else -number - beat / 2
+                assert (x * std + mean)[0, 0].item() == pytest.approx(frames, abs=1e-3)
+                assert int(length) == 1 + number % 3
+                label = data.names[int(target)] if part == "genre" else target.tolist()
+                own = labels[part][clip_id]
+                assert label == (own if part == "genre" else pytest.approx(own))
+            if len(clip_ids):
+                true = common.true_labels(one, data.settings)
+                assert true.index.tolist() == clip_ids
+    for part in labels:  # what one network trains on, none is validated with
+        assert all(cut == cuts[part][0] for cut in cuts[part])
+        ids_of_parts = sum(cuts[part][0], [])
+        assert len(ids_of_parts) == len(set(ids_of_parts)) and set(ids_of_parts) <= set(ids)
+
+
+@pytest.mark.parametrize("target", ["genre", "emotion"])
+def test_parts_cover_the_clips_and_depend_on_the_seed(own_data, target):
+    labels, cuts = labels_of(own_data, target), []
+    for seed in (42, 7):
+        data = load_data(Source(own_data, seed=seed), target=target, n_folds=2)
+        cuts.append([common.clip_ids(part) for part in (data.train, data.val, data.held_out)])
+        assert sorted(sum(cuts[-1], [])) == sorted(labels)
+        assert len(cuts[-1][0]) > len(cuts[-1][1]) > 0
+        assert len(cuts[-1][2]) == (0 if target == "genre" else len(labels) / 2)
+    assert cuts[0] != cuts[1]
+    data = load_data(Source(own_data), target="energy", n_folds=2)
+    if target == "emotion":  # one of the three alone
+        energy = common.true_labels(data.held_out, data.settings)["energy"]
+        assert energy.to_dict() == pytest.approx({i: labels[i][1] for i in energy.index})
+
+
+def test_class_numbers_are_sorted_and_come_from_training(data_dir):
+    """Bug 8: names in set() order, or an encoder fitted on the test set by itself."""
+    data = load_data(Source(data_dir, seed=1), beat=True)
+    assert data.names == sorted(data.names) and len(data.names) == 10
+    # Taken away the first class from a test set, the others keep their numbers.
+    some = read_entries(data_dir, "genre", "test", True, merge=True)
+    some = [entry for entry in some if entry.label != "Blues"]
+    numbers = encode_labels(some, data.names)
+    assert [data.names[k] for k in numbers] == [entry.label for entry in some]
+    foreign = some[0]._replace(label="Rebetiko")
+    with pytest.raises(InputError, match="test_labels.txt: class 'Rebetiko' does not occur.*mend"):
+        encode_labels([foreign], data.names)
+
+
+# --- parts ------------------------------------------------------------------------------
+
+
+def test_split_is_stratified_seeded_disjoint_and_covers_all():
+    classes = np.repeat([0, 1, 2], [50, 30, 10])
+    train, val = split_indices(90, 0.2, 7, classes)
+    assert sorted([*train, *val]) == list(range(90))
+    assert np.bincount(classes[val]).tolist() == [10, 6, 2]
+    for other_seed, same in ((7, True), (8, False)):
+        again = split_indices(90, 0.2, other_seed, classes)[1]
+        assert (again.tolist() == val.tolist()) == same
+
+
+def test_what_cannot_be_split_is_refused(own_data):
+    with pytest.raises(InputError, match="single clip"):
+        split_indices(9, 0.2, 0, np.array([0] * 8 + [1]))
+    with pytest.raises(InputError, match="too few"):
+        split_indices(1, 0.2, 0)
+    path = own_data / "fma_genre_spectrograms/train_labels.txt"
+    rows = path.read_text().splitlines()
+    jazz = [row for row in rows if row.endswith("Jazz")]
+    path.write_text("\n".join(row for row in rows if row not in jazz[1:]) + "\n")
+    with pytest.raises(InputError, match=f"{path}: class Jazz has a single clip"):
+        load_data(Source(own_data))
+    with pytest.raises(InputError, match="multitask_dataset.*8 clips are too few for 5 folds"):
+        load_data(Source(own_data), target="emotion")
+
+
+def test_a_subset_has_every_class_and_no_validation_clip(data_dir):
+    data = load_data(Source(data_dir, seed=1, subset=30), beat=True)
+    assert not set(data.train.indices) & set(data.val.indices)
+    assert len(data.train) == 30
+    assert {int(data.train.dataset.targets[i]) for i in data.train.indices} == set(range(10))
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 4])
+def test_folds_hold_every_clip_out_once(tmp_path, n_folds):
+    labels = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5))
+    source = Source(tmp_path / "nowhere")  # then the order is that of the labels
+    cuts = [split_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)]
+    for parts in cuts:
+        assert sorted(sum(parts, [])) == sorted(labels), "parts overlap, or miss a clip"
+    held_out = [clip_id for _, _, part in cuts for clip_id in part]
+    assert sorted(held_out) == sorted(labels)
+    assert split_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
+    few = dict(list(labels.items())[: 4 * n_folds - 1])
+    with pytest.raises(InputError, match="too few for"):
+        split_ids(source, "emotion", few, 0, n_folds)
+
+
+def test_parts_without_a_readable_clip_are_one_error(own_data):
+    data = load_data(Source(own_data), target="emotion", n_folds=2)
+    (clip_id,) = common.clip_ids(data.val)
+    (own_data / "multitask_dataset" / "train" / f"{clip_id}.fused.full.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="multitask_dataset.*no readable clip"):
+        load_data(Source(own_data, skip_bad=True), target="emotion", n_folds=2)
+
+
+def test_an_emotion_clip_in_one_form_only_is_refused(own_data):
+    path = own_data / "multitask_dataset_beat/train_labels.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match="multitask_dataset_beat: clip .* only one of"):
+        load_data(Source(own_data), beat=True, target="emotion", n_folds=2)
+
+
+def test_labels_of_training_clips_alone_scale_an_emotion(own_data):
+    data = load_data(Source(own_data), target="energy", n_folds=2)
+    labels = labels_of(own_data, "emotion")
+    known = [labels[clip_id][1] for clip_id in common.clip_ids(data.train)]
+    assert data.mean == pytest.approx([np.mean(known)], abs=1e-6)
+    assert data.std == pytest.approx([np.std(known)], abs=1e-6)
+
+
+def test_priors_are_shares_of_the_training_part_and_never_zero(own_data, capsys):
+    """A class whose only training clips are bad must not become an infinite logit."""
+    data = load_data(Source(own_data))
+    named = Counter(common.true_labels(data.train, data.settings))
+    shares = [named[name] / len(data.train) for name in data.names]
+    assert data.settings["priors"] == pytest.approx(shares)
+    for entry in read_entries(own_data, "genre", "train", merge=True):
+        if entry.label == "Blues" and entry.clip_id in common.clip_ids(data.train):
+            entry.path.write_bytes(b"")
+    data = load_data(Source(own_data, skip_bad=True))
+    logits = common.adjust_logits(torch.zeros(2, len(data.names)), data.settings["priors"])
+    assert "left out" in capsys.readouterr().err and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["genre", "emotion"])
+def test_only_training_clips_are_cropped(own_data, target):
+    data = load_data(Source(own_data), target=target, crop=10, n_folds=2)
+    assert {int(length) for _, _, length in data.train} == {10}
+    for part in (data.val, data.held_out):
+        assert all(40 <= int(length) <= 42 for _, _, length in part)
+
+
+# --- the test split ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", ["id", "array"])
+@pytest.mark.parametrize("beat", [False, True])
+def test_test_clips_of_the_training_split_are_refused(own_data, same, beat):
+    """In the form that is tested too: step 6 asks networks of frames for beats."""
+    source = Source(own_data)
+    data_settings = load_data(source).settings
+    assert len(load_test(source, data_settings, beat=beat)) == 15
+    train, test = (read_entries(own_data, "genre", part, beat, True) for part in ("train", "test"))
+    if same == "array":
+        shutil.copy(train[0].path, test[0].path)
+    else:
+        shutil.copy(test[0].path, train[0].path.with_name(test[0].path.name))
+        with open(part_folder(own_data, "genre", beat) / "train_labels.txt", "a") as file:
+            file.write(f"{test[0].clip_id}.x\tBlues\n")
+        np.save(test[0].path, np.load(test[0].path)[:, ::-1])
+    with pytest.raises(InputError, match=f"1 test clips.*{test[0].clip_id}.*--allow-leak"):
+        load_test(source, data_settings, beat=beat)
+    assert len(load_test(Source(own_data, allow_leak=True), data_settings, beat=beat)) == 15
+
+
+def test_test_clips_are_sorted_by_id_and_emotions_unknown(own_data):
+    for target, n in (("genre", 15), ("emotion", 2)):
+        data = load_data(Source(own_data), target=target, n_folds=2)
+        test = load_test(Source(own_data), data.settings)
+        ids = common.clip_ids(test)
+        assert ids == sorted(ids) and len(ids) == n
+        assert test.targets.isnan().all() == (target == "emotion")

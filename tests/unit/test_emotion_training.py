@@ -1,0 +1,97 @@
+"""Emotions: heads, folds and the spread of scores, function by function."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import EMOTIONS, write_data_set
+from scipy.stats import spearmanr
+
+import common
+import patrec.errors
+import patrec.scores
+from patrec.files import load_torch
+from patrec.flags import Source, TrainingOptions
+from patrec.recipes import GENRE_NETWORKS
+from patrec.tables import difference_line
+
+
+def test_each_head_learns_from_its_own_axis_and_the_backbone_from_all():
+    """Right on two axes: only the third one's head is corrected."""
+    torch.manual_seed(0)
+    model = common.Regressor(common.CNNBackbone(), EMOTIONS, [0.5] * 3, [0.25] * 3).eval()
+    for head in model.heads.values():  # untrained heads answer all clips alike
+        torch.nn.init.normal_(head.weight)
+    x, lengths = torch.randn(6, 64, 128), torch.full((6,), 64)
+    for column, axis in enumerate(EMOTIONS):
+        outputs = model(x, lengths)
+        targets = outputs.detach().clone()
+        targets[:, column] += torch.rand(6)
+        model.zero_grad()
+        common.RegressionLoss([0.25, 0.25, 0.17])(outputs, targets).backward()
+        largest = {
+            name: max(weights.grad.abs().max().item() for weights in head.parameters())
+            for name, head in model.heads.items()
+        }
+        others = [value for name, value in largest.items() if name != axis]
+        assert largest[axis] > 0.1 and max(others) < 1e-3, largest
+        for name, weights in model.backbone.named_parameters():
+            assert weights.grad.abs().sum() > 0, name
+
+
+def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(tmp_path):
+    """And the weights of the losses are learned on the way, at the lower rate that is asked for."""
+    source = Source(write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20))
+    training = TrainingOptions(source, tmp_path, tmp_path / "out", epochs=1)
+
+    def regressor(network, data):
+        return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
+
+    run = common.Experiment(
+        "run", GENRE_NETWORKS["beat_mel"], regressor,
+        lambda data: common.RegressionLoss(data.std, learned=True), torch.optim.AdamW,
+        target="emotion", n_folds=2, lr_factor=0.5,
+    )  # fmt: skip
+    result = common.train_all(training, [run])["run"]
+    for fold, member in enumerate(result.members):
+        data = common.load_data(source, "mel", True, "emotion", fold=fold, n_folds=2)
+        answers = common.predict_clips(member.model, data.held_out, member.settings)
+        pd.testing.assert_frame_equal(result.predictions.loc[answers.index], answers)
+        assert set(result.folds[result.folds == fold + 1].index) == set(answers.index)
+        learned = load_torch(member.path.with_name("last.pt"))["loss_fn"]["log_var"]
+        assert (learned != 0).all(), "the weights of the losses are not learned"
+        assert member.facts["lr"] == 0.5 * training.lr
+
+
+def test_a_clip_without_its_beats_is_named(tmp_path):
+    data = write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20)
+    labels = data / "multitask_dataset_beat" / "train_labels.txt"
+    header, first, *rows = labels.read_text().splitlines()
+    labels.write_text("\n".join([header, *rows]) + "\n")
+    with pytest.raises(patrec.errors.InputError, match=first.split(",")[0]):
+        common.load_data(Source(data), "mel", True, "emotion")
+
+
+def test_resampled_spearman_equals_scipys():
+    rng = np.random.default_rng(3)
+    targets, predictions = rng.random(20).round(1), rng.random(20)
+    rows = np.random.default_rng(0).integers(0, 20, (30, 20))
+    expected = [spearmanr(targets[sample], predictions[sample]).statistic for sample in rows]
+    assert patrec.scores.resampled_spearman(targets, predictions, 30) == pytest.approx(expected)
+    assert not patrec.scores.resampled_spearman(targets, np.ones(20), 30).any()
+
+
+def test_a_difference_is_paired_and_of_the_emotions_that_both_models_have():
+    """Two nearly equal models on few clips: wide intervals each, a narrow one of the difference."""
+    rng = np.random.default_rng(0)
+    true = pd.DataFrame(rng.random((50, 3)), columns=EMOTIONS)
+    first = true + 0.4 * rng.standard_normal((50, 3))
+    second = first + 0.01 * rng.standard_normal((50, 3))
+    difference = patrec.scores.paired_difference(true, first, second.iloc[::-1])  # matched by clip
+    low, high = difference["spearman_ci95"]
+    alone_low, alone_high = patrec.scores.emotion_scores(true, first)["mean_spearman_ci95"]
+    assert low <= difference["spearman"] <= high and high - low < (alone_high - alone_low) / 3
+    line = difference_line("a", "b", difference)
+    assert f"{difference['spearman']:+.3f}" in line and "50 clips" in line
+    found = patrec.scores.paired_difference(true, true[["energy"]], first)["spearman"]
+    assert found == pytest.approx(1 - spearmanr(true["energy"], first["energy"]).statistic)

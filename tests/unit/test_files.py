@@ -1,0 +1,114 @@
+"""Folders are found, and files are written whole or not at all."""
+
+import errno
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import Payload
+
+import patrec.files
+from patrec.errors import InputError
+from patrec.files import (
+    cache_dir,
+    find_data,
+    load_torch,
+    lock_folder,
+    make_folder,
+    save_torch,
+    to_json,
+    write_text,
+)
+
+
+def test_data_folder_of_one_level_too_high_or_low_is_taken(own_data, tmp_path, monkeypatch):
+    data = own_data.rename(tmp_path / "data")
+    for place in (data, tmp_path, data / "fma_genre_spectrograms", data / "multitask_dataset_beat"):
+        assert find_data(place) == data.resolve()
+    monkeypatch.chdir(data / "multitask_dataset")
+    assert find_data(".") == data.resolve()
+    monkeypatch.setenv("PATREC_DATA", str(data))
+    assert find_data() == data.resolve()
+
+
+def test_a_folder_without_data_is_named_with_the_cure(own_data):
+    (own_data / "songs").mkdir()
+    (own_data / "file").write_text("")
+    # data/song, mistyped for data/songs, must not fall back on what its parent folder holds.
+    for name in ("song", "songs", "file", "fma_genre_spectrograms/train"):
+        with pytest.raises(
+            InputError, match=f"no fma_genre_.* folder in {own_data / name}.*--data"
+        ):
+            find_data(own_data / name)
+
+
+def test_folders_that_cannot_be_made_are_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=f"{folder}: no output folder.*--out-dir"):
+            make_folder(folder)
+    monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(InputError, match=r"below: no cache folder.*\$PATREC_CACHE"):
+        cache_dir()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", [write_text, lambda path, text: save_torch(path, {"text": text})])
+def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch, write):
+    """The disk is full when the file is half written."""
+
+    class Full(io.FileIO):
+        def write(self, content):
+            super().write(bytes(content)[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "file"
+    write(path, "old")
+    before = path.read_bytes()
+    monkeypatch.setattr(patrec.files, "open", lambda path, mode: Full(path, "w"), raising=False)
+    with pytest.raises(InputError, match="file: cannot be written.*No space left.*--out-dir"):
+        write(path, "new")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    path, proof = tmp_path / "best.pt", tmp_path / "the code was run"
+    for form in ("bare", "inside"):
+        if form == "bare":
+            path.write_bytes(pickle.dumps(Payload(proof)))
+        else:
+            torch.save({"spec": Payload(proof)}, path)
+        with pytest.raises(InputError, match="best.pt: no readable checkpoint.*train again"):
+            load_torch(path)
+        assert not proof.exists()
+    torch.load(path, weights_only=False)
+    assert proof.exists(), "the payload works, so the test above tells something"
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    path = tmp_path / "best.pt"
+    with pytest.raises(InputError, match="best.pt: no such checkpoint; run the step"):
+        load_torch(path)
+    save_torch(path, {"weights": torch.arange(3)})
+    assert load_torch(path)["weights"].tolist() == [0, 1, 2]
+    for content in (b"", path.read_bytes()[:300], b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="no readable checkpoint"):
+            load_torch(path)
+
+
+def test_what_killed_processes_left_half_written_goes(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".best.pt.0123.tmp", "run/.last.pt.0123.tmp", "run/mine.tmp"):
+        (tmp_path / name).write_text("half")
+    lock_folder(tmp_path).release()
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["mine.tmp"]
+
+
+def test_facts_become_json():
+    facts = {"n": np.int64(3), "x": np.array([0.5, 1.0]), "path": os.path}
+    assert json.loads(to_json(facts | {"path": None})) == {"n": 3, "x": [0.5, 1.0], "path": None}

@@ -1,0 +1,245 @@
+"""Backbones and heads: padding, lengths and modes, against torch's own layers and by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader
+
+import common
+from common import Classifier, CNNBackbone, LSTMBackbone, Regressor, predict
+from patrec.labels import EMOTIONS
+
+LSTM_OPTIONS = {
+    f"lstm {readout} {'both' if both else 'forward'} {n}":
+        {"readout": readout, "bidirectional": both, "frames_per_step": n}
+    for readout in ("pool", "last") for both in (True, False) for n in (1, 4)
+}  # fmt: skip
+NAMES = [*LSTM_OPTIONS, "cnn"]
+
+
+def backbone(name, **options):
+    torch.manual_seed(0)
+    if name == "cnn":
+        return CNNBackbone(20, channels=(4, 4, 6, 8), **options)
+    return LSTMBackbone(20, **{"hidden_size": 8, "n_layers": 2} | LSTM_OPTIONS[name] | options)
+
+
+def item(n_frames):
+    return torch.randn(n_frames, 20), torch.tensor(0), torch.tensor(n_frames)
+
+
+# --- lengths and padding ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clip_gives_the_same_vector_however_far_it_is_padded(name):
+    """Bug 5: the last step, or the backward direction, was taken in the padding."""
+    network = backbone(name).eval()
+    x, lengths = torch.randn(3, 61, 20), torch.tensor([61, 40, 17])
+    for i in range(3):
+        x[i, lengths[i] :] = 0
+    with torch.inference_mode():
+        together = network(x, lengths)
+        assert together.shape == (3, network.feature_size)
+        for extra in (0, 1, 50):
+            for i, n in enumerate(lengths.tolist()):
+                padded = nn.functional.pad(x[i : i + 1, :n], (0, 0, 0, extra))
+                alone = network(padded, lengths[i : i + 1])
+                torch.testing.assert_close(alone, together[i : i + 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_weight_depends_on_the_length_of_a_clip(name):
+    """Bug 6: layers made inside forward, sizes taken from the longest test clip."""
+    network = backbone(name).train()
+    before = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    for n in (1, 5, 90, 700):
+        vectors = network(torch.randn(2, n, 20), torch.tensor([n, max(1, n - 3)]))
+        assert vectors.shape == (2, network.feature_size)
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_one_clip_stays_a_batch(name):
+    """Bug 11: .squeeze() made a last batch of one clip a scalar."""
+    network = backbone(name).eval()
+    for head, n_outputs in (
+        (Classifier(network, 4), 4),
+        (Regressor(network, ["energy"], [0.5], [0.2]), 1),
+        (Regressor(network, EMOTIONS, [0.5] * 3, [0.2] * 3), 3),
+    ):
+        outputs, targets = predict(head, DataLoader([item(33)], 4))
+        assert outputs.shape == (1, n_outputs) and targets.shape == (1,)
+
+
+# --- modes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cnn", "lstm pool both 4"])
+def test_predict_scores_in_evaluation_mode(name):
+    """Bug 4: dropout and batch norm stayed on, so the same clip scored differently each time."""
+    model = Classifier(backbone(name), 3).train()
+    buffers = [value.clone() for value in model.buffers()]
+    loader = DataLoader([item(40) for _ in range(6)], 3)
+    first, _ = predict(model, loader)
+    model.train()
+    assert torch.equal(first, predict(model, loader)[0])
+    assert all(torch.equal(old, new) for old, new in zip(buffers, model.buffers(), strict=True)), (
+        "scoring moved the running statistics"
+    )
+
+
+@pytest.mark.parametrize("n_layers, changes", [(1, False), (2, True)])
+def test_an_lstm_drops_units_between_its_layers_and_not_of_its_input(n_layers, changes):
+    network = backbone("lstm last both 1", n_layers=n_layers, dropout=0.9)
+    x, lengths = torch.randn(2, 30, 20), torch.tensor([30, 21])
+    trained, scored = network.train()(x, lengths), network.eval()(x, lengths)
+    assert torch.equal(trained, scored) != changes
+
+
+def test_each_layer_of_a_head_drops_in_training_only():
+    x, lengths = torch.randn(4, 30, 20), torch.tensor([30, 30, 21, 8])
+    network = backbone("lstm last both 1", n_layers=1)
+    heads = Classifier(network, 3, dropout=0.5), Regressor(network, EMOTIONS, [0] * 3, [1] * 3, 0.5)
+    for model in heads:
+        assert not torch.equal(model.train()(x, lengths), model(x, lengths))
+        assert torch.equal(model.eval()(x, lengths), model(x, lengths))
+
+
+def test_batch_normalisation_uses_the_batch_in_training_and_running_means_in_scoring():
+    network = backbone("cnn").train()
+    x, lengths = 5 + torch.randn(4, 64, 20), torch.full((4,), 64)
+    trained = network(x, lengths)
+    torch.testing.assert_close(trained, network(x, lengths))
+    assert (network.eval()(x, lengths) - trained).abs().max() > 0.1
+    assert all(norm.num_batches_tracked == 2 for norm in network.modules()
+               if isinstance(norm, nn.BatchNorm2d))  # fmt: skip
+
+
+def test_frozen_blocks_keep_their_weights_and_statistics():
+    network = backbone("cnn")
+    network.freeze(2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    network.train()(torch.randn(4, 64, 20), torch.full((4,), 64)).sum().backward()
+    optimizer.step()
+    changed = {name.split(".")[1] for name, value in network.state_dict().items()
+               if not torch.equal(value, before[name])}  # fmt: skip
+    assert changed == {"2", "3"}
+
+
+def test_stripes_are_cut_in_training_only_and_alike_in_means_spreads_and_changes():
+    mask, x = common.StripeMask(16, widest=4), torch.ones(50, 20, 48)
+    torch.manual_seed(0)
+    means, spreads, changes = mask(x).chunk(3, dim=2)
+    assert torch.equal(means, spreads) and torch.equal(means, changes)
+    bands = (means == 0).all(1).sum(1)  # (50,) bands blank throughout a clip
+    steps = (means == 0).all(2).sum(1)
+    assert 0 < bands.max() <= 4 and 0 < steps.max() <= 3  # 15% of 20 steps
+    assert len({tuple(row) for row in (means == 0).all(1).tolist()}) > 10  # each clip its own
+    assert torch.equal(mask.eval()(x), x)
+
+
+# --- the LSTM ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("readout", ["last", "pool"])
+@pytest.mark.parametrize("n_layers, both", [(1, True), (2, True), (1, False)])
+def test_lstm_is_torchs_own_on_packed_sequences(readout, n_layers, both):
+    """Clips of unequal lengths, the same weights; the reference is nn.LSTM on a packed sequence."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([9, 4, 1, 7])
+    padding = torch.arange(9)[None, :, None] >= lengths[:, None, None]
+    x = torch.randn(4, 9, 6).masked_fill(padding, 0.0)
+    network = LSTMBackbone(6, 5, n_layers, bidirectional=both, readout=readout).eval()
+    reference = nn.LSTM(6, 5, n_layers, batch_first=True, bidirectional=both)
+    mine = [module for module in network.modules() if isinstance(module, nn.LSTM)]
+    ways = ("", "_reverse")[: 1 + both]
+    suffixes = [f"_l{layer}{way}" for layer in range(n_layers) for way in ways]
+    with torch.no_grad():
+        for module, suffix in zip(mine, suffixes, strict=True):
+            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                getattr(reference, kind + suffix).copy_(getattr(module, f"{kind}_l0"))
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed, (hidden, _) = reference(packed)
+        outputs, _ = pad_packed_sequence(packed, batch_first=True)
+        vector = network(x, lengths)
+    if readout == "last":
+        expected = torch.cat(list(hidden[-2:] if both else hidden[-1:]), dim=1)
+    else:
+        clips = [outputs[i, :n] for i, n in enumerate(lengths)]
+        expected = torch.stack([torch.cat([clip.mean(0), clip.amax(0)]) for clip in clips])
+    torch.testing.assert_close(vector, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames_per_step", [1, 4])
+def test_bidirectional_lstm_reads_both_ends(frames_per_step):
+    """Bug 5: at the last step the backward direction has read one step only.
+
+    Each half of the vector must depend on the far end of the clip: forwards on the first
+    frame, backwards on the last.
+    """
+    network = LSTMBackbone(6, 5, readout="last", frames_per_step=frames_per_step).eval()
+    x = torch.randn(1, 12, 6, requires_grad=True)
+    for half in (slice(0, 5), slice(5, 10)):
+        vector = network(x, torch.tensor([12]))
+        (gradient,) = torch.autograd.grad(vector[0, half].square().sum(), x)
+        assert (gradient[0].norm(dim=1) > 0).all(), "frames that never reach this direction"
+
+
+def test_every_feature_of_a_step_reaches_the_lstm_standardised():
+    network = LSTMBackbone(6, frames_per_step=4, projection=5)
+    steps, _ = common.frame_statistics(30 + 7 * torch.randn(64, 40, 6), torch.full((64,), 40), 4)
+    normed = network.stem[0](steps).flatten(0, 1)
+    assert normed.mean(0).abs().max() < 1e-3 and (normed.std(0) - 1).abs().max() < 0.01
+
+
+# --- by hand ----------------------------------------------------------------------------
+
+
+def test_frames_are_averaged_by_hand():
+    x = torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0], [2.0, 4.0, 6.0, 0.0, 0.0]])[:, :, None]
+    means, lengths = common.average_frames(x, torch.tensor([5, 3]), 2)
+    assert means[..., 0].tolist() == [[2, 6, 9], [3, 6, 0]] and lengths.tolist() == [3, 2]
+    same, lengths = common.average_frames(x, torch.tensor([5, 3]), 1)
+    assert torch.equal(same, x) and lengths.tolist() == [5, 3]
+
+
+def test_steps_are_described_by_hand():
+    """Means, population standard deviations, mean absolute changes; padding counts in none."""
+    x = torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0], [2.0, 6.0, 4.0, 0.0, 0.0]])[:, :, None]
+    steps, lengths = common.frame_statistics(x, torch.tensor([5, 3]), 2)
+    assert lengths.tolist() == [3, 2]
+    # Changes: clip 1: 0, 2 | 2, 2 | 2; clip 2: 0, 4 | 2 (the next one leads into the padding).
+    by_hand = [[[2, 1, 1], [6, 1, 2], [9, 0, 2]], [[4, 2, 2], [4, 0, 2]]]
+    np.testing.assert_allclose(steps[0], by_hand[0], atol=1e-5)
+    np.testing.assert_allclose(steps[1, :2], by_hand[1], atol=1e-5)
+
+
+def test_mean_and_maximum_of_a_clips_own_steps_by_hand():
+    x = [[[1.0, -1.0], [3.0, -5.0], [8.0, 9.0]], [[-2.0, 0.5], [-4.0, 0.25], [-6.0, 0.0]]]
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])[:, :, None]
+    pooled = common.masked_mean_max(torch.tensor(x), mask)
+    assert pooled.tolist() == [[2, -3, 3, -1], [-4, 0.25, -2, 0.5]]
+
+
+def test_regressor_predicts_in_the_labels_units_and_in_the_order_of_its_names():
+    names = ["energy", "danceability"]
+    model = Regressor(LSTMBackbone(6, hidden_size=4), names, [0.4, 0.7], [0.2, 0.1]).eval()
+    for name, z in (("energy", 1.0), ("danceability", -3.0)):
+        nn.init.zeros_(model.heads[name].weight)
+        nn.init.constant_(model.heads[name].bias, z)
+    values = model(torch.randn(2, 9, 6), torch.tensor([9, 7]))
+    torch.testing.assert_close(values, torch.tensor([[0.6, 0.4], [0.6, 0.4]]))
+
+
+def test_predict_computes_few_windows_at_once():
+    """All windows of a batch in one go took gigabytes, and four times as long."""
+    model, sizes = Classifier(backbone("cnn"), 3), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    clips = [item(640) for _ in range(9)]
+    outputs = {n: predict(model, DataLoader(clips, n), window=64)[0] for n in (1, 9)}
+    assert max(sizes) == 128 and sum(sizes) == 2 * 9 * 19
+    torch.testing.assert_close(outputs[9], outputs[1])
