@@ -19,7 +19,6 @@ import itertools
 import time
 from pathlib import Path
 
-import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
