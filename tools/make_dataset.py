@@ -93,11 +93,6 @@ class Song(NamedTuple):
         return ["genre", "emotion"] if self.emotions else ["genre"]
 
 
-# ======================================================================================
-# Which files there are
-# ======================================================================================
-
-
 def find_audio(folder) -> tuple[list[str], list[str]]:
     """Names of the audio files, <genre>/<file>, and of all other files; hidden ones are neither."""
     expected = "--audio-dir must hold <genre>/<file>.mp3 (or .wav, .flac, ...)"
@@ -203,11 +198,6 @@ def n_held_out(n_clips, fraction) -> int:
     return min(max(round(fraction * n_clips), 1), n_clips - 1)
 
 
-# ======================================================================================
-# The arrays of all songs, in parallel
-# ======================================================================================
-
-
 def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
     name = f"{clip_id}.fused.full.npy"
     return [part_folder(root, part, beat) / split / name for part in parts]
@@ -300,11 +290,6 @@ def make_all(
                 left.pop(song.clip_id)
     shutil.rmtree(root / ".begun", ignore_errors=True)
     return failed, damaged
-
-
-# ======================================================================================
-# The data set
-# ======================================================================================
 
 
 def write_labels(root, songs, seed) -> None:
@@ -490,8 +475,7 @@ def main(argv=None) -> dict:
         raise Stopped(cure) from None
     counts = {
         f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("[!.]*.npy")))
-        for part in ("genre", "emotion")
-        for split in ("train", "test")
+        for part, split in itertools.product(FOLDERS, ("train", "test"))
     }
     found = ", ".join(f"{n} {name}" for name, n in counts.items())
     print(f"{args.out}: {found} clips; {time.monotonic() - began:.0f} s")
