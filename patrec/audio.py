@@ -33,6 +33,7 @@ class Sound:
 
     def __init__(self, path):
         self.path, self.rate, self.seconds, self.stated = Path(path), 0, 0.0, 0.0
+        self.fault = ""  # why decoding ended before the end of the file
 
     def blocks(self, seconds=CLIP_S):
         """Yield the mean of the channels, float32 (n,), in blocks of so many seconds.
@@ -44,7 +45,6 @@ class Sound:
         """
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; give a sound file, e.g. wav or mp3")
-        fault = "no sound in it"
         pieces, n, form = [], 0, None
         try:
             for piece, rate in self._decode():  # (n, channels)
@@ -62,22 +62,27 @@ class Sound:
             raise
         except Exception as error:  # PyAV, soundfile and the system each raise their own
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            fault = text.splitlines()[0].replace(str(self.path), self.path.name)
+            self.fault = text.splitlines()[0].replace(str(self.path), self.path.name)
         if n:
             yield self._mix(np.concatenate(pieces), form[0])
         if not self.seconds:
             cure = "check that it plays, or convert it to wav"
             if not importlib.util.find_spec("av"):
                 cure += ' or install PyAV, which reads most formats: "pip install av"'
-            raise InputError(f"{self.path}: not readable as sound ({fault}); {cure}")
+            raise InputError(
+                f"{self.path}: not readable as sound ({self.fault or 'none in it'}); {cure}"
+            )
 
     @property
     def damage(self) -> str:
         """What is wrong with a file that was read to the end, if it holds clearly more."""
-        if self.stated - self.seconds <= max(1, 0.05 * self.stated):
+        if self.stated - self.seconds > max(1, 0.05 * self.stated):
+            fault = f"only {self.seconds:.1f} s of {self.stated:.1f} s could be decoded"
+        elif self.fault:
+            fault = f"decoding ended after {self.seconds:.1f} s ({self.fault})"
+        else:
             return ""
-        lengths = f"only {self.seconds:.1f} s of {self.stated:.1f} s could be decoded"
-        return f"{lengths}; the file is damaged or incomplete"
+        return f"{fault}; the file is damaged or incomplete"
 
     def _mix(self, block, rate) -> np.ndarray:
         """Mean of the channels (n, channels) -> (n,), at the rate of the file's first block."""

@@ -111,7 +111,7 @@ def show_blocks(step, cnn, data):
 
     filters = backbone.blocks[0][0].weight[:, 0].mT.flip(1)  # (C, frequency upwards, time)
     limit, width = float(filters.abs().max()), filters.shape[1]
-    fig, ax = plt.subplots(figsize=(12, 1.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(12, 1.4), layout="constrained")
     drawn = ax.imshow(in_a_row(filters), cmap="RdBu_r", vmin=-limit, vmax=limit)
     fig.colorbar(drawn, ax=ax, label="weight")
     ax.set(facecolor="0.8", yticks=[], ylabel="Mel band (up)")

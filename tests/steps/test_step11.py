@@ -192,14 +192,6 @@ def test_separation_is_leave_one_out(separation):
     assert hits.mean() < 0.35
 
 
-def test_separation_sees_apart_and_mixed(separation):
-    labels = np.repeat([0, 1], 30)
-    noise = np.random.default_rng(2).standard_normal((60, 3))
-    hits, apart = separation(noise + 20 * labels[:, None], labels)
-    _, mixed = separation(noise, labels)
-    assert hits.all() and apart["silhouette"] > 0.8 > 0.1 > mixed["silhouette"]
-
-
 @pytest.mark.slow
 def test_the_page_is_made_of_what_is_saved(outputs, small_data):
     where = ("--smoke", "--data-dir", small_data, "--out-dir", outputs)

@@ -1,12 +1,13 @@
 """tools.explain: what decides and how sure the CNN is, tested before it is shown."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import assert_clean_error, read_metrics, run_forked
+from conftest import FEW_GENRES, assert_clean_error, read_metrics, run_forked
 
 from common import (
     genre_experiment,
@@ -28,20 +29,33 @@ TOOL = "tools/explain.py"
 
 
 @pytest.fixture(scope="module")
-def outputs(small_data, tmp_path_factory):
+def data(small_data, tmp_path_factory):
+    """The small set with wrong genres for eight test clips, which no network can be sure of."""
+    root = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(small_data, root)
+    path = root / "fma_genre_spectrograms" / "test_labels.txt"
+    header, *rows = path.read_text().splitlines()
+    following = dict(zip(FEW_GENRES, FEW_GENRES[1:] + FEW_GENRES[:1], strict=True))
+    wrong = ["\t".join([row.split("\t")[0], following[row.split("\t")[1]]]) for row in rows[:8]]
+    path.write_text("\n".join([header, *wrong, *rows[8:]]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def outputs(data, tmp_path_factory):
     """What the tool leaves after a step 7 that has trained for eight epochs."""
     out = tmp_path_factory.mktemp("out")
-    options = TrainingOptions(Source(small_data), out, out / "step07_cnn", epochs=8, workers=1)
+    options = TrainingOptions(Source(data), out, out / "step07_cnn", epochs=8, workers=1)
     train_all(options, [genre_experiment("cnn_mel")])
-    run_forked(TOOL, "--smoke", "--data-dir", small_data, "--out-dir", out)
+    run_forked(TOOL, "--smoke", "--data-dir", data, "--out-dir", out)
     return out
 
 
 @pytest.fixture(scope="module")
-def judged(outputs, small_data):
+def judged(outputs, data):
     """{split: (predictions, true classes)} of the network, for its validation and test clips."""
     model, checkpoint = load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
-    settings, source = checkpoint["settings"], Source(small_data)
+    settings, source = checkpoint["settings"], Source(data)
     parts = {"validation": load_data(source).val, "test": load_test(source, settings)}
     return {
         split: (predict_clips(model, clips, settings), true_labels(clips, settings))

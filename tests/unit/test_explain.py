@@ -59,19 +59,6 @@ def test_attributions_add_up_to_the_logit(model, number):
     assert float(found.sum()) == pytest.approx(float(gain), abs=0.05 * abs(float(gain)) + 0.01)
 
 
-@pytest.mark.parametrize("n_frames", [100, 256, 700])
-def test_a_clips_attributions_cover_it_window_by_window(model, n_frames):
-    x = clip(n_frames)
-    found = clip_attributions(model, x, 256, 1)
-    assert found.shape == x.shape
-    silent = (found.abs().sum(1) == 0).sum()  # what is left over when the blocks pool: their step
-    assert silent < 2 * 4 * 8
-    size = min(256, n_frames)
-    last = integrated_gradients(model, x[None, -size:], torch.tensor([size]), torch.tensor([1]))[0]
-    # The last frames lie in one window only.
-    assert torch.allclose(found[-10:], last[-10:], atol=1e-5)
-
-
 def test_a_clips_attributions_add_up_to_its_logit(model):
     """Of the answer as `predict` gives it, the mean over windows: times their number, 5."""
     x, n_windows = clip(700), 5

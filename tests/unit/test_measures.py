@@ -2,7 +2,6 @@
 
 import librosa
 import numpy as np
-import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -18,7 +17,6 @@ from patrec.features import (
     write_sound,
 )
 from patrec.measures import (
-    compare_clips,
     genre_share,
     gradient_reach,
     lstm_gradient,
@@ -44,12 +42,6 @@ def test_mel_measures_of_known_sounds():
     for silent in (np.full((N_MELS, 50), DB_FLOOR), np.full((N_MELS, 1), DB_FLOOR)):
         values = mel_measures(silent, beat=silent.shape[1] == 1).values()
         assert all(np.isfinite(value) for value in values)
-
-
-def test_compared_clips_stand_beside_their_own_numbers():
-    rows = {"A (1)": {"centroid_hz": 900.4}, "B (2)": {"centroid_hz": 82.0}}
-    text = compare_clips(pd.DataFrame(rows).T)
-    assert text == "The spectral centroid of A (1) is 900 Hz, that of B (2) is 82 Hz."
 
 
 def test_genre_share_is_1_within_equal_clips_and_0_on_average_by_chance():

@@ -7,12 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from patrec.features import N_MELS, SR
 from patrec.labels import EMOTIONS
 from patrec.plots import (
-    in_a_row,
     mel_ticks,
     plot_confusion,
     plot_confusions,
@@ -185,9 +183,3 @@ def test_panels_show_their_own_arrays_over_seconds_or_beats():
         assert ax.collections[0].get_clim() == (-80, 0)
         labels[ax.get_title()] = ax.get_xlabel()
     assert labels == {"one": "Time (s)", "two": "Time (beats)"}
-
-
-def test_maps_in_a_row_are_parted_by_gaps():
-    row = in_a_row(torch.arange(8.0).view(2, 2, 2))
-    assert row.shape == (2, 6) and np.isnan(row[:, [2, 5]]).all()
-    assert row[:, :2].tolist() == [[0, 1], [2, 3]] and row[:, 3:5].tolist() == [[4, 5], [6, 7]]
