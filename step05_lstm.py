@@ -138,7 +138,8 @@ step.text("""
   pass through the moving averages (Loshchilov & Hutter, 2019). The learning rate rises over the
   first tenth of the updates and then falls to nearly 0 (one-cycle schedule). Gradients are clipped
   to norm 1.
-- *Loss*: cross-entropy with label smoothing .1, so that the loss does not reward extreme confidence.
+- *Loss*: cross-entropy with label smoothing .1, so that the loss does not reward extreme
+  confidence.
 - *Augmentation*: mel bands are shifted up or down by up to 2, stripes of bands and time steps are
   set to the mean (SpecAugment), and dropout is used.
 - *Weights*: a running average of the weights over about the last hundred updates is validated and
