@@ -415,8 +415,7 @@ function place() {
   const t = audio.currentTime;
   for (const cursor of cursors) cursor.style.left = 100 * t / song.seconds + "%";
   panels.setAttribute("aria-valuenow", t.toFixed(1));
-  panels.setAttribute("aria-valuetext", clock(t));
-  $("now").textContent = clock(t);
+  panels.setAttribute("aria-valuetext", clock(t)); $("now").textContent = clock(t);
   if (!audio.paused) requestAnimationFrame(place);
 }
 for (const name of ["play", "seeked", "timeupdate", "loadedmetadata"])
@@ -434,15 +433,13 @@ panels.addEventListener("keydown", event => {
   if (event.target !== panels) return;
   const by = {ArrowLeft: -5, ArrowRight: 5}[event.key];
   if (by) jump(audio.currentTime + by);
-  else if (event.key === "Home") jump(0);
-  else if (event.key === "End") jump(song.seconds);
+  else if (event.key === "Home") jump(0); else if (event.key === "End") jump(song.seconds);
   else if (event.key === " ") audio.paused ? audio.play() : audio.pause();
   else return;
   event.preventDefault();
 });
 place();
-</script>
-</html>
+</script></html>
 """
 
 
