@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import types
 
 import matplotlib.pyplot as plt
@@ -30,6 +31,7 @@ from patrec.features import SR
 from tools import listen
 
 TEMPERATURE = 0.8
+PAGES = shutil.ignore_patterns("listen")
 ODD_NAME = "a <script>alert('x')<\\script> & \"quoted\"\nsong.wav"
 
 
@@ -317,7 +319,7 @@ def test_nearest_clips_are_of_the_networks_own_data_set(listened, outputs, tmp_p
     assert len(songs["clip.wav"]["nearest"]) == 5
     other = write_data_set(tmp_path, per_class=(3, 1), n_emotion=(24, 3), n_frames=40, seed=9)
     arguments = (folder / "clip.wav", "--data-dir", other, "--out-dir", tmp_path / "out")
-    shutil.copytree(outputs, tmp_path / "out", ignore=shutil.ignore_patterns("listen"))
+    shutil.copytree(outputs, tmp_path / "out", ignore=PAGES)
     result = run_forked("tools/listen.py", *arguments)
     (song,) = json.loads((tmp_path / "out" / "listen" / "listen.json").read_text())["songs"]
     assert song["nearest"] == [] and "clip.wav" in result.stdout
@@ -382,19 +384,6 @@ def test_a_damaged_song_is_used_as_far_as_it_goes(outputs, tmp_path, capsys):
     assert said.startswith(f"{tmp_path / 'cut.flac'}: only ") and "s of 20.0 s" in said
 
 
-def test_opposite_channels_are_not_silence(outputs, tmp_path):
-    sound = tones(4)
-    soundfile.write(tmp_path / "left.wav", sound, SR, subtype="FLOAT")
-    opposite = np.stack([sound, -sound], axis=1)
-    soundfile.write(tmp_path / "opposite.wav", opposite, SR, subtype="FLOAT")
-    networks = networks_of(outputs)
-    left, both = (
-        listen.listen(tmp_path / name, networks, 1.0, None)[0]
-        for name in ("left.wav", "opposite.wav")
-    )
-    assert left["genre"] == both["genre"]
-
-
 def test_missing_checkpoints_name_the_steps(listened, outputs, tmp_path):
     _, _, folder = listened
     shutil.copytree(outputs / "step07_cnn", tmp_path / "step07_cnn")
@@ -419,6 +408,18 @@ def pages(listened, outputs):
     result, songs, _ = listened
     assert result.returncode == 0
     return {name: outputs / "listen" / os.path.basename(s["page"]) for name, s in songs.items()}
+
+
+def test_names_that_are_greek_or_no_utf_8_have_pages_of_their_own(outputs, data, tmp_path):
+    names = ["Άνοιξη.wav", "Θάλασσα.wav", *(["caf\udce9.wav"] if sys.platform == "linux" else [])]
+    for name in names:  # in calls of their own
+        soundfile.write(tmp_path / "song.wav", tones(1.5), SR)
+        (tmp_path / "song.wav").rename(tmp_path / name)
+        arguments = (tmp_path / name, "--out-dir", tmp_path / "out", "--data-dir", data)
+        shutil.copytree(outputs, tmp_path / "out", dirs_exist_ok=True, ignore=PAGES)
+        run_forked("tools/listen.py", *arguments)
+    pages = {page.name for page in (tmp_path / "out" / "listen").glob("*.html")}
+    assert len(pages) == len(names) and {"01_Άνοιξη.html", "01_Θάλασσα.html"} <= pages
 
 
 def test_a_name_never_becomes_markup(pages):
