@@ -184,11 +184,12 @@ step.figure(
 # Answers are averaged over windows of the clip where crops were trained on.
 step.heading("Scores on the test set")
 step.text("""
-Scored, here and on the validation clips, after logit adjustment: half the log of each class's share
-of the training clips is subtracted from its logit, which raises rare classes most (after Menon et
-al., 2021, who subtract all of it); not with `--plain`. An LSTM that trained on crops predictions by the
-mean of its outputs over windows of the clip, which overlap on the test set. Models of beats are
-scored on the beat-synchronised test set. Step 6 compares them on the same clips.
+The scores, here and on the validation clips, are those after logit adjustment: half the log of each
+class's share of the training clips is subtracted from its logit. This raises rare classes most
+(after Menon et al., 2021, who subtract all of it). With `--plain` there is no adjustment. An LSTM
+that was trained on crops predicts from the mean of its outputs over windows of the clip, which
+overlap on the test set. LSTMs of beats are scored on the beat-synchronised test set. Step 6
+compares the LSTMs on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():

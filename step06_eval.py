@@ -208,12 +208,13 @@ step.text(f"""
     the mean, the spread and the change within 8 frames; on beats a step is a single column, whose
     spread is 0, a value that training steps seldom have, and the change is from beat to beat; an
     LSTM of beats receives means of {frames_per_beat} frames (median length of a clip in frames,
-    divided by that in beats). `majority` predictions the commonest training class; `svm` and `beat_svm`
-    are support vector machines on statistics of the bands, each tested on its own kind of input and
-    fitted on the LSTMs' training and validation clips together. The LSTMs' scores include label
-    smoothing .1 in training, a running average of the weights, predictions averaged over overlapping
-    windows (of frames), and logit adjustment: half the log of each class's share is subtracted from
-    its logit (after Menon et al., 2021). The support vector machines have none of these.
+    divided by that in beats). `majority` predicts the commonest training class; `svm` and
+    `beat_svm` are support vector machines on statistics of the bands, each tested on its own kind
+    of input and fitted on the LSTMs' training and validation clips together. The LSTMs' scores
+    include label smoothing .1 in training, a running average of the weights, predictions averaged
+    over overlapping windows (of frames), and logit adjustment: half the log of each class's share
+    is subtracted from its logit (after Menon et al., 2021). The support vector machines have none
+    of these.
 """)
 if step.args.ensemble:
     step.text("""

@@ -100,14 +100,15 @@ for kind, name in networks.items():
     step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
     step.table(*layer_table(model, data))
 step.text("""
-    The loss has two terms. The squared error, in units of the labels' spread, fits the values. Half
-    of 1 minus Pearson's correlation within the batch rewards predictions that rise linearly with the
-    labels, a differentiable stand-in for the ranks that Spearman's correlation, the lab's metric,
+    Cross-entropy is replaced by a regression loss with two terms. The squared error, in units of
+    the labels' standard deviation, fits the values. Half of 1 minus Pearson's correlation
+    within the batch rewards predictions that rise linearly with the labels. It is a
+    differentiable substitute for the ranks that Spearman's correlation, the lab's metric,
     judges. (Atmaja & Akagi, 2020, found a loss made of the concordance correlation coefficient
-    above squared error for speech emotion, scored by that coefficient; this sum is not theirs.)
-    Outputs have the labels' shape; (B, 1) against (B,)
-    would give a B x B matrix of differences without any error message and draw every prediction to
-    the mean, so the loss refuses unlike shapes.
+    better than squared error for speech emotion, scored by that coefficient; the sum used here
+    is not theirs.) Outputs and labels must have the same shape: (B, 1) against (B,) would give
+    a B x B matrix of differences without any error message and pull every prediction to the
+    mean, so the loss refuses it.
 """)
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends here

@@ -286,28 +286,14 @@ def assert_learned(rows, name):
     assert f1 > (0.3 if name == "mel" else 0.55), (name, f1)
 
 
-def chance_of(rows, n=4000):
-    """How likely as many hits are if the labels are dealt out by lot."""
-    truth, prediction = rows["truth"].to_numpy(), rows["prediction"].to_numpy()
-    rng = np.random.default_rng(0)
-    hits = np.array([(rng.permutation(truth) == prediction).sum() for _ in range(n)])
-    return (1 + (hits >= (truth == prediction).sum()).sum()) / (1 + n)
-
-
-def assert_chance(runs, name):
-    """Of sound networks one in 500 would have so many hits by luck; seeds are fixed."""
-    assert chance_of(runs.lots.predictions(name)) > 0.002
-    assert chance_of(runs.learned.predictions(name)) < 0.001, "the measure sees nothing"
-
-
-def assert_own_answers(run, name, least):
+def assert_own_answers(run, name):
     """An answer is the network's own to the array of that clip."""
     rows = run.predictions(name)
     expected = classes_of(log_probabilities(run, name, rows["clip"]))
     # One near tie may fall otherwise: in another batch a clip is padded, and so summed up,
     # otherwise.
     assert (rows["prediction"].to_numpy() != expected).sum() <= 1, name
-    assert len(set(expected)) > least, "the test cannot tell"
+    assert len(set(expected)) > 5, "the test cannot tell"
 
 
 def assert_scores(scores, rows):

@@ -8,7 +8,6 @@ from genre_runs import (
     LSTMS,
     GenreRuns,
     assert_answers,
-    assert_chance,
     assert_kept_epoch,
     assert_learned,
     assert_own_answers,
@@ -44,10 +43,9 @@ def test_every_test_clip_is_answered_once_by_each_lstm_on_its_own_kind_of_clips(
         assert_learned(rows, name)
 
 
-@pytest.mark.parametrize("which, least", [("learned", 6), ("lots", 2), ("lots_test", 2)])
-@pytest.mark.parametrize("name", BRIEF)
-def test_an_answer_is_the_networks_own_to_that_array(runs, which, least, name):
-    assert_own_answers(getattr(runs, which), name, least - 1)
+@pytest.mark.parametrize("name", LSTMS)
+def test_an_answer_is_the_networks_own_to_that_array(runs, name):
+    assert_own_answers(runs.learned, name)
 
 
 @pytest.mark.parametrize("which, names", [("learned", LSTMS), ("lots", BRIEF)])
@@ -61,11 +59,6 @@ def test_scores_are_those_of_the_predictions(runs, which, names):
         assert_scores(scores, run.predictions(name))
         transposed = list(map(list, zip(*scores["confusion"], strict=True)))
         assert which == "learned" or scores["confusion"] != transposed, "the test cannot tell"
-
-
-@pytest.mark.parametrize("name", BRIEF)
-def test_where_labels_are_drawn_by_lot_nothing_is_learned(runs, name):
-    assert_chance(runs, name)
 
 
 @pytest.mark.parametrize("name", BRIEF)

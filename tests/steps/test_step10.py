@@ -35,16 +35,6 @@ def runs(tmp_path_factory):
     return EmotionRuns(tmp_path_factory)
 
 
-def own_predictions(run, names, load):
-    """What networks of the step answer for the clips that `load` gives for their settings."""
-    found = []
-    for name in names:
-        model, checkpoint = common.load_model(run.folder / name / "best.pt")
-        clips = load(checkpoint["settings"])
-        found.append(common.predict_clips(model, clips, checkpoint["settings"]))
-    return found
-
-
 @pytest.mark.parametrize("name", ["multitask", "noisy_multitask"])
 def test_each_head_is_scored_by_the_labels_of_its_axis(runs, name):
     run, learned = getattr(runs, name), ("multitask_learned",) * name.startswith("noisy")
@@ -117,7 +107,11 @@ def test_the_average_is_of_both_networks_in_predictions_and_in_what_is_handed_in
         mean = np.mean([run.predictions(member)[0] for member in members], axis=0)
         assert np.allclose(run.predictions("multitask_average")[0], mean, atol=1e-6)
     run, source = runs.multitask, Source(runs.data["marked"])
-    answers = own_predictions(run, members, lambda settings: common.load_test(source, settings))
+    answers = []
+    for name in members:
+        model, checkpoint = common.load_model(run.folder / name / "best.pt")
+        clips = common.load_test(source, checkpoint["settings"])
+        answers.append(common.predict_clips(model, clips, checkpoint["settings"]))
     expected = average_predictions(answers)[list(EMOTIONS)].clip(0, 1)
     found = submission(run.folder).loc[expected.index]
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -83,7 +83,8 @@ FAULTS = {
     "genre labels": (TINY, lambda d: append(d / BEAT / "train_labels.txt", "1\tRock\tPop"),
                      [f"{BEAT}/train_labels.txt", "line 62, saw 3", "mend"]),
     "a class of the test split alone": (
-        (*TINY, "--no-merge"), lambda d: rename_class(d / BEAT / "test_labels.txt", "Jazz", "Polka"),
+        (*TINY, "--no-merge"),
+        lambda d: rename_class(d / BEAT / "test_labels.txt", "Jazz", "Polka"),
         [f"{BEAT}/test_labels.txt", "'Polka' does not occur", "remove"]),
     "emotion labels": (("step08_regression", *FEW),
                        lambda d: append(d / EMOTION / "train_labels.txt", "7,0.1,55,0.3"),

@@ -11,7 +11,7 @@ from conftest import (
     assert_clean_error,
     patch_everywhere,
     read_metrics,
-    run_script,
+    run_forked,
     write_data_set,
 )
 
@@ -31,7 +31,7 @@ def write_demo(root, parts):
         print(*parts, root, file=file)
     if (here / "broken").exists():
         raise OSError(28, "No space left on device")
-    shutil.copytree(here / "made", root)
+    return shutil.copytree(here / "made", root)
 """
 
 
@@ -60,7 +60,7 @@ def project(tmp_path, small_set, monkeypatch):
 
 def first_command(project, check=True, **env):
     """`python stepNN.py`, in another folder than the scripts'."""
-    return run_script(project / f"{STEP}.py", cwd=project.parent, check=check, **env)
+    return run_forked(project / f"{STEP}.py", cwd=project.parent, check=check, **env)
 
 
 def calls(project):
@@ -94,11 +94,11 @@ def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(
         asked.append((root, tuple(parts)))
         for name in parts:
             patrec.files.part_folder(root, name).mkdir(parents=True, exist_ok=True)
+        return root
 
     monkeypatch.delenv("PATREC_DATA", raising=False)
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "no kaggle here"))
     patch_everywhere(monkeypatch, "PROJECT", tmp_path)
-    monkeypatch.setattr("patrec.demo.write_demo", write_demo)
     patch_everywhere(monkeypatch, "write_demo", write_demo)
     demo = tmp_path / "data" / "demo"
     for parts in ((part,), (part,), (part, other), (other,)):

@@ -1,19 +1,15 @@
-"""Emotions: heads, folds and the spread of scores, function by function."""
+"""Training for emotions: each head its own axis, each fold its own network."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import EMOTIONS, write_data_set
-from scipy.stats import spearmanr
 
 import common
 import patrec.errors
-import patrec.scores
 from patrec.files import load_torch
 from patrec.flags import Source, TrainingOptions
 from patrec.recipes import GENRE_NETWORKS
-from patrec.tables import difference_line
 
 
 def test_each_head_learns_from_its_own_axis_and_the_backbone_from_all():
@@ -70,28 +66,3 @@ def test_a_clip_without_its_beats_is_named(tmp_path):
     labels.write_text("\n".join([header, *rows]) + "\n")
     with pytest.raises(patrec.errors.InputError, match=first.split(",")[0]):
         common.load_data(Source(data), "mel", True, "emotion")
-
-
-def test_resampled_spearman_equals_scipys():
-    rng = np.random.default_rng(3)
-    targets, predictions = rng.random(20).round(1), rng.random(20)
-    rows = np.random.default_rng(0).integers(0, 20, (30, 20))
-    expected = [spearmanr(targets[sample], predictions[sample]).statistic for sample in rows]
-    assert patrec.scores.resampled_spearman(targets, predictions, 30) == pytest.approx(expected)
-    assert not patrec.scores.resampled_spearman(targets, np.ones(20), 30).any()
-
-
-def test_a_difference_is_paired_and_of_the_emotions_that_both_models_have():
-    """Two nearly equal models on few clips: wide intervals each, a narrow one of the difference."""
-    rng = np.random.default_rng(0)
-    true = pd.DataFrame(rng.random((50, 3)), columns=EMOTIONS)
-    first = true + 0.4 * rng.standard_normal((50, 3))
-    second = first + 0.01 * rng.standard_normal((50, 3))
-    difference = patrec.scores.paired_difference(true, first, second.iloc[::-1])  # matched by clip
-    low, high = difference["spearman_ci95"]
-    alone_low, alone_high = patrec.scores.emotion_scores(true, first)["mean_spearman_ci95"]
-    assert low <= difference["spearman"] <= high and high - low < (alone_high - alone_low) / 3
-    line = difference_line("a", "b", difference)
-    assert f"{difference['spearman']:+.3f}" in line and "50 clips" in line
-    found = patrec.scores.paired_difference(true, true[["energy"]], first)["spearman"]
-    assert found == pytest.approx(1 - spearmanr(true["energy"], first["energy"]).statistic)
