@@ -537,6 +537,7 @@ def test_a_missing_csv_is_one_line(songs, tmp_path, capsys):
     assert "No such file" in error_of(*arguments, capsys=capsys)
 
 
+@extracts
 def test_nothing_but_broken_files(tmp_path, capsys):
     (tmp_path / "music" / "Rock").mkdir(parents=True)
     (tmp_path / "music" / "Rock" / "a.wav").write_text("no sound")
