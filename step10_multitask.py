@@ -224,7 +224,7 @@ step.figure(
     "augmented crops with dropout, validation loss of whole clips with averaged weights",
 )
 if step.args.learned_weights:
-    state = load_torch(runs["multitask_learned"].path.with_name("last.pt"))["loss"]
+    state = load_torch(runs["multitask_learned"].path.with_name("last.pt"))["loss_fn"]
     losses["learned_factor"] = np.exp(-state["log_var"].numpy()) / 2
     factors = ", ".join(
         f"{emotion} {losses['learned_factor'][emotion]:.3f}" for emotion in EMOTIONS

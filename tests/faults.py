@@ -292,7 +292,7 @@ TABLE = {  # file: rows of (name, old text, new text, test)
         ("step 6: the other test set is its own",
          "load_test(step.source, model.settings, beat=beat)",
          "load_test(step.source, model.settings)",
-         "steps/test_step06.py::test_an_answer_follows_its_array_and_a_truth_its_label"),
+         "steps/test_step06.py::test_a_prediction_follows_its_array_and_a_truth_its_label"),
     ],
     "step08_regression.py": [
         ("step 8: the network is chosen on held-out clips",
