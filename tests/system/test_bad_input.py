@@ -293,7 +293,7 @@ def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
 @pytest.mark.parametrize(
     ("tool", "flags"),
     [
-        ("make_dataset", ["--audio-dir", "x", "--out", "y", "--adio-dir", "x"]),
+        ("make_dataset", ["--adio-dir", "x", "--audio-dir", "x", "--out", "y"]),
         ("kaggle", ["--stp", "5"]),
     ],
 )
