@@ -14,10 +14,6 @@ Input: both data sets; checkpoints of steps 5 and 7 and scores of step 8 where t
 any. Output, in outputs/step09_transfer/: a checkpoint and a history per run, curves, scores
 (summary.md, metrics.json) and predictions.csv for the held-out clips. --epochs are those of
 a training from scratch; a fine-tuning gets its share of them.
-
-Measured on a small set of real music (see README), seed 42, bf16, one thread, a Xeon with AMX,
-torch 2.13.0: Spearman for valence on 56 held-out clips, fine-tuned .608 [.400, .761], from scratch
-with as many examples .565 [.370, .694], from scratch with the whole budget .557 [.355, .713].
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--axis all --freeze 2").
@@ -262,7 +258,7 @@ table = {
     }
     for (kind, emotion), run in runs.items()
 }
-caption = f"{len(data.train)} training clips; seconds are the clock's, other trainings beside it"
+caption = f"{len(data.train)} training clips; wall-clock seconds, with other trainings in parallel"
 step.table(pd.DataFrame(table).T.rename_axis("run"), caption)
 step.text("""
     `head`: the first phase. `transfer`: the second, which goes on from it. `scratch`: random
