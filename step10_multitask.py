@@ -209,8 +209,8 @@ table = {
 }
 step.table(
     pd.DataFrame(table).T.rename_axis("run"),
-    "Wall-clock seconds, with other trainings running in parallel. CNN and LSTM differ in the number "
-    "of training examples and in augmentation too",
+    "Wall-clock seconds, with other trainings running in parallel. CNN and LSTM differ in the "
+    "number of training examples and in augmentation too",
 )
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
