@@ -82,8 +82,8 @@ step.table(
     pd.DataFrame({"val macro-F1": val, "epochs": epochs}).fillna("").rename_axis("model"),
     f"Validation scores before testing. For the LSTMs, trained on {facts['n_train']} clips, it is "
     f"the best late epoch on {facts['n_val']} clips, so it is optimistic. The SVMs are fitted on "
-    "all of these clips. Their score is that of the best of six settings in cross-validation. The two "
-    "kinds of score cannot be compared with each other",
+    "all of these clips. Their score is that of the best of six settings in cross-validation. The "
+    "two kinds of score cannot be compared with each other",
 )
 step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class: {commonest}.")
 
