@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from patrec.labels import EMOTIONS, fingerprint
 from patrec.tables import (
     difference_line,
     earlier_predictions,
+    epochs_kept,
     held_out_rows,
     markdown_table,
     prediction_rows,
@@ -34,6 +36,12 @@ def test_a_difference_in_one_line():
     found = {"spearman": 0.1, "spearman_ci95": [-0.05, 0.25], "n_clips": 5}
     line = "`a` minus `b`: Spearman +0.100 [-0.050, +0.250]; 5 clips"
     assert difference_line("a", "b", found) == line
+
+
+def test_epochs_of_every_fold_and_the_one_that_was_kept():
+    facts = [{"epochs": 12, "best_epoch": 11}, {"epochs": 8, "best_epoch": 3}]
+    members = [types.SimpleNamespace(facts=fact) for fact in facts]
+    assert epochs_kept(types.SimpleNamespace(members=members)) == "12 (11), 8 (3)"
 
 
 def test_rows_of_predictions_by_hand():
