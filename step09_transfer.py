@@ -122,16 +122,16 @@ step.heading("9c. Genre training, and the epoch that is kept")
 genre = genre_models(step.training, [genre_name])[genre_name]
 step.text(f"""
 We transfer the weights of epoch {genre.facts["best_epoch"]}. The training had
-{genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs. In this epoch the macro-F1
-on the {genre.facts["n_val"]} validation clips was {genre.facts["val"]["macro_f1"]:.3f}.
+{genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs. In this epoch the
+macro-F1 on the {genre.facts["n_val"]} validation clips was {genre.facts["val"]["macro_f1"]:.3f}.
 
 - *The metric is macro-F1.* Some genres are rarer than others. Macro-F1 counts every genre equally,
   while a network that ignores the rare genres can have a high accuracy. The loss also depends on
   how confident the network is, which the lab's scores do not measure.
 - *The set is the validation set.* On training clips, later epochs look better even if the network
   overfits. On test clips, the choice of the epoch would make the test score optimistic.
-- *The epoch is one of the last 20%* (of a training that was cut short: any epoch). Earlier peaks can
-  be due to chance, because the learning rate is still high. The kept score is the highest of
+- *The epoch is one of the last 20%* (of a training that was cut short: any epoch). Earlier peaks
+  can be due to chance, because the learning rate is still high. The kept score is the highest of
   several noisy ones, so it is optimistic.
 """)
 if "val_score" in genre.history:
