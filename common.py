@@ -374,7 +374,9 @@ class LSTMBackbone(Backbone):
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
-        describe = frame_statistics if self.config["frames_per_step"] > 1 else average_frames
+        # Beats given to an LSTM of frames are single columns, without deviation (`StepNorm`).
+        n = min(self.frames_per_step, self.config["frames_per_step"])
+        describe = frame_statistics if n > 1 else average_frames
         x, lengths = describe(x, lengths, self.frames_per_step)  # (B, S, 3 F) or (B, S, F)
         x = self.stem(x)
         for index, layer in enumerate(self.blocks):
@@ -393,9 +395,16 @@ class LSTMBackbone(Backbone):
 
 
 class StepNorm(nn.BatchNorm1d):
-    """Batch normalisation of (B, S, F): every feature over all steps of the batch."""
+    """Batch normalisation of (B, S, F): every feature over all steps of the batch.
+
+    A beat has no deviation and no change within the step. Where an LSTM of frames gets beats
+    (step 6), these features are set to their training mean, which is 0 after standardising.
+    """
 
     def forward(self, x):
+        if x.shape[2] < self.num_features:
+            absent = self.running_mean[x.shape[2] :].to(x)
+            x = torch.cat([x, absent.expand(*x.shape[:2], -1)], dim=2)
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
@@ -1085,8 +1094,8 @@ def score_name(settings) -> str:
 def validation_score(outputs, targets, settings) -> float:
     """Macro-F1, in which small classes count fully, or Spearman's correlation (their mean)."""
     if settings["part"] == "genre":
-        answers = adjust_logits(outputs, settings["priors"]).argmax(1)
-        return macro_f1(targets.numpy(), answers.numpy(), outputs.shape[1])
+        predictions = adjust_logits(outputs, settings["priors"]).argmax(1)
+        return macro_f1(targets.numpy(), predictions.numpy(), outputs.shape[1])
     return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
 
 
@@ -1143,18 +1152,18 @@ class Experiment:
 
 @dataclasses.dataclass
 class Result:
-    """A run that is done: one Fit per fold.
+    """A run that is done: one TrainedModel per fold.
 
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
         averaged, all else is the first fold's
-    answers, truth : pd.DataFrame or None
+    predictions, truth : pd.DataFrame or None
         Predictions for held-out emotion clips, each by the fold that was not trained on it.
     folds : pd.Series or None, which fold that was, from 1 on
     """
 
     members: list[TrainedModel]
     facts: dict
-    answers: pd.DataFrame | None = None
+    predictions: pd.DataFrame | None = None
     truth: pd.DataFrame | None = None
     folds: pd.Series | None = None
 
@@ -1222,7 +1231,7 @@ def train_fold(training, run, fold, rounds_left):
     Returns
     -------
     path : Path of the checkpoint
-    answers, truth : pd.DataFrame, of the held-out clips; None for genre
+    predictions, truth : pd.DataFrame, of the held-out clips; None for genre
     """
     # In a worker process, too (see Step), and before a large product: the threads of products
     # have this from the thread that begins them.
@@ -1251,25 +1260,25 @@ def train_fold(training, run, fold, rounds_left):
     fitted = train(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
     if run.target == "genre":
         return fitted.path, None, None
-    answers = predict_clips(fitted.model, data.held_out, fitted.settings, device)
-    return fitted.path, answers, true_labels(data.held_out, fitted.settings)
+    predictions = predict_clips(fitted.model, data.held_out, fitted.settings, device)
+    return fitted.path, predictions, true_labels(data.held_out, fitted.settings)
 
 
 def join_folds(folds, device) -> Result:
     """One Result of what `train_fold` returned for every fold of a run."""
-    paths, answers, truths = zip(*folds, strict=True)
+    paths, predictions, truths = zip(*folds, strict=True)
     members = [load_trained(path, device) for path in paths]
     facts = dict(members[0].facts)
     for key in ("epochs", "train_seconds"):
         facts[key] = sum(member.facts[key] for member in members)
     vals = [member.facts["val"] for member in members]
     facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
-    if answers[0] is None:
+    if predictions[0] is None:
         return Result(members, facts)
-    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in answers])
-    answers = pd.concat(answers)
-    folds = pd.Series(numbers, answers.index)
-    return Result(members, facts, answers, pd.concat(truths), folds)
+    numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in predictions])
+    predictions = pd.concat(predictions)
+    folds = pd.Series(numbers, predictions.index)
+    return Result(members, facts, predictions, pd.concat(truths), folds)
 
 
 def genre_experiment(name) -> Experiment:

@@ -6,58 +6,52 @@ librosa.display.specshow, say what they tell and what differs between the two cl
 
     python step01_spectrograms.py
     python step01_spectrograms.py --seed 7          # two other clips
-    python step01_spectrograms.py --audio song.mp3  # a file of one's own besides
+    python step01_spectrograms.py --audio song.mp3  # also a sound file of your own
 
-Input: the data set (arrays of the genre training split). Output, in
-outputs/step01_spectrograms/: figures and tables (summary.md), their numbers (metrics.json).
+Input: the genre training split. Output, in outputs/step01_spectrograms/: figures, tables and
+two sounds (summary.md), the numbers (metrics.json).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
 import argparse
 import functools
 import itertools
-import warnings
+import time
 from pathlib import Path
 
-import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 
+from patrec.audio import read_clip
 from patrec.clips import sample_clips
 from patrec.errors import InputError
 from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR, extract_features, mel_to_waveform
 from patrec.files import FOLDERS, part_folder
-from patrec.machine import clock_of
 from patrec.measures import (
     MEASURES,
+    array_facts,
+    compare_clips,
     genre_share,
     mean_spectrogram,
     mel_measures,
     spectrogram_similarity,
 )
-from patrec.plots import plot_panels, plot_spectrogram
+from patrec.plots import mel_ticks, plot_panels, plot_spectrogram
 from patrec.step import Step
 
 
 @functools.cache
 def read_audio(path) -> np.ndarray:
     """Read a sound file, at most its middle 30 s as in the lab's clips -> array (140, T)."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such audio file; give a wav, mp3, flac or ogg in --audio")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of one reader giving way to the next
-            waveform, _ = librosa.load(path, sr=SR, mono=True)
-    except Exception as error:  # soundfile, audioread and codecs each raise their own
-        reason = str(error) or type(error).__name__
-        fault = f"not readable as audio ({reason}); convert it to wav, mp3, flac or ogg"
-        raise InputError(f"{path}: {fault}") from error
+    waveform, damage = read_clip(path)
     if len(waveform) < SR:
         fault = f"{len(waveform) / SR:.2f} s of sound is too short; at least 1 s is needed"
         raise InputError(f"{path}: {fault}")
-    start = max(0, len(waveform) - 30 * SR) // 2
-    return extract_features(waveform[start : start + 30 * SR])[0]
+    if damage:
+        print(f"{path}: {damage}")
+    return extract_features(waveform)[0]
 
 
 def audio_file(text) -> Path:
@@ -70,7 +64,7 @@ def audio_file(text) -> Path:
 
 
 def add_flags(parser):
-    own = "an audio file of one's own to show besides (wav, mp3, flac, ogg)"
+    own = "a sound file of your own to show as well, e.g. mp3 or wav"
     parser.add_argument("--audio", type=audio_file, metavar="FILE", help=own)
 
 
@@ -81,11 +75,11 @@ smoke = step.args.smoke
 def matmul_seconds(device, n) -> float:
     """Median time of an (n, n) @ (n, n) product in single precision, in s."""
     a, b = torch.rand(2, n, n, device=device)
-    clock, times = clock_of(device), []
+    times = []
     for _ in range(6):
-        began = clock()
+        began = time.perf_counter()
         (a @ b)[0, 0].item()  # reading a value waits for the GPU
-        times.append(clock() - began)
+        times.append(time.perf_counter() - began)
     return float(np.median(times[1:]))  # the first one loads libraries
 
 
@@ -96,10 +90,8 @@ def measure_table(measures, index_name) -> pd.DataFrame:
 
 
 # %% 0. Browse the data folder, try CPU and GPU
-# The lab: os.listdir over the data folder, the GPU switched on and off. Listing it part by
-# part shows at once whether arrays and label lines belong together. The product of two
-# matrices is most of a CNN's work, so its time, in single precision, gives a first idea of
-# what a GPU can gain; an LSTM multiplies small ones, one after the other.
+# The lab: os.listdir over the data folder, the GPU switched on and off. Networks mostly multiply
+# matrices, so the time of one product gives a first idea of what a GPU can gain.
 step.heading("0. Data folder and device")
 root = step.source.root
 step.text(f"`os.listdir`: {', '.join(sorted(path.name for path in root.iterdir()))}")
@@ -125,16 +117,13 @@ times = {
     device: {"time (ms)": f"{1e3 * s:.1f}", "GFLOP/s": f"{2 * n**3 / s / 1e9:.0f}"}
     for device, s in seconds.items()
 }
-caption = (
-    f"Product of two {n} x {n} matrices, median of 5, on the CPU (threads: "
-    f"{torch.get_num_threads()}; the time that the first has a core) and on the device in use"
-)
+threads = f"CPU threads: {torch.get_num_threads()}"
+caption = f"Product of two {n} x {n} matrices, median wall-clock time of 5 runs ({threads})"
 step.table(pd.DataFrame(times).T.rename_axis("device"), caption)
 
 # %% 1a. Two random lines with different labels
-# The lab: choose them from train_labels.txt. Drawn by seed, so that steps 2 and 3 draw the
-# same two. Some more clips of every genre come along, since two clips alone cannot show
-# what belongs to the genre and what to the clip.
+# The lab: choose them from train_labels.txt. Steps 2 and 3 draw the same two, by the same seed.
+# More clips of every genre are drawn too: two clips alone cannot show what is due to the genre.
 step.heading("1a. Two random lines with different labels")
 per_genre = 2 if smoke else 20
 clips = sample_clips(root, per_genre, step.args.seed, step.args.skip_bad, beat=False)
@@ -142,81 +131,74 @@ titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
 # %% 1b. Their mel spectrograms
-# The lab: read the files and take the mel part, as its tutorial does. An array holds 140
-# rows: 128 mel bands in dB, then 12 chroma values (step 3); its columns are frames.
+# The lab: read the files and take the mel part, as its tutorial does. An array has 140 rows:
+# 128 mel bands in dB, then 12 chroma values (step 3); its columns are frames.
 step.heading("1b. Their mel spectrograms")
+
+
+def read_mel(path) -> np.ndarray:
+    """Read a clip as the lab's tutorial does: the first 128 rows are the mel spectrogram."""
+    spectrogram = np.load(path)  # (140, T)
+    return spectrogram[:128]  # (128, T)
+
+
+step.show_source(read_mel)
+folder = part_folder(root, "genre") / "train"
+pair = [read_mel(folder / f"{clip.clip_id}.fused.full.npy") for clip in clips[:2]]
+# All clips, these two included, from the cache of the arrays, which the networks read too.
 mels = [clip.full[BANDS["mel"]] for clip in clips]  # each (128, T)
-arrays = {}
-for title, clip, mel in list(zip(titles, clips, mels, strict=True))[:2]:
-    arrays[title] = {
-        "file": f"`{clip.clip_id}.fused.full.npy`",
-        "array": " x ".join(map(str, clip.full.shape)),
-        "mel part": " x ".join(map(str, mel.shape)),
-        "duration (s)": f"{mel.shape[1] * HOP / SR:.1f}",
-        "lowest (dB)": f"{mel.min():.1f}",
-        "mean (dB)": f"{mel.mean(dtype=float):.1f}",
-        "highest (dB)": f"{mel.max():.1f}",
-    }
-step.table(pd.DataFrame(arrays).T.rename_axis("clip"), "The two arrays")
-step.text(
-    f"""
-    One column is one frame: the spectrum of {N_FFT} samples ({1e3 * N_FFT / SR:.0f} ms at
-    {SR} Hz), taken every {HOP} samples ({1e3 * HOP / SR:.1f} ms). Its power is averaged,
-    with triangular weights, in {N_MELS} bands that are equally wide up to 1 kHz and wider and
-    wider above, and written in dB below the loudest cell of the clip, cut off at -80 dB.
-    """
-)
+facts = [array_facts(clip.full) for clip in clips[:2]]
+step.table(pd.DataFrame(facts, titles[:2]).rename_axis("clip"), "The two arrays")
+step.text(f"""
+One column is one frame: the spectrum of {N_FFT} samples ({1e3 * N_FFT / SR:.0f} ms at {SR} Hz),
+taken every {HOP} samples ({1e3 * HOP / SR:.1f} ms). Its power is averaged, with triangular weights,
+in {N_MELS} bands, which are equally wide up to 1 kHz and wider above, and written in dB below the
+loudest cell of the clip, cut off at -80 dB.
+""")
 
 # %% 1c. What they show
 # The lab: specshow, frequency up, time to the right; comment on what the pictures tell and
-# on how the two differ. Measured besides, so that comments rest on numbers and not on the
-# eye alone: brightness, bass, loudness contrast, and how often something is struck.
+# on how the two differ. Some measures are added, so that comments can rest on numbers.
 step.heading("1c. What they show")
-panels = [(title, mel, False) for title, mel in zip(titles[:2], mels, strict=False)]
+panels = [(title, mel, False) for title, mel in zip(titles[:2], pair, strict=True)]
 caption = f"Mel spectrograms of two clips: {titles[0]} and {titles[1]}"
 step.show_source(plot_spectrogram)
 step.figure(plot_panels(panels, 2, size=(6, 4)), "two_clips", caption)
-step.text(
-    """
-    A spectrogram shows which frequencies sound, when and how loud. A held note is a
-    horizontal line with its overtones above it, a drum hit a vertical stripe over many
-    bands; the rhythm is the spacing of the stripes, the colour the level relative to the clip's
-    loudest cell. What is lost: the phase, the absolute level, detail finer than a band or a
-    frame, all above 11 kHz and all that is 80 dB below the loudest cell.
+step.text("""
+A spectrogram shows which frequencies sound, when, and how loud. A held note is a horizontal line
+with its overtones above it, a drum hit a vertical line over many bands; the spacing of the vertical
+lines is the rhythm. Not shown are the phase, the absolute level, detail finer than a band or a
+frame, frequencies above 11 kHz, and whatever is 80 dB below the loudest cell.
 
-    - **Spectral centroid**: the power-weighted mean frequency, median over the frames;
-      what is heard as bright or dark.
-    - **Share of energy below 200 Hz**: bass and bass drum.
-    - **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness; wide
-      where soft and loud passages alternate or strokes stand apart.
-    - **Onset rate**: peaks per second of the rise of the bands from frame to frame; notes
-      and drum hits.
-    """
-)
+- **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
+  sounds bright.
+- **Share of energy below 200 Hz**: bass and bass drum.
+- **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness.
+- **Onset rate**: peaks per second of the rise of the bands from frame to frame: notes, drum hits.
+""")
 measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
 step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
+step.text(compare_clips(measures[:2]))
 
 # %% 1c. The two clips, to hear
-# The data set holds no sound. A mel spectrogram can be turned into some: the filters are
-# inverted, the phase is found by trial (Griffin & Lim, 1984). How close that comes is
-# measured on the spectrogram of the sound that comes out.
+# The data set holds no sound, but a mel spectrogram can be turned into some: the filters are
+# inverted and the phase is estimated (Griffin & Lim, 1984). How close the sound comes is measured.
 close = {}
 for place, title in enumerate(titles[:2], start=1):
     waveform = mel_to_waveform(mels[place - 1])
-    step.sound(waveform, f"clip_{place}", f"{title}, made audible from its mel spectrogram")
+    step.sound(waveform, f"clip_{place}", f"{title}, sound made from its mel spectrogram")
     facts = spectrogram_similarity(waveform, mels[place - 1])
     close[title] = {
         "file": f"`clip_{place}.mp3`",
         "correlation": f"{facts['correlation']:.3f}",
         "mean distance": f"{facts['mean_distance_db']:.1f} dB",
     }
-caption = "The sound's mel spectrogram against the one it was made from"
+caption = "The mel spectrogram of the sound, compared with the one it was made from"
 step.table(pd.DataFrame(close).T.rename_axis("clip"), caption)
 
 # %% 1c. Two clips or two genres?
-# What two clips differ in may be the clips' own. The same pictures and measures for the
-# drawn clips of every genre, and how much of each measure's variance the genre explains:
-# the rest lies between clips of one genre.
+# Two clips of one genre differ too. So: the same pictures and measures for the drawn clips of
+# every genre, and how much of each measure's variance the genre explains.
 step.heading("1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 mean = measures.groupby(genres).mean().sort_values("centroid_hz", ascending=False)
@@ -225,33 +207,28 @@ panels = [
     (f"{genre} ({len(group)} clips)", mean_spectrogram(group), False)
     for genre, group in groups.items()
 ]
-caption = (
-    "Mean mel spectrogram of every genre's drawn clips, highest spectral centroid first. What "
-    "changes along time may be single clips, fades, or where in a song the clips were cut"
-)
+caption = "Mean mel spectrogram of the drawn clips of each genre, highest spectral centroid first"
 step.figure(plot_panels(panels, 4, size=(3.6, 2.2)), "genre_means", caption)
 
-# Averaged over time and set against the mean of all genres, the differences stand out. Each
-# clip's own mean level is taken off first: what is left is the shape of its spectrum.
+# Averaged over time and compared with the mean of all genres, the differences stand out. Each
+# clip's own mean level is subtracted first, which leaves the shape of its spectrum.
 shapes = [
     [mel.mean(1, dtype=float) - mel.mean(dtype=float) for mel in group] for group in groups.values()
 ]
 spectra = np.array([np.mean(group, axis=0) for group in shapes])  # (genres, 128)
 apart = spectra - spectra.mean(0)
-centres = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)[1:-1]
 fig, ax = plt.subplots(figsize=(9, 0.32 * len(mean) + 1.6), layout="constrained")
 limit = np.abs(apart).max()
-image = ax.imshow(
-    apart, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
-)
-ticks_hz = [64, 256, 512, 1024, 2048, 4096, 8192]
-ax.set_xticks(np.interp(ticks_hz, centres, np.arange(N_MELS)), ticks_hz)
+look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+extent = (0, N_MELS, len(mean) - 0.5, -0.5)
+image = ax.imshow(apart, aspect="auto", extent=extent, **look)
+mel_ticks(ax.xaxis)
 ax.set_yticks(range(len(mean)), mean.index)
 ax.set(xlabel="Frequency (Hz, mel scale)", ylabel="Genre")
-fig.colorbar(image, ax=ax, label="Level against the mean\nof all genres (dB)")
+fig.colorbar(image, ax=ax, label="Level minus the mean\nof all genres (dB)")
 caption = (
-    "Shape of every genre's time-averaged spectrum (each clip's mean level taken off) against the "
-    "mean of all genres. A sharp edge near the top may be a limit of the recordings' bandwidth"
+    "Time-averaged spectrum of each genre (without each clip's mean level) minus the mean of all "
+    "genres. A sharp edge at high frequencies may be the bandwidth of the recordings"
 )
 step.figure(fig, "genre_spectra", caption)
 
@@ -268,22 +245,22 @@ shares = {
 }
 caption = f"Between genres and within them, over {len(clips)} clips"
 step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
-step.text(
-    """
-    "Explained by genre" is the share of a measure's variance over clips that lies between
-    the genres (epsilon squared, an estimate: where genre tells nothing it is 0 on average and
-    may be negative). The rest lies between clips of one genre.
-    """
-)
+share = {label: genre_share(measures[key], genres) for key, (label, _) in MEASURES.items()}
+most, least = max(share, key=share.get), min(share, key=share.get)
+step.text(f"""
+"Explained by genre" is the share of a measure's variance over clips that lies between the genres
+(epsilon squared; for a measure unrelated to genre it is 0 on average and may be negative). It is
+largest for the {most}, {share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}. The
+rest of the variance lies between clips of the same genre.
+""")
 
-# %% A file of one's own, through the lab's own extractor
-# For a song that is known by ear: the same picture and the same measures.
+# %% A sound file of your own, through the lab's extractor
 facts = {}
 if step.args.audio:
     title = step.args.audio.name
     own = read_audio(step.args.audio)[BANDS["mel"]]
     facts["audio"] = mel_measures(own)
-    step.heading(f"A file of one's own: {title}")
+    step.heading(f"Your own file: {title}")
     fig = plot_panels([(title, own, False)], 1, size=(9, 4))
     step.figure(fig, "own_audio", f"Mel spectrogram of {title}")
     step.table(measure_table(pd.DataFrame([facts["audio"]], index=[title]), "file"))

@@ -9,11 +9,6 @@ spectrograms (the median between two beats) and say what differs.
 
 Input: the genre training split, full and beat-synced. Output, in outputs/step02_beat_sync/:
 figures and tables (summary.md), their numbers (metrics.json).
-
-Measured on a small set of real music (see README), seed 42, one CPU thread, torch 2.13.0:
-1,292 steps cost 23 times the time of 57 beats. The gradient of an untrained LSTM's last
-output stays above 1% over .3 s of a full clip, on beats over 6.4 s. 45% of the variance over
-time lies within a beat (47% on a grid moved by half a beat).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
@@ -30,6 +25,9 @@ from patrec.labels import read_entries
 from patrec.machine import seed_everything
 from patrec.measures import (
     MEASURES,
+    array_facts,
+    compare_clips,
+    gradient_reach,
     lstm_batch,
     lstm_gradient,
     lstm_seconds,
@@ -66,14 +64,9 @@ def count_steps(source, beat) -> list[int]:
 def train_lstm(x, lengths, targets, n_updates, batch_size=16):
     """Train a textbook LSTM, read at each clip's last step, on genre labels.
 
-    Parameters
-    ----------
     x, lengths, targets : clips (N, T, F), their lengths (N,) and class numbers (N,)
 
-    Returns
-    -------
-    lstm : nn.LSTM
-    losses : list of float, one per update
+    Returns the nn.LSTM and the loss of every update.
     """
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(step.device)
     head = nn.Linear(128, int(targets.max()) + 1).to(step.device)
@@ -93,9 +86,8 @@ def train_lstm(x, lengths, targets, n_updates, batch_size=16):
 
 
 # %% 2a. Dimensions and time steps
-# The lab: print the dimensions of the spectrograms of step 1 (same seed, same clips) and
-# say how many time steps they have. Two clips may be odd ones, so the number of steps is
-# counted over the whole training split too.
+# The lab: print the dimensions of the spectrograms of step 1 (same seed, same clips) and say how
+# many time steps they have. The steps are counted over the whole training split too.
 step.heading("2a. Dimensions and time steps")
 clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
@@ -122,9 +114,9 @@ for ax, (form, n), color in zip(axes, n_steps.items(), COLORS, strict=False):
 step.figure(fig, "time_steps", "Number of time steps per clip, full and beat-synced")
 
 # %% 2a. Is training an LSTM on these steps efficient? What a pass costs
-# An LSTM's step needs the state of the step before, so the steps of a clip cannot be
-# computed at once, on no device: time grows with their number. Measured with one layer of
-# 128 units, forward and backward, on the clips cut to several lengths.
+# An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
+# parallel on any device: time grows with their number. Measured with one layer of 128 units,
+# forward and backward, on the clips cut to several lengths.
 step.heading("2a. Is training an LSTM on these steps efficient?")
 x, lengths = {}, {}
 x["full"], lengths["full"] = lstm_batch([clip.full for clip in clips])  # (N, T, 128), (N,)
@@ -149,29 +141,23 @@ ax.grid(alpha=0.3)
 ax.legend()
 device = f"cpu (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else step.device
 caption = (
-    f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}, the "
-    "fastest of 8 (on a CPU the time that the thread had a core). Both axes are logarithmic"
+    f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {device}: "
+    "wall-clock time, the fastest of 8 passes. Both axes are logarithmic"
 )
 step.figure(fig, "lstm_cost", caption)
 epoch = {n: seconds[n] * len(n_steps["full"]) / n_batch for n in (n_full, n_beat)}
-step.text(
-    f"""
-    An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed
-    at once, on no device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
-    {n_full} steps, {seconds[n_full] / seconds[n_beat]:.0f} times the {seconds[n_beat]:.3f} s at
-    {n_beat}; fitted to all lengths, time grows like the number of steps to the power {slope:.2f}.
-    For an epoch over {len(n_steps["full"])} clips that is {epoch[n_full]:.1f} s or
-    {epoch[n_beat]:.1f} s.
-    """
-)
+step.text(f"""
+An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
+parallel on any device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
+{n_full} steps, {seconds[n_full] / seconds[n_beat]:.0f} times the {seconds[n_beat]:.3f} s at
+{n_beat}. Fitted to all lengths, time grows like the number of steps to the power {slope:.2f}. For
+an epoch over {len(n_steps["full"])} clips that is {epoch[n_full]:.1f} s or {epoch[n_beat]:.1f} s.
+""")
 
 # %% 2a. And why? How far back the gradient of the last output reaches
-# What a step learns, it learns from the gradient that arrives there. On its way back from
-# the last step it is multiplied by one Jacobian per step; factors below 1 make it vanish
-# exponentially (Hochreiter, 1991; Bengio et al., 1994). The forget gate of an LSTM can
-# preserve it, where training has brought the gate close to 1: so measured twice, before and
-# after a short training on the genre labels of the drawn clips, the same number of updates
-# for both forms.
+# What an LSTM learns from a step, it learns from the gradient that arrives there. It is measured
+# before and after a short training on the genre labels of the drawn clips, with the same number
+# of updates for both forms.
 genres = sorted({clip.genre for clip in clips})
 targets = torch.tensor([genres.index(clip.genre) for clip in clips])
 beat_s = FRAME_S * float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
@@ -187,7 +173,7 @@ for form, color in zip(FORMS, COLORS, strict=False):
         norms = lstm_gradient(x[form][:n_batch], lengths[form][:n_batch], lstm)
         label = f"{form}, {state} ({len(norms)} steps of {step_s[form]:.2f} s)"
         ax.semilogy(np.arange(len(norms)) * step_s[form], norms, line, color=color, label=label)
-        far = int(np.argmax(norms < 0.01)) or len(norms)  # the first value is 1
+        far = gradient_reach(norms)
         reach[state][form] = {
             "steps": far,
             "of_steps": len(norms),
@@ -199,75 +185,73 @@ for form, color in zip(FORMS, COLORS, strict=False):
             "steps above 1%": f"{far} of {len(norms)}",
             "seconds of music": f"{far * step_s[form]:.2f}",
             "share of the clip": f"{far / len(norms):.1%}",
-            "so many steps back": f"{norms[-1]:.1e}, {len(norms) - 1} back",
+            "relative gradient at the first time step": f"{norms[-1]:.1e}",
             "training loss": "-" if lstm is None else f"{np.mean(losses[-10:]):.2f}",
         }
 ax.axhline(0.01, color="grey", linestyle=":", label="1% of the last step's")
 ax.set(xlabel="Time before the end of the clip (s)", ylabel="Gradient norm, last step = 1")
-ax.set(xlim=(0, None), ylim=(1e-30, 10))
+ax.set(xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-30), 10))
 ax.legend(fontsize="small")
 caption = (
-    "Gradient of the last output with respect to each time step's input, mean over those of "
-    f"{n_batch} clips that are so long, before and after {n_updates} updates on genre labels; cut "
-    "off at 1e-30"
+    "Gradient of the last output with respect to the input of each time step, before and after "
+    f"{n_updates} updates, averaged over those of {n_batch} clips that are long enough to reach "
+    "this step; cut off at 1e-30"
 )
 step.figure(fig, "lstm_gradient", caption)
 caption = "How far back the gradient of the last output stays above 1% of the last step's"
 step.table(pd.DataFrame(table).T.rename_axis("LSTM"), caption)
-step.text(
-    f"""
-    So no: on full clips training is slow, and what is more than
-    {reach["untrained"]["full"]["seconds"]:.1f} s before the end of a clip (untrained; after this
-    training {reach["trained"]["full"]["seconds"]:.1f} s) hardly teaches anything to an LSTM that is
-    read at its last step.
+losses = [table[f"{form}, trained"]["training loss"] for form in FORMS]
+step.text(f"""
+So training is not efficient on full clips: a pass takes {seconds[n_full] / seconds[n_beat]:.0f}
+times as long as on beats, and before training the gradient of the last output is below 1% for all
+that is more than {reach["untrained"]["full"]["seconds"]:.1f} s before the end of the clip (after
+{n_updates} updates {reach["trained"]["full"]["seconds"]:.1f} s; on beats
+{reach["untrained"]["beat-synced"]["seconds"]:.1f} and
+{reach["trained"]["beat-synced"]["seconds"]:.1f} s). After the same number of updates the training
+loss (mean of the last 10) is {losses[0]} on full clips and {losses[1]} on beats; equal
+probabilities for all {len(genres)} genres would give {np.log(len(genres)):.2f}.
 
-    Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and
-    a product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al.,
-    1994). What arrives at a step is all that the step can teach. The forget gate of an LSTM can
-    preserve the gradient, where training has brought the gate close to 1.
+Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and a
+product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al., 1994). The
+forget gate of an LSTM can preserve the gradient, if training has brought the gate close to 1. These
+numbers are from one start, with Adam on batches of {min(16, len(clips))} of {len(clips)} clips.
 
-    Result means, from one start: {n_updates} updates of Adam on batches of
-    {min(16, len(clips))} of the {len(clips)} drawn clips and their {len(genres)} genres, read at
-    each clip's last step. The loss is the mean of the last 10 updates; equal chances for all
-    genres would give {np.log(len(genres)):.2f}. How far a trained LSTM reaches depends on the
-    number of updates and on the start, and many orders of magnitude below 1 on the processor too.
-
-    Step 5 meets the length of full clips in three ways: it trains on crops of 15 s, eight frames
-    are joined into one step, and the LSTM is read at all its steps, in both directions, so that a
-    gradient enters everywhere and not at the last step alone.
-    """
-)
+Step 5 deals with the length of full clips in three ways: it trains on crops of 15 s, eight frames
+are joined into one step, and the LSTM is read at all its steps, in both directions, so that a
+gradient enters at every step and not at the last one alone.
+""")
 
 # %% 2b. Step 1 on beat-synced spectrograms
-# The lab: repeat step 1 with the files in which the frames between two beats have become
-# one, their median band by band, and comment on the differences. Side by side with the
-# full ones: the two clips, then the mean of every genre's drawn clips.
+# The lab: repeat step 1 with the files in which the frames between two beats have become one,
+# their median band by band, and comment on the differences.
 step.heading("2b. Step 1 on beat-synced spectrograms")
 mels = {
     "full": [clip.full[BANDS["mel"]] for clip in clips],
     "beat-synced": [clip.beat[BANDS["mel"]] for clip in clips],
 }
-panels = [(f"{titles[i]}, {form}", mels[form][i], form != "full") for i in (0, 1) for form in FORMS]
+cells = [(i, form) for i in (0, 1) for form in FORMS]
+arrays = {f"{titles[i]}, {f}": clips[i].full if f == "full" else clips[i].beat for i, f in cells}
+facts = {title: array_facts(array) for title, array in arrays.items()}
+step.table(pd.DataFrame(facts).T.rename_axis("clip"), "The arrays of the two clips")
+panels = [(f"{titles[i]}, {form}", mels[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synced mel spectrograms: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2), "two_clips", caption)
-panels = [
-    (
-        f"{genre}, {form}",
-        mean_spectrogram(
-            [m for m, clip in zip(mels[form], clips, strict=True) if clip.genre == genre]
-        ),
-        form != "full",
-    )
-    for genre in genres
-    for form in FORMS
-]
-caption = "Mean mel spectrogram of every genre's drawn clips, full and beat-synced"
-step.figure(plot_panels(panels, 4, size=(3.4, 2.0)), "genre_means", caption)
+groups = {genre: [] for genre in genres}
+for clip, mel in zip(clips, mels["beat-synced"], strict=True):
+    groups[clip.genre].append(mel)
+panels = [(genre, mean_spectrogram(group), True) for genre, group in groups.items()]
+caption = "Mean beat-synced mel spectrogram of the drawn clips of each genre (full ones: step 1)"
+step.figure(plot_panels(panels, 4, size=(3.6, 2.2)), "genre_means", caption)
+step.text("""
+In a beat-synced spectrogram one column is the median of the frames between two beats. What lasts
+for more than half of a beat, such as a held note, remains; a drum hit is shorter and mostly
+disappears, so there are fewer vertical lines. The time axis counts beats, not seconds: clips of
+different tempo become comparable, and their lengths differ.
+""")
 
 # %% 2b. What the synchronisation changes, in numbers
-# A median per beat cannot hold what happens within a beat, so that share of the variance is
-# measured on the full clips. How much a band moves over time is measured in both forms, and
-# so are step 1's measures (onsets are faster than a beat and have no counterpart).
+# A median per beat loses what happens within a beat, so that share of the variance is measured on
+# the full clips. Step 1's measures are taken in both forms, without onsets, which a beat hides.
 frames = pd.DataFrame({f: [mel.shape[1] for mel in mels[f]] for f in FORMS}, index=titles)
 sd = {f: [float(np.sqrt(mel.var(1, dtype=float).mean())) for mel in mels[f]] for f in FORMS}
 level = {f: np.array([mel.mean(dtype=float) for mel in mels[f]]) for f in FORMS}
@@ -301,23 +285,20 @@ both = {
 }
 caption = f"Step 1's measures in both forms: mean and agreement over {len(clips)} clips"
 step.table(pd.DataFrame(both).T.rename_axis("measure"), caption)
+step.text(compare_clips(measures["beat-synced"][:2].set_axis(titles[:2])) + " (beat-synced)")
 middle = changes.median()
-step.text(
-    f"""
-    - One beat-synced step stands for {middle["frames per beat"]:.0f} frames (median),
-      {middle["frames per beat"] * FRAME_S:.2f} s. n beats cut a clip into at most n + 1 steps:
-      {middle["beats per minute"]:.0f} beats per minute of clip in the median, from
-      {changes["beats per minute"].min():.0f} to {changes["beats per minute"].max():.0f}
-      (librosa's tracker drops weak beats at beginning and end).
-    - "Variance within beats" is the share of the bands' variance over time that one value
-      per beat cannot hold, {changes["variance within beats (%)"].mean():.0f}% on average. With
-      all cuts moved by half a beat it would be {changes["shifted grid (%)"].mean():.0f}%. The
-      data set does not store its beat times, so beats are tracked on each clip's own mel
-      spectrogram.
-    - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average: 0 dB is
-      now the loudest cell among the medians, no longer among the frames.
-    """
-)
+step.text(f"""
+- One beat-synced step stands for {middle["frames per beat"]:.0f} frames (median),
+  {middle["frames per beat"] * FRAME_S:.2f} s. The clips have {middle["beats per minute"]:.0f} beats
+  per minute in the median, from {changes["beats per minute"].min():.0f} to
+  {changes["beats per minute"].max():.0f} (librosa's tracker drops weak beats at both ends).
+- "Variance within beats" is the share of the bands' variance over time that one value per beat
+  cannot hold: {changes["variance within beats (%)"].mean():.0f}% on average. With all cuts moved by
+  half a beat it would be {changes["shifted grid (%)"].mean():.0f}%. The data set does not store its
+  beat times, so beats are tracked on each clip's own mel spectrogram.
+- The level changes by {changes["level change (dB)"].mean():+.1f} dB on average: 0 dB is now the
+  loudest cell among the medians and not among the frames.
+""")
 
 # %% The numbers for metrics.json
 spans = {

@@ -12,8 +12,6 @@ figures and tables (summary.md), their numbers (metrics.json).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
-import math
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -23,6 +21,7 @@ from patrec.features import BANDS, HOP, N_CHROMA, NOTES, SR
 from patrec.machine import seed_everything
 from patrec.measures import (
     genre_share,
+    gradient_reach,
     lstm_batch,
     lstm_gradient,
     lstm_seconds,
@@ -38,25 +37,22 @@ FORMS = ("full", "beat-synced")
 
 
 def chroma_measures(chroma) -> dict:
-    """What a chromagram (12, T) says of a clip's harmony.
+    """What a chromagram (12, T) tells about a clip's harmony.
 
     strongest : name of the pitch class with the highest mean
-    entropy_bits : of the mean over time, as shares: 0 for a single note, 3.58 for all alike
+    strong : pitch classes above .5 in a step, mean over the steps
     change : mean absolute change of a pitch class from one step to the next
     """
-    profile = chroma.mean(1, dtype=float) + 1e-12
-    share = profile / profile.sum()
     jumps = np.abs(np.diff(chroma.astype(float), axis=1))
     return {
-        "strongest": NOTES[int(profile.argmax())],
-        "entropy_bits": float(-(share * np.log2(share)).sum()),
+        "strongest": NOTES[int(chroma.mean(1, dtype=float).argmax())],
+        "strong": float((chroma > 0.5).sum(0).mean()),
         "change": float(jumps.mean()) if jumps.size else 0.0,
     }
 
 
 # %% 3, as 1a-b. The same two clips, their chromagrams
-# The lab: choose two random lines with different labels and read their files. The seed of
-# steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
+# The seed of steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
 step.heading("3, as 1a-b. The same two clips")
 clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
@@ -67,75 +63,74 @@ chroma = {  # each (12, T)
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
 # %% 3, as 1c. What they show
-# The lab: show them with specshow and comment on what they tell and how the two differ.
-# Full and beat-synced lie side by side, since step 2 asks the same of both. Measured
-# besides: the strongest pitch class, how many share the energy, how fast they change.
+# The lab: show them with specshow and comment on what they tell and how the two differ. Full and
+# beat-synced lie side by side, since step 2 asks the same of both.
 step.heading("3, as 1c. What they show")
 cells = [(i, form) for i in (0, 1) for form in FORMS]
 panels = [(f"{titles[i]}, {form}", chroma[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
-step.text(
-    f"""
-    A chromagram adds up how strong each note is over all octaves: harmony stays, and melody up
-    to its octave; the octave and most of the timbre are gone (overtones still reach other
-    rows: the third harmonic lies an octave and a fifth higher). A horizontal line is a held note,
-    a column with three strong rows a triad, a column in which most rows are strong noise or a
-    drum. Every frame of a full chromagram that is not silent is scaled so that its strongest pitch
-    class is 1: quiet and loud frames count alike.
+step.text("""
+A chromagram adds up how strong each note is over all octaves. Harmony is kept; the octave and most
+of the timbre are lost (overtones reach other rows: the third harmonic of C is a G). A horizontal
+line is a held note, a column with three strong rows a triad; in noise or a drum hit most rows are
+strong. In a full chromagram each frame that is not silent is scaled so that its strongest pitch
+class is 1: quiet and loud frames count alike.
 
-    - **Strongest pitch class**: the highest mean over time.
-    - **Entropy** of the mean over time: 0 bits for a single note, {math.log2(N_CHROMA):.2f}
-      bits where all twelve sound alike.
-    - **Change per step**: mean absolute change of a pitch class from one step to the next.
-    """
-)
+- **Strongest pitch class**: the highest mean over time.
+- **Strong pitch classes**: how many are above .5 in a step, on average.
+- **Change per step**: mean absolute change of a pitch class from one step to the next.
+""")
 measures = {
     form: pd.DataFrame([chroma_measures(c) for c in chroma[form]], index=titles) for form in FORMS
 }
-columns = {
+COLUMNS = {
     "strongest": "strongest pitch class",
-    "entropy_bits": "entropy (bits)",
+    "strong": "strong pitch classes",
     "change": "change per step",
 }
 rows = [measures[form][i : i + 1].set_axis([f"{titles[i]}, {form}"]) for i, form in cells]
-table = pd.concat(rows).rename(columns=columns).rename_axis("clip")
-step.table(table, "The two clips, measured")
+step.table(pd.concat(rows).rename(columns=COLUMNS).rename_axis("clip"), "The two clips, measured")
+first, second = (measures["full"].iloc[i] for i in (0, 1))
+step.text(f"""
+In {titles[0]} the strongest pitch class is {first["strongest"]}, in {titles[1]} it is
+{second["strongest"]}. On average {first["strong"]:.1f} pitch classes of a frame are strong in the
+first clip and {second["strong"]:.1f} in the second; from frame to frame a pitch class changes by
+{first["change"]:.3f} and {second["change"]:.3f}.
+""")
 
 # %% 3, as 1c. Two clips or two genres?
-# Songs come in all keys, so a plain mean over a genre's clips blurs them. Turned so that
-# its strongest note is row 0, each clip shows the intervals that it is made of instead. As
-# shares of the clip's sum: without that, how flat a chromagram is would be compared too.
+# Songs are in all keys, so a plain mean over a genre's clips blurs them. Rotated so that its
+# strongest note is row 0, each clip shows its intervals instead. Values are shares of a clip's sum.
 step.heading("3, as 1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 classes = sorted(set(genres))
-levels = np.array([c.mean(dtype=float) for c in chroma["full"]])
 profiles = np.array([c.mean(1, dtype=float) for c in chroma["full"]])  # (clips, 12)
 profiles /= profiles.sum(1, keepdims=True)
 turned = np.array([np.roll(profile, -profile.argmax()) for profile in profiles])
-fig, axes = plt.subplots(
-    1, 2, figsize=(12, 0.32 * len(classes) + 1.6), layout="constrained", sharey=True
+views = (
+    (profiles, NOTES, "Pitch class"),
+    (turned, range(N_CHROMA), "Semitones above the clip's strongest pitch class"),
 )
-for ax, rows, ticks, label in (
-    (axes[0], profiles, NOTES, "Pitch class"),
-    (axes[1], turned, range(N_CHROMA), "Semitones above the clip's strongest pitch class"),
-):
-    means = np.array([rows[genres == genre].mean(0) for genre in classes])  # (genres, 12)
-    image = ax.imshow(means, aspect="auto", cmap="viridis", interpolation="nearest")
+means = [np.array([rows[genres == g].mean(0) for g in classes]) for rows, *_ in views]
+size = (12, 0.32 * len(classes) + 1.6)
+fig, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+look = {"vmin": np.min(means), "vmax": np.max(means), "cmap": "viridis", "aspect": "auto"}
+for ax, shown, (_, ticks, label) in zip(axes, means, views, strict=True):  # (genres, 12)
+    image = ax.imshow(shown, interpolation="nearest", **look)
     ax.set_xticks(range(N_CHROMA), ticks)
     ax.set(xlabel=label)
-    fig.colorbar(image, ax=ax, label="Share of the clip's chroma", location="top", aspect=40)
+fig.colorbar(image, ax=axes, label="Share of the clip's chroma")
 axes[0].set_yticks(range(len(classes)), classes)
 axes[0].set_ylabel("Genre")
 caption = (
-    "Mean profile of every genre: by note (left), relative to each clip's strongest note (right); "
-    "two colour scales"
+    "Mean profile of each genre: by note (left), relative to each clip's strongest note (right)"
 )
 step.figure(fig, "genre_chroma", caption)
 
 values = pd.DataFrame(
     {
-        "entropy (bits)": measures["full"]["entropy_bits"].to_numpy(),
+        "strong pitch classes": measures["full"]["strong"].to_numpy(),
         "change per frame": measures["full"]["change"].to_numpy(),
         "change per beat": measures["beat-synced"]["change"].to_numpy(),
     }
@@ -144,60 +139,63 @@ by_genre = values.groupby(genres).mean().rename_axis("genre")
 n_clips = [int((genres == genre).sum()) for genre in classes]
 step.table(by_genre.assign(clips=n_clips), "Mean over each genre's drawn clips")
 explained = {column: genre_share(values[column], genres) for column in values}
-explained["mean of all chroma values"] = genre_share(levels, genres)
 explained["share of a pitch class, by note"] = np.mean([genre_share(c, genres) for c in profiles.T])
 intervals = np.mean([genre_share(c, genres) for c in turned[:, 1:].T])
 explained["share of a pitch class, from the strongest note"] = intervals
 shares = {name: {"explained by genre": f"{share:.0%}"} for name, share in explained.items()}
 caption = f"Share of the variance over {len(clips)} clips that lies between the genres"
 step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
+most = max(explained, key=explained.get)
+step.text(f"""
+Of these measures, "{most}" depends most on genre: {explained[most]:.0%} of its variance. For a
+measure that is unrelated to genre the share is 0 on average and may be negative.
+""")
 
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
-# The lab's questions of step 2 for chromagrams: 12 rows in place of 128, as many steps.
-# Two of its measurements again: what a training pass costs, and how far back the gradient of
-# an untrained LSTM's last output reaches; the mel rows stand below for comparison.
+# The lab's questions of step 2 for chromagrams: 12 rows instead of 128, as many steps. Two of its
+# measurements again, in the same way: what a training pass costs, and how far back the gradient
+# of an untrained LSTM's last output reaches.
 step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
 shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
 caption = "Pitch classes x time steps of the two clips"
 step.table(pd.DataFrame(shapes, titles[:2], FORMS).rename_axis("clip"), caption)
-batch = clips[: 4 if smoke else 16]
+n_batch = min(4 if smoke else 16, len(clips))
 frames_per_beat = float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
 lstm = {}
 for kind in ("chroma", "mel"):
     for form, frames in (("full", 1), ("beat-synced", frames_per_beat)):
-        arrays = [clip.full if form == "full" else clip.beat for clip in batch]
-        x, lengths = lstm_batch(arrays, kind)  # (B, T, F), (B,)
-        seed_everything(step.args.seed)  # the same start for every row
-        norms = lstm_gradient(x, lengths)
-        far = int(np.argmax(norms < 0.01)) or len(norms)  # the first value is 1
+        arrays = [clip.full if form == "full" else clip.beat for clip in clips]
+        x, lengths = (part[:n_batch] for part in lstm_batch(arrays, kind))  # (B, T, F), (B,)
+        seed_everything(step.args.seed)  # the same start for every row, and for step 2
+        far, n = gradient_reach(lstm_gradient(x, lengths)), int(lengths.median())
         lstm[f"{kind}, {form}"] = {
             "rows": x.shape[2],
-            "steps": int(lengths.median()),
-            "pass (s)": lstm_seconds(x[:, : int(lengths.median())].to(step.device)),
+            "steps": n,
+            "pass (s)": lstm_seconds(x[:, :n].to(step.device)),
             "steps above 1%": far,
             "seconds of music": far * frames * HOP / SR,
         }
 table = pd.DataFrame(lstm).T.rename_axis("input")
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int})
 caption = (
-    f"One training pass of an LSTM of 128 units over {len(batch)} clips, and how far back the "
-    "gradient of its last output stays above 1% of the last step's, before training. Standardised "
-    "by these clips alone, where step 2 takes all that were drawn; other programs beside it slow a "
-    "pass down"
+    f"One training pass of an LSTM of 128 units over {n_batch} clips (wall-clock time, the fastest "
+    "of 8), and how far back the gradient of its last output stays above 1% of the last step's, "
+    "before training"
 )
 step.table(table, caption)
-step.text(
-    """
-    The rows of a step are multiplied at once, the steps one after the other: fewer rows save
-    work inside a step, fewer steps shorten the chain of computations that must wait for each
-    other, and with it the chain of factors that a gradient passes.
-    """
-)
+full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced", "mel, full"))
+step.text(f"""
+So training an LSTM on full chromagrams is not efficient either. They have {full["rows"]} rows
+instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
+after the other: a pass takes {full["pass (s)"]:.3f} s, on mel {mel["pass (s)"]:.3f} s, on
+beat-synced chromagrams {beat["pass (s)"]:.3f} s. The gradient of the last output stays above 1% for
+{full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s of music; on
+beats for {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
+""")
 
 # %% 3, as 2b. What beat synchronisation changes
-# The lab: what differs once the frames between two beats have become one, their median.
-# Measured as in step 2: how much of the variance over time lies within a beat, where a
-# median cannot hold it, and what becomes of step 1's measures.
+# Measured as in step 2: how much of the variance over time lies within a beat, where a median
+# loses it, and what becomes of the measures above.
 step.heading("3, as 2b. What beat synchronisation changes")
 full, beat = (measures[form] for form in FORMS)
 beats = [track_beats(clip.full[BANDS["mel"]]) for clip in clips]
@@ -209,24 +207,21 @@ same_strongest = float((full["strongest"] == beat["strongest"]).mean())
 means = {
     form: {
         "time steps (median)": f"{np.median([c.shape[1] for c in chroma[form]]):.0f}",
-        "entropy (bits)": f"{measures[form]['entropy_bits'].mean():.2f}",
+        "strong pitch classes": f"{measures[form]['strong'].mean():.2f}",
         "change per step": f"{measures[form]['change'].mean():.3f}",
     }
     for form in FORMS
 }
 caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
 step.table(pd.DataFrame(means).T.rename_axis("chromagrams"), caption)
-step.text(
-    f"""
-    - {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2);
-      with all cuts moved by half a beat it would be {shifted:.0f}%.
-    - The strongest pitch class is the same in both forms in {same_strongest:.0%} of
-      {len(clips)} clips.
-    - A beat-synced step stands for {frames_per_beat:.0f} frames (median); from one to the
-      next a pitch class changes by {beat["change"].mean():.3f}, from one frame to the next
-      by {full["change"].mean():.3f}.
-    """
-)
+step.text(f"""
+- {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2); with all
+  cuts moved by half a beat it would be {shifted:.0f}%.
+- The strongest pitch class is the same in both forms in {same_strongest:.0%} of {len(clips)} clips.
+- A beat-synced step stands for {frames_per_beat:.0f} frames (median). From one beat to the next a
+  pitch class changes by {beat["change"].mean():.3f}, from one frame to the next by
+  {full["change"].mean():.3f}.
+""")
 
 # %% The numbers for metrics.json
 pair = [

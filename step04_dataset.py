@@ -2,8 +2,8 @@
 
 The lab asks: a) study the Dataset of the helper code and the values that it returns,
 comment on its operations; b) similar classes are merged, some are left out; c) two
-histograms of the number of samples per class, before and after b. Besides, an audit of
-every array, for we found none published.
+histograms of the number of samples per class, before and after b. An audit of all arrays
+is added.
 
     python step04_dataset.py
     python step04_dataset.py --no-merge   # a data set with classes of its own
@@ -41,45 +41,45 @@ step = Step("step04_dataset", __doc__)
 root, merge = step.source.root, step.source.merge
 
 # %% 4a. What the helper's Dataset does, and what ours does
-# The lab: study the Dataset of the helper code, operation by operation. Ours does the same
-# work, so it stands beside it; where it differs, the last column says why.
+# The lab: study the Dataset of the helper code and comment on its operations. Ours does the same
+# work; where it differs, the last column says why.
 step.heading("4a. What the Dataset does: the helper's and ours")
 OPERATIONS = {
     "label file": (
         "`<part>_labels.txt` without its header, split at tabs; for emotion at commas, where "
         "`regression_label_index` is 1 for valence, 2 for energy, 3 for danceability",
-        "`read_labels`: columns found by the header's names, every line checked",
-        "a column number is easily off by one; a broken line is named with its file",
+        "columns are found by the names in the header, and every line is checked",
+        "a column number is easily wrong; the error message names the file and the line",
     ),
     "classes": (
         "maps each class by the given table; clips whose class maps to None are left out",
-        "`merge_classes`: the lab's table; a class that is not in it stops the run by name",
+        "the lab's table; a class that is not in it stops the run",
         "a new or misspelt class is named, instead of ending in a KeyError",
     ),
     "file name": (
         "drops `.gz`, replaces `beatsync.fused` (beat folder) and `full.fused` (test) by "
         "`fused.full`; folder and split are found by splitting the path at `/`",
-        "`read_entries`: the id before the first dot, then `.fused.full.npy`",
-        "one rule for all folders, whatever they lie in and however a system writes paths",
+        "the id before the first dot, then `.fused.full.npy`",
+        "one rule for all folders and operating systems",
     ),
     "reading": (
         "`np.load` of every array, one after the other, in float64; rows 0-127 (mel), 128-139 "
         "(chroma) or all (fused), turned to (T, F), in a list",
-        "`load_clips`: threads read and check; all clips in one tensor, time first, float16, in "
-        "a cache file; rows are chosen when a batch is fetched",
-        "a quarter of the memory, a list of clips is read once and then mapped, a broken one is "
-        "named with its fault",
+        "`load_clips`: all clips in one tensor, time first, float16, in a cache file; rows are "
+        "chosen when a batch is fetched",
+        "a quarter of the memory, and files are read only once; if a file is broken, the error "
+        "message names it",
     ),
     "length": (
         "remembers each clip's length; `max_length` is the longest one or the given one",
-        "the same lengths; in training a random stretch of `crop` frames, else a batch is as long "
-        "as its own longest clip",
+        "the same lengths; in training a random crop, otherwise a batch is as long as its longest "
+        "clip",
         "no padding to the longest clip of all; a crop is a new example each time",
     ),
     "class numbers": (
-        "scikit-learn's LabelEncoder, fitted anew for each part",
-        "`encode_labels`: the sorted names of the training part, for the test set too",
-        "fitted anew, train and test agree only where both hold the same classes",
+        "scikit-learn's LabelEncoder, fitted separately for each part",
+        "`encode_labels`: the sorted names of the training part, also for the test set",
+        "fitted separately, training and test agree only if both contain the same classes",
     ),
     "item": (
         "pads with zeros to `max_length`, or cuts; returns (array, label, length)",
@@ -90,21 +90,20 @@ OPERATIONS = {
         "a random fifth for validation by NumPy's global seed, not stratified; two loaders with "
         "random samplers over one Dataset",
         f"`split_indices`: {VAL_FRACTION:.0%}, stratified, by --seed; two torch Subsets",
-        "every class has its share in both parts; the same clips whatever ran before",
+        "every class has its share in both parts, and the split does not depend on earlier code",
     ),
 }
 table = pd.DataFrame(OPERATIONS, index=["the helper's", "ours", "why changed"]).T
 step.table(table.rename_axis("operation"))
-step.text("How ours fetches a whole batch, which is what DataLoader and Subset ask it for:")
+step.text("Our Dataset fetches a whole batch at once; DataLoader and Subset call this method:")
 step.show_source(SpectrogramDataset.__getitems__)
 
 
 # %% 4a. One clip, from its line in the label file to a batch
-# The lab: comment on the values that the Dataset returns. One training clip's mel rows, in
-# both forms, with the numbers that each operation leaves behind. Clips that cannot be read
-# are passed over here; the audit below lists them.
+# The lab: comment on the values that the Dataset returns. One training clip's mel rows, in both
+# forms, after each operation. Clips that cannot be read are left out; the audit below lists them.
 def follow(beat) -> tuple[dict, dict]:
-    """Follow one clip: {operation: what came out of it}, and the shortest clip of its batch."""
+    """Follow one clip: {operation: its result}, and the shortest clip of its batch."""
     source = dataclasses.replace(step.source, device="cpu", skip_bad=True)
     data = load_data(source, "mel", beat=beat)
     whole, index = data.train.dataset, data.train.indices[0]
@@ -154,7 +153,7 @@ step.heading("4a. One clip, from its line in the label file to a batch")
 followed, short_clip = {}, {}
 for form in ("full", "beat-synced"):
     followed[form], short_clip = follow(beat=form != "full")
-caption = "One training clip (mel rows): what each of our operations leaves"
+caption = "One training clip (mel rows) after each of our operations"
 step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
 
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
@@ -167,20 +166,19 @@ for ax, name, look, label in (
     look |= {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
     image = ax.imshow(short_clip[name], **look)
     ax.axvline(short_clip["n"] - 0.5, color="tab:green", linestyle="--", linewidth=2)
-    ax.set(xlabel="Time (beats)", title=f"Padded as {name} does")
+    ax.set(xlabel="Time (beats)", title=f"Padded by {name}")
     fig.colorbar(image, ax=ax, label=label, location="bottom", aspect=40)
 axes[0].set_ylabel("Mel band")
 caption = (
-    "The shortest clip of a beat-synced batch, padded with zeros as the helper does (in dB) and "
-    "as ours does (standardised); right of the dashed line is padding (the helper goes on to the "
-    "length of the longest clip of all)"
+    "The shortest clip of a beat-synced batch, padded with zeros as the helper does (in dB) and as "
+    "ours does (standardised). Right of the dashed line is padding; the helper pads even further, "
+    "to the longest clip of all"
 )
 step.figure(fig, "item", caption)
 
 # %% 4b. Similar classes merged, some left out
-# The lab: similar classes are merged and those with very few samples removed. Which class
-# becomes which is the helper's table, so that all who hand in face the same classes;
-# the counts on which to judge it are those of this data set.
+# The lab: similar classes are merged and those with very few samples removed, by the table of the
+# helper code. The counts are those of this data set.
 step.heading("4b. Similar classes merged, some left out")
 counts = {
     when: {
@@ -196,18 +194,16 @@ before, after = (
 becomes = {name: MERGE.get(name) or "left out" for name in before.index} if merge else {}
 step.table(before.assign(becomes=pd.Series(becomes or dict.fromkeys(before.index, "itself"))))
 train, kept = before["train"], after["train"].sum()
-step.text(
-    f"""
-    Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
-    {train.median():.0f} in the median. Afterwards {len(after)} classes share {kept} of the
-    {train.sum()} training clips. The lab removes classes with few samples; its table is fixed,
-    whatever the counts of the data set at hand.
-    """
-)
+step.text(f"""
+Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
+{train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
+training clips. The lab removes classes with few samples; its table is fixed and does not depend on
+the counts of the data set.
+""")
 
 # %% 4c. Number of samples per class, before and after
-# The lab: two histograms. Unequal classes matter: training favours the large ones, and
-# accuracy counts them most, so that weak small classes hardly show in it (step 6).
+# The lab: two histograms. Unequal classes matter: training favours the large ones, and accuracy
+# hardly shows errors in the small ones (step 6).
 step.heading("4c. Number of samples per class, before and after")
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.3 * len(before) + 1.5), layout="constrained")
 merged = "After the merge" if merge else "Not merged (--no-merge)"
@@ -225,22 +221,19 @@ step.figure(fig, "classes", "Number of samples per class, before and after the m
 share = (after["train"] / kept).map("{:.1%}".format)
 step.table(after.assign(**{"share of train": share}), merged)
 largest, smallest = after["train"].idxmax(), after["train"].idxmin()
-floor = after.loc[largest, "test"] / max(after["test"].sum(), 1)
-step.text(
-    f"""
-    The largest class, {largest}, has {after["train"].max()} training clips,
-    {after["train"].max() / after["train"].min():.1f} times those of {smallest}. A model that
-    always answers {largest} has an accuracy of {floor:.3f} on the test set. A model near that
-    number may have learned nothing else: its macro-F1 tells (step 6).
-    """
-)
+baseline = after.loc[largest, "test"] / max(after["test"].sum(), 1)
+step.text(f"""
+The largest class, {largest}, has {after["train"].max()} training clips,
+{after["train"].max() / after["train"].min():.1f} times as many as {smallest}. A model that always
+predicts {largest} has an accuracy of {baseline:.3f} on the test set. Whether a model with an
+accuracy near that has learned anything else is seen in its macro-F1 (step 6).
+""")
 
 # %% Audit of the arrays
-# A network trains on broken clips, and scores well on leaked ones, without a word. So every
-# array that the labels name is read and checked, in all folders (with --smoke 20 in each);
-# equal digests are identical arrays. A broken label file is a fault in the list, not the end.
+# Broken clips and clips in two sets falsify scores unnoticed. So every array that the labels name
+# is read and checked, in all folders (with --smoke 20 in each); equal digests are identical arrays.
 step.heading("Audit of the arrays")
-FAULTS = {  # how a complaint of read_array begins -> column of the table
+FAULTS = {  # how a message of read_array begins -> column of the table
     "missing": "missing",
     "not a readable": "unreadable",
     "numbers of type": "wrong shape or type",
@@ -297,9 +290,9 @@ twins = twins[twin != sound["id"]]
 faults = [files[files["fault"] != ""], twins]
 
 # %% Clips in two sets
-# A clip in training and test set makes the test score a lie. So does an emotion clip that
-# the genre network was trained on (steps 9 and 10 start from it), and a genre test clip in
-# the other form's training split (step 6 scores models of frames on beats).
+# A clip in both training and test set makes the test score too good. So does an emotion clip that
+# the genre network was trained on (steps 9 and 10 start from it), and a genre test clip in the
+# other form's training split (step 6 scores models of frames on beats).
 folder_of = {
     (part, beat): part_folder(root, part, beat).name for part in FOLDERS for beat in (False, True)
 }

@@ -5,14 +5,11 @@ fma_genre_spectrograms_beat: a) accuracy; b) precision, recall and F1 per class;
 macro averages; d) their micro averages; and what these metrics mean.
 
     python step06_eval.py              # every LSTM; trains those that step 5 has not
-    python step06_eval.py --ensemble   # besides, the average of all their answers
+    python step06_eval.py --ensemble   # besides, the average of all their predictions
 
 Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06_eval/:
 tables, reports per class, confusion matrices and the lab's questions (summary.md), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
-
-Measured on a small set of real music: README, over three seeds, number format and processor
-with it.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
@@ -42,13 +39,13 @@ METRICS = ("precision", "recall", "f1")
 
 
 def add_flags(parser):
-    also = "score the average of all LSTMs' answers too"
+    also = "score the average of all LSTMs' predictions too"
     parser.add_argument("--ensemble", action="store_true", help=also)
 
 
 step = Step("step06_eval", __doc__, parts=("genre",), add_flags=add_flags)
 
-# %% The models of step 5 and the floors under them
+# %% The models of step 5 and the baselines
 # All that is trained or fitted is made before a test clip is read. Which LSTM is called the
 # best is settled here too, by its validation score: a name given after the test scores
 # would make the best of them look better than it is.
@@ -63,7 +60,7 @@ epochs = {
 best = max(val, key=val.get)
 facts = models[best].facts
 
-# Two floors. `majority` always answers the commonest training class. `svm` and `beat_svm`
+# Two baselines. `majority` always predicts the commonest training class. `svm` and `beat_svm`
 # are support vector machines on each mel band's mean, spread, percentiles and change over
 # the clip, fitted on frames and on beats; C and the class weights (equal or balanced) are
 # chosen by cross-validation on training clips.
@@ -83,19 +80,20 @@ for name, beat in (("svm", False), ("beat_svm", True)):
         commonest = classes[np.bincount(targets).argmax()]
 step.table(
     pd.DataFrame({"val macro-F1": val, "epochs": epochs}).fillna("").rename_axis("model"),
-    f"Before the test. LSTMs, trained on {facts['n_train']} clips: best of the last epochs on "
-    f"{facts['n_val']} validation clips, so optimistic; SVMs, fitted on all of them: best of six "
-    "settings, mean over the folds of cross-validation. Not comparable with each other",
+    f"Validation scores before testing. For the LSTMs, trained on {facts['n_train']} clips, it is "
+    f"the best late epoch on {facts['n_val']} clips, so it is optimistic. The SVMs are fitted on "
+    "all of these clips. Their score is that of the best of six settings in cross-validation. The "
+    "two kinds of score cannot be compared with each other",
 )
 step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class: {commonest}.")
 
 # %% Answers to both test sets
-# The lab names two test sets, so every LSTM answers both: the one of its own kind of input
+# The lab names two test sets, so every LSTM is scored on both: the one of its own kind of input
 # and the other kind, on which it was not trained. That one is standardised by the training
 # clips of its own form (beats are some dB louder, see step 2), and one step stands for as
 # much time as in training, as nearly as can be: a network of beats gets means of as many
 # frames as there are to a beat (by the median lengths), a network of frames gets beats one by one.
-tests, true, answers = {}, {}, {}
+tests, true, predictions = {}, {}, {}
 forms = {}  # per form: training clips, for their statistics and lengths
 for set_name, beat in SETS.items():
     entries = read_entries(step.source.root, "genre", "train", beat, step.source.merge)
@@ -115,29 +113,31 @@ for name, model in models.items():
             store = forms[set_name]
             stats = band_statistics(store, range(len(store.entries)), settings["features"])
             test = test.variant(stats=stats)
-        answers[name, set_name] = predict_clips(model.model, test, settings, step.device)
+        predictions[name, set_name] = predict_clips(model.model, test, settings, step.device)
         backbone.frames_per_step = usual
 
-for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 for the one named
+for (
+    set_name
+) in SETS:  # a baseline's prediction in a network's form: a score per class, 1 for the one named
     store, ids = tests[set_name].store, true[set_name].index
-    floor = "beat_svm" if SETS[set_name] else "svm"
+    baseline = "beat_svm" if SETS[set_name] else "svm"
     called = {
         "majority": np.full(len(ids), classes.index(commonest)),
-        floor: svms[floor].predict(band_features(store)),
+        baseline: svms[baseline].predict(band_features(store)),
     }
     for name, numbers in called.items():
-        answers[name, set_name] = pd.DataFrame(np.eye(len(classes))[numbers], ids, classes)
+        predictions[name, set_name] = pd.DataFrame(np.eye(len(classes))[numbers], ids, classes)
 
 # The mean of the log-probabilities, matched by clip id, each LSTM on its own kind of input.
 own_set = {name: "beat" if model.settings["beat"] else "full" for name, model in models.items()}
 own_set |= {"majority": "full", "svm": "full", "beat_svm": "beat"}
 if step.args.ensemble:
-    answers["lstm_ensemble", "full"] = average_predictions(
-        answers[name, own_set[name]] for name in models
+    predictions["lstm_ensemble", "full"] = average_predictions(
+        predictions[name, own_set[name]] for name in models
     )
     own_set["lstm_ensemble"] = "full"
 
-scores = {key: genre_scores(true[key[1]], table) for key, table in answers.items()}
+scores = {key: genre_scores(true[key[1]], table) for key, table in predictions.items()}
 write_predictions(
     step.folder,
     [
@@ -148,7 +148,7 @@ write_predictions(
             seed=step.args.seed,
             test_set=part_folder(".", "genre", SETS[set_name]).name,
         )
-        for (name, set_name), table in answers.items()
+        for (name, set_name), table in predictions.items()
     ],
 )
 
@@ -195,7 +195,9 @@ step.figure(
     "Accuracy of every model on both test sets; pale: input of the kind it was not trained on",
 )
 # On the other kind of input a network may answer one class to every clip.
-foreign = {name: answers[name, "full" if own_set[name] == "beat" else "beat"] for name in models}
+foreign = {
+    name: predictions[name, "full" if own_set[name] == "beat" else "beat"] for name in models
+}
 stuck = [f"`{name}`" for name, table in foreign.items() if table.idxmax(axis=1).nunique() == 1]
 one_answer = f"One and the same class for every clip: {', '.join(stuck)}." if stuck else ""
 step.text(f"""
@@ -206,12 +208,13 @@ step.text(f"""
     the mean, the spread and the change within 8 frames; on beats a step is a single column, whose
     spread is 0, a value that training steps seldom have, and the change is from beat to beat; an
     LSTM of beats receives means of {frames_per_beat} frames (median length of a clip in frames,
-    divided by that in beats). `majority` answers the commonest training class; `svm` and `beat_svm`
-    are support vector machines on statistics of the bands, each tested on its own kind of input and
-    fitted on the LSTMs' training and validation clips together. The LSTMs' scores include label
-    smoothing .1 in training, a running average of the weights, answers averaged over overlapping
-    windows (of frames), and logit adjustment: half the log of each class's share is subtracted from
-    its logit (after Menon et al., 2021). The support vector machines have none of these.
+    divided by that in beats). `majority` predicts the commonest training class; `svm` and
+    `beat_svm` are support vector machines on statistics of the bands, each tested on its own kind
+    of input and fitted on the LSTMs' training and validation clips together. The LSTMs' scores
+    include label smoothing .1 in training, a running average of the weights, predictions averaged
+    over overlapping windows (of frames), and logit adjustment: half the log of each class's share
+    is subtracted from its logit (after Menon et al., 2021). The support vector machines have none
+    of these.
 """)
 if step.args.ensemble:
     step.text("""
@@ -228,7 +231,7 @@ A precision without any answer of that class, 0/0, counts as 0. `weighted avg` w
 their number of test clips (`support`). Where a class has few of them, one clip moves its recall
 much.
 """)
-for (name, set_name), table in answers.items():
+for (name, set_name), table in predictions.items():
     report = classification_report(
         true[set_name][table.index],
         table.columns[table.to_numpy().argmax(1)],
@@ -271,7 +274,7 @@ pairs = [(best, name) for name in models if name != best]
 pairs += [(best, "beat_svm" if own_set[best] == "beat" else "svm")]
 lines = []
 for pair in pairs:
-    first, second = (answers[name, own_set[name]] for name in pair)
+    first, second = (predictions[name, own_set[name]] for name in pair)
     lines.append(
         f"- {difference_line(*pair, paired_difference(true[own_set[best]], first, second))}"
     )

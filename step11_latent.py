@@ -3,34 +3,25 @@
 The lab asks, for the best LSTM of step 5 and the CNN of step 7: a) the vector of every
 clip of the genre test set just before the output layer, with its label; b) PCA of these
 vectors, how far the classes are apart in it, and how the models compare; c) the same for
-the LSTM that did worst; d) other methods (t-SNE, UMAP), and which works better.
+the LSTM that performed worst; d) other methods (t-SNE, UMAP), and which works better.
 
     python step11_latent.py
 
 Input: the checkpoints of steps 5 and 7 (missing ones are trained here), the genre test
-set; the package umap-learn, where it is installed. Output, in outputs/step11_latent/:
-latent_<run>.npz per model (vectors, labels, ids, classes), the maps, measures of
-separation (summary.md, metrics.json).
-
-Measured on a small set of real music (see README), seed 42, bf16, one thread, a Xeon with AMX,
-torch 2.13.0, 157 test clips: own class the commonest among the 5 nearest, LSTM on mel .507, CNN
-.469, LSTM on chroma .443; trustworthiness of the CNN's map by PCA .784, Isomap .821, t-SNE .919.
+sets; the package umap-learn, if it is installed. Output, in outputs/step11_latent/:
+latent_<run>.npz per model (vectors, labels, ids, classes, predicted classes and their
+probabilities), maps_<run>.npz (points in the plane by method), figures, measures of
+separation (summary.md, metrics.json). A page to walk in these maps: python -m tools.maps.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
-import base64
 import importlib.util
-import io
-import json
-import re
 import warnings
 
-import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, Isomap, trustworthiness
 from sklearn.metrics import silhouette_score
@@ -48,19 +39,14 @@ from common import (
     predict,
 )
 from patrec.errors import InputError
-from patrec.features import BANDS, HOP, SR, mel_to_waveform
-from patrec.files import write_bytes, write_text
+from patrec.files import part_folder, write_bytes
 from patrec.machine import seed_everything
-from patrec.parallel import parallel_map
-from patrec.plots import COLORS, MARKERS, plot_scores
+from patrec.plots import COLORS, MARKERS, plot_scores, run_title
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES
 from patrec.scores import bootstrap, classification_scores
 from patrec.step import Step
 from patrec.tables import difference_line, with_interval
 
-# plotly's names of MARKERS
-SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond")
-SYMBOLS += ("cross", "x", "star", "triangle-left", "triangle-right")
 N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness looks at
 
 step = Step("step11_latent", __doc__, parts=("genre",))
@@ -68,14 +54,22 @@ step = Step("step11_latent", __doc__, parts=("genre",))
 # %% 11a. The vectors before the output layer, with their genres
 # The lab: the best LSTM of step 5 and the CNN of step 7; one vector per clip of the test set
 # of fma_genre_spectrograms and its label, as a new dataset. That set holds full spectrograms,
-# so the LSTMs to choose from are those trained on them. Best and worst go by the validation
-# score in their checkpoints: the test scores belong to the very clips that are shown here.
+# so the best LSTM is chosen among those trained on them. The worst (11c) is the worst of all:
+# one trained on beats gets the test set of beats. Both are chosen by the validation score in
+# their checkpoints: the test scores belong to the very clips that are shown here.
 step.heading("11a. The vectors before the output layer, with their genres")
-lstms = [name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat]
-models = genre_models(step.training, [*lstms, "cnn_mel"])
+models = genre_models(step.training, [*LSTM_NAMES, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
-worst, *_, best = sorted(lstms, key=val.get)
+best = max((name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat), key=val.get)
+worst = min((name for name in LSTM_NAMES if name != best), key=val.get)
 roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}
+titles = {best: f"best {run_title(best)}", "cnn_mel": run_title("cnn_mel")}
+titles[worst] = f"worst {run_title(worst)}"
+
+
+def write_arrays(name, arrays):
+    """Write named arrays into a file of the step's folder."""
+    write_bytes(step.folder / name, lambda file: np.savez_compressed(file, **arrays))
 
 
 def latent_vectors(model, settings):
@@ -93,42 +87,41 @@ def latent_vectors(model, settings):
     return found | {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
 
 
-latent, called, runs, table = {}, {}, {}, {}
-for name, role in roles.items():
+latent, runs, table = {}, {}, {}
+for name, title in titles.items():
     model, settings, facts = models[name].model, models[name].settings, models[name].facts
-    latent[name] = latent_vectors(model, settings)
-    labels, classes = latent[name]["labels"], list(latent[name]["classes"])
+    latent[name] = clips = latent_vectors(model, settings)
+    labels, classes = clips["labels"], list(clips["classes"])
     n_classes = len(np.unique(labels))
     if not (len(labels) > 2 * N_NEIGHBOURS and 2 <= n_classes < len(labels)):
         fault = f"{len(labels)} genre test clips of {n_classes} classes are too few"
         raise InputError(f"{step.source.root}: {fault} to show how classes separate; add some")
-    path, clips = step.folder / f"latent_{name}.npz", latent[name]
-    write_bytes(path, lambda file, clips=clips: np.savez_compressed(file, **clips))
-    # The output layer is linear: what it says of a clip's mean vector is its mean answer.
+    # The output layer is linear: its output for a clip's mean vector is its mean output.
     with torch.no_grad():
-        logits = model.eval().head(torch.tensor(latent[name]["vectors"], device=step.device))
-    chances, answers = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
-    called[name] = {"called": answers.tolist(), "probability": chances.numpy().round(3).tolist()}
-    scores = classification_scores(labels, answers.numpy(), classes)
+        logits = model.eval().head(torch.tensor(clips["vectors"], device=step.device))
+    chances, predicted = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
+    clips |= {"predicted": predicted.numpy(), "probability": chances.numpy()}
+    write_arrays(f"latent_{name}.npz", clips)
+    scores = classification_scores(labels, clips["predicted"], classes)
     runs[name] = {"val": {"macro_f1": val[name]}, "test": scores}
-    table[role] = {
+    table[title] = {
         "run": name,
-        "file": f"`{path.name}`",
+        "test set": part_folder(".", "genre", settings["beat"]).name,
         "clips": len(labels),
-        "numbers per clip": latent[name]["vectors"].shape[1],
+        "numbers per clip": clips["vectors"].shape[1],
         "epochs (planned)": f"{facts['epochs']} ({facts['planned_epochs']})",
         "val macro-F1": val[name],
-        "accuracy of its output layer": with_interval(scores, "accuracy"),
+        "test accuracy": with_interval(scores, "accuracy"),
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
-A vector is the mean over overlapping windows of a clip of the fma_genre_spectrograms test set; the
-file holds vectors, class numbers, clip ids and class names (NumPy). LSTMs on beats do not know this
-set's input and are not among the candidates. Validation macro-F1 of all candidates, each the best
-of its last epochs on {models[best].facts["n_val"]} validation clips: those that lie close may
-change places with the seed.
+A vector is the mean over overlapping windows of a clip (an LSTM of beats reads the whole clip).
+`latent_<run>.npz` holds vectors, class numbers, clip ids and class names (NumPy). The best LSTM is
+chosen among those trained on full spectrograms, the worst among all, by validation macro-F1 on
+{models[best].facts["n_val"]} clips: scores that lie close may change places with another seed.
 """)
-step.table(pd.Series(val, name="val macro-F1").sort_values().to_frame().rename_axis("run"))
+shown = pd.Series({name: val[name] for name in LSTM_NAMES}, name="val macro-F1").sort_values()
+step.table(shown.to_frame().rename_axis("run"))
 
 # %% 11b. PCA of the vectors: best LSTM and CNN
 # The lab: PCA, a picture of each model's space, how far the classes separate in it. Each
@@ -214,7 +207,7 @@ for name in roles:
     _, kept[name]["full space, untrained"] = separation(untrained[name], latent[name]["labels"])
     _, kept[name]["PCA"] = separation(pca_panel("", name, spaces[name])[3], latent[name]["labels"])
 
-panels = [pca_panel(f"{roles[name]}, {name}", name, spaces[name]) for name in (best, "cnn_mel")]
+panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
 caption = "The test clips by genre on the first two PCA axes"
 step.figure(plot_maps(panels, 2), "pca", caption)
 
@@ -224,12 +217,13 @@ def separation_table(names):
     columns = {}
     for name in names:
         facts = kept[name]
-        column = columns[f"{roles[name]}, {name}"] = {}
+        column = columns[titles[name]] = {}
         for space in ("full space", "full space, untrained", "PCA"):
             column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
             column[f"silhouette, {space}"] = f"{facts[space]['silhouette']:+.3f}"
         column["variance on 2 PCA axes"] = f"{facts['pca_variance_2d']:.1%}"
         column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
+        column["test accuracy"] = f"{runs[name]['test']['accuracy']:.3f}"
     return pd.DataFrame(columns).rename_axis("measure")
 
 
@@ -238,7 +232,7 @@ def class_table(names):
     table = {}
     for name in names:
         genres = latent[name]["classes"][latent[name]["labels"]]
-        table[f"{roles[name]}, {name}"] = pd.Series(hits[name]).groupby(genres).mean()
+        table[titles[name]] = pd.Series(hits[name]).groupby(genres).mean()
     return pd.DataFrame(table).rename_axis("class")
 
 
@@ -256,52 +250,57 @@ def knn_difference(first, second):
 commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
 step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and the plane's share")
 step.text(f"""
-*5-NN accuracy*: share of clips whose own class is the commonest among their {N_NEIGHBOURS} nearest
-others, the clip itself left out; where n classes are equally common, a clip of one of them counts
-1/n. The fewer test clips a class has, the harder that is for it. Always naming the commonest
-class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is a
-clip's mean distance to its own class, b to the nearest other one. *Untrained*: the same network
-with one draw of random weights, batch normalisation at mean 0 and variance 1. The vectors of two
-models differ in dimension, which alone changes silhouettes: compare each with its untrained twin
-first. Intervals (95%) are over test clips, for one training seed, and approximate: a clip counts
-once as itself and again as others' neighbour.
+*5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
+nearest other clips (of n equally common classes, the right one counts 1/n). Always naming the most
+common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is
+a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same network
+with random weights. The vectors of two models differ in dimension, which alone changes silhouettes,
+so compare each with its untrained network first. 95% intervals are over test clips and approximate:
+a clip counts as itself and again as a neighbour of others.
+
+The PCA plane keeps {kept[best]["pca_variance_2d"]:.0%} of the LSTM's variance and
+{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the CNN's. The output layer uses all dimensions, so the
+model with the higher test accuracy need not be the one whose classes separate more in the plane.
 """)
 step.text(knn_difference("cnn_mel", best))
-caption = "Share of each class's clips whose own class is the commonest among their nearest others"
-step.table(class_table([best, "cnn_mel"]), caption)
+class_caption = "Share of each class's clips whose class is the most common among their neighbours"
+step.table(class_table([best, "cnn_mel"]), class_caption)
 
 # %% 11c. The same for the worst LSTM
 # The lab: is there a qualitative difference to the others? So its PCA picture stands beside
-# that of the best, and beside that of its own untrained twin: what did training move?
+# that of the best, and beside that of its own network with random weights: what did training move?
 step.heading("11c. The same for the worst LSTM")
-panels = [pca_panel(f"{roles[name]}, {name}", name, spaces[name]) for name in (best, worst)]
-panels.append(pca_panel(f"{worst}, untrained", worst, untrained[worst]))
-caption = "PCA of the best LSTM, of the worst, and of the worst before training (random weights)"
+panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, worst)]
+panels.append(pca_panel(f"{run_title(worst)}, untrained", worst, untrained[worst]))
+on = part_folder(".", "genre", models[worst].settings["beat"]).name
+caption = (
+    f"PCA of the best LSTM, of the worst of all on its test set ({on}), and before its training"
+)
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
 step.table(separation_table([best, worst]), "Separation of the genres, best and worst LSTM")
 step.text(knn_difference(best, worst))
-caption = "Share of each class's clips whose own class is the commonest among their nearest others"
-step.table(class_table([best, worst]), caption)
+step.table(class_table([best, worst]), class_caption)
 
 # %% 11d. More methods of dimensionality reduction
-# The lab: t-SNE and others; which works better for these data? The criterion is named before
-# methods are compared, and it does not know the genres: a map that pulls apart what the network
-# does not separate would be no better.
+# The lab: t-SNE and others; which works better for these data? The criteria are named before
+# the methods are compared.
 step.heading("11d. More methods of dimensionality reduction")
 n_clips = min(map(len, spaces.values()))
 near, far, perplexity = min(15, n_clips - 1), min(10, n_clips - 1), min(30, (n_clips - 1) / 3)
 seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
-Criterion, named in advance: *trustworthiness* (Venna & Kaski, 2001), how far a clip's
-{N_NEIGHBOURS} neighbours in the map are its neighbours in the full space; at best 1. It says
-nothing of large distances, nor of neighbours that the map has torn apart. PCA is linear and the
-same at every run; of all projections onto a plane it keeps the largest share of the squared
-distances. Isomap ({far} neighbours) keeps distances along the graph of neighbours. t-SNE
-(perplexity {perplexity:.0f}) and UMAP ({near} neighbours) keep who is near whom and do not aim at
-large distances: groups can be looked for, but not how far apart or how large they are. t-SNE starts
-from a randomised PCA, UMAP from a spectral layout and goes on at random, so they run with
-{len(seeds)} seeds, the first of which is shown. One setting of each method. (Tenenbaum et al.,
-2000; van der Maaten & Hinton, 2008; McInnes et al., 2018.)
+Three criteria, named in advance. *Trustworthiness* (Venna & Kaski, 2001; at best 1): how far a
+clip's {N_NEIGHBOURS} neighbours in the map are its neighbours in the full space. It does not know
+the genres, and it favours methods that preserve neighbours. *Silhouette* and *5-NN accuracy* of the
+genres in the map: how well the map separates them; a map that separates more than the full space
+shows more than the network does.
+
+PCA is linear; of all projections onto a plane it keeps the largest share of the squared distances.
+Isomap ({far} neighbours; Tenenbaum et al., 2000) keeps distances along the graph of neighbours.
+t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({near} neighbours;
+McInnes et al., 2018) keep neighbours together and do not keep large distances: look for groups, but
+not at how large or how far apart they are. Both draw random numbers, so they run with {len(seeds)}
+seeds; the first is shown.
 """)
 # Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
 warnings.filterwarnings("ignore", "The number of connected components")
@@ -317,42 +316,41 @@ if importlib.util.find_spec("umap"):
 else:
     step.text("UMAP is missing from what follows: install `umap-learn` and run this step again.")
 
-# %% 11d. Every method on every model: the criterion, and what is left of the classes
-trust, knn, apart, drawn = {}, {}, {}, {}
-for name, role in roles.items():
-    panels, drawn[name] = [], {}
+# %% 11d. Every method on every model, and the criteria
+CRITERIA = {"trustworthiness": "Trustworthiness", "silhouette": "Silhouette of the genres"}
+CRITERIA["knn_accuracy"] = "5-NN accuracy of the genres"
+tables = {key: {} for key in CRITERIA}
+for name, title in titles.items():
+    panels, points = [], {}
     for method, estimators in methods.items():
         maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
+        points[method] = maps[0]
         axes = (f"{method} axis 1", f"{method} axis 2")
-        panels.append((f"{role}, {name}: {method}", axes, name, maps[0]))
-        _, facts = separation(maps[0], latent[name]["labels"])
-        values = [
-            trustworthiness(spaces[name], points, n_neighbors=N_NEIGHBOURS) for points in maps
-        ]
-        facts["trustworthiness"] = values[0]
-        facts["trustworthiness of all seeds"] = values
-        facts["distances"] = float(np.corrcoef(pdist(spaces[name]), pdist(maps[0]))[0, 1])
-        kept[name][method], drawn[name][method] = facts, maps[0].round(3).tolist()
-        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-        trust.setdefault(method, {})[role] = f"{np.mean(values):.3f}{spread}"
-        knn.setdefault(method, {})[role] = facts["knn_accuracy"]
-        apart.setdefault(method, {})[role] = facts["distances"]
-    caption = f"The test clips by genre, {role} ({name}), by every method. The axes have no unit"
+        panels.append((f"{title}: {method}", axes, name, maps[0]))
+        found = [separation(xy, latent[name]["labels"])[1] for xy in maps]
+        for facts, xy in zip(found, maps, strict=True):
+            trust = trustworthiness(spaces[name], xy, n_neighbors=N_NEIGHBOURS)
+            facts["trustworthiness"] = float(trust)
+        for key, table in tables.items():
+            values = [facts[key] for facts in found]
+            found[0][f"{key} of all seeds"] = values
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            table.setdefault(method, {})[title] = f"{np.mean(values):.3f}{spread}"
+        kept[name][method] = found[0]
+    write_arrays(f"maps_{name}.npz", points)
+    caption = f"The test clips by genre, {title}, by every method. The axes have no unit"
     step.figure(plot_maps(panels, 2), f"maps_{name}", caption)
-caption = f"The criterion: trustworthiness, mean (lowest to highest) of {len(seeds)} seeds"
-step.table(pd.DataFrame(trust).T.rename_axis("method"), caption)
-caption = (
-    "For information only: correlation of the clips' distances in the map and in the full space"
-)
-step.table(pd.DataFrame(apart).T.rename_axis("method"), caption)
-caption = "For information only: 5-NN accuracy among the points of the map"
-step.table(pd.DataFrame(knn).T.rename_axis("method"), caption)
+for key, table in tables.items():
+    caption = f"{CRITERIA[key]} in the map: mean (lowest to highest) of {len(seeds)} seeds"
+    step.table(pd.DataFrame(table).T.rename_axis("method"), caption)
+
+# %% 11d. How well a clip's neighbours tell its genre, in the full space and in the maps
 bars = {
-    f"{name}: {space}": kept[name][space]
-    for name in roles
+    f"{titles[name]}: {space}": kept[name][space]
+    for name in titles
     for space in ("full space, untrained", "full space", *methods)
 }
-fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
+fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2), layout="constrained")
 values = [bar["knn_accuracy"] for bar in bars.values()]
 intervals = [bar["knn_accuracy_ci95"] for bar in bars.values()]
 plot_scores(ax, list(bars), values, intervals, "5-NN accuracy, leave-one-out (line: 95% interval)")
@@ -360,135 +358,6 @@ ax.axvline(commonest, color="grey", linestyle=":")
 for place, bar in enumerate(ax.patches):
     bar.set_color(COLORS[place // (2 + len(methods)) % 3 * 2])  # a colour per model
     bar.set_alpha(0.5)
-caption = (
-    "How well a clip's neighbours tell its genre, in space and maps; dotted: always naming the "
-    "commonest class"
-)
+caption = "5-NN accuracy in the full space and in the maps; dotted: always the most common class"
 step.figure(fig, "knn_accuracy", caption)
-
-# %% 11d, besides: the maps to walk in
-# A page to open in a browser: every model and method, a point per clip; what a clip is and
-# was called shows on hovering, clicking plays five seconds of it (made audible as in step 1).
-# plotly draws; it is no package of the lab's, so the step does without where it is missing.
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Maps of the test clips</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1300px }
-h1 { font-size: 1.3rem } #map { width: 100%; height: min(75vh, 800px) }
-#map:focus-visible { outline: 3px solid #0072B2 }
-fieldset { border: 0; padding: 0; margin: .4rem 0 }
-label { margin-right: 1rem; white-space: nowrap } #said { min-height: 3em }
-</style>
-<h1>The genre test clips as the networks see them</h1>
-<fieldset><label>model <select id="model"></select></label>
-<label>method <select id="method"></select></label></fieldset>
-<fieldset id="right"><label><input type="radio" name="right" value="all" checked> all</label>
-<label><input type="radio" name="right" value="right"> called right</label>
-<label><input type="radio" name="right" value="wrong"> called wrong</label></fieldset>
-<fieldset id="classes"></fieldset>
-<div id="map" tabindex="0" role="application" aria-label="Map: arrow keys go from clip to clip,
- Enter plays"></div>
-<p id="said" aria-live="polite">Click a point, or focus the map and use the arrow keys and Enter:
-five seconds of the clip, made of its spectrogram.</p>
-<script>@PLOTLY@</script>
-<script>
-"use strict";
-const data = @DATA@, $ = id => document.getElementById(id), map = $("map");
-const audio = new Audio();
-let shown = [], chosen = -1;
-for (const name of Object.keys(data.models)) $("model").add(new Option(data.models[name], name));
-for (const name of data.methods) $("method").add(new Option(name));
-data.classes.forEach((name, k) => {
-  const label = document.createElement("label"), box = document.createElement("input");
-  box.type = "checkbox"; box.checked = true; box.value = k;
-  label.append(box, " " + name); $("classes").append(label);
-});
-function describe(i) {
-  const run = data.runs[$("model").value], k = run.called[i];
-  return "clip " + data.ids[i] + ", " + data.classes[data.labels[i]] + ", called " +
-    data.classes[k] + " (unscaled probability " + run.probability[i].toFixed(2) + ")";
-}
-function draw() {
-  const run = data.runs[$("model").value], points = run.points[$("method").value];
-  const right = document.querySelector("[name=right]:checked").value;
-  const on = new Set([...document.querySelectorAll("#classes :checked")].map(b => +b.value));
-  shown = data.ids.map((id, i) => i).filter(i => on.has(data.labels[i]) && (right === "all" ||
-    (run.called[i] === data.labels[i]) === (right === "right")));
-  if (!shown.includes(chosen)) chosen = -1;
-  const traces = data.classes.map((name, k) => {
-    const rows = shown.filter(i => data.labels[i] === k);
-    return {type: "scatter", mode: "markers", name, x: rows.map(i => points[i][0]),
-      y: rows.map(i => points[i][1]), customdata: rows, text: rows.map(describe),
-      hovertemplate: "%{text}<extra></extra>", marker: {color: data.colors[k % 10],
-      symbol: data.symbols[k % 10], size: 10, line: {width: 1, color: "#000"}}};
-  });
-  const ring = chosen < 0 ? [] : [points[chosen]];
-  traces.push({type: "scatter", mode: "markers", showlegend: false, hoverinfo: "skip",
-    x: ring.map(p => p[0]), y: ring.map(p => p[1]),
-    marker: {symbol: "circle-open", size: 24, color: "#d00", line: {width: 3}}});
-  const axis = {title: "", zeroline: false, showticklabels: false};
-  Plotly.react(map, traces, {margin: {l: 10, r: 10, t: 10, b: 10}, xaxis: axis, yaxis: axis,
-    hovermode: "closest", legend: {orientation: "h"}}, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["toImage"]});
-}
-function choose(i, play) {
-  chosen = i; draw(); $("said").textContent = describe(i);
-  if (play) { audio.src = "data:audio/mpeg;base64," + data.sounds[i]; audio.play(); }
-}
-draw();
-map.on("plotly_click", event => choose(event.points[0].customdata, true));
-for (const id of ["model", "method", "right", "classes"]) $(id).addEventListener("change", draw);
-map.addEventListener("keydown", event => {
-  const points = data.runs[$("model").value].points[$("method").value];
-  const order = [...shown].sort((a, b) => points[a][0] - points[b][0]);
-  const at = order.indexOf(chosen), by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (by && order.length) choose(order[(at + by + order.length) % order.length], false);
-  else if (event.key === "Enter" && chosen >= 0) choose(chosen, true);
-  else return;
-  event.preventDefault();
-});
-</script>
-</html>
-"""
-
-
-def sound_of(mel) -> str:
-    """Five seconds of a mel spectrogram (128, T) as MP3, in base64."""
-    import soundfile
-
-    file = io.BytesIO()
-    quality = {"bitrate_mode": "VARIABLE", "compression_level": 0.99}
-    soundfile.write(file, mel_to_waveform(mel), SR, format="MP3", **quality)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-step.heading("11d, besides. The maps to walk in")
-if importlib.util.find_spec("plotly"):
-    from plotly.offline import get_plotlyjs
-
-    test = load_test(step.source, models["cnn_mel"].settings)
-    store, n_heard = test.store, round((1 if step.args.smoke else 5) * SR / HOP)
-    middles = (store.starts + (store.lengths - n_heard).clamp(min=0) // 2).tolist()
-    heard = [store.frames[m : m + n_heard, BANDS["mel"]].float().cpu().T.numpy() for m in middles]
-    workers = 1 if step.args.smoke else joblib.cpu_count()
-    first = latent["cnn_mel"]
-    facts = {
-        "ids": first["ids"].tolist(),
-        "labels": first["labels"].tolist(),
-        "classes": first["classes"].tolist(),
-        "models": {name: f"{role} ({name})" for name, role in roles.items()},
-        "methods": list(methods),
-        "runs": {name: called[name] | {"points": drawn[name]} for name in roles},
-        "sounds": list(parallel_map(sound_of, [(mel,) for mel in heard], workers)),
-        "colors": COLORS,
-        "symbols": SYMBOLS,
-    }
-    parts = {"PLOTLY": get_plotlyjs(), "DATA": json.dumps(facts).replace("<", "\\u003c")}
-    page = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
-    write_text(step.folder / "maps.html", page)
-    step.text("[maps.html](maps.html): all of these maps in one page, to hover and to listen.")
-else:
-    step.text("For a page of these maps to hover and to listen: install `plotly`, run again.")
-step.finish(runs, roles=roles, separation=kept, criterion="trustworthiness")
+step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 from scipy.ndimage import median_filter
 
 from patrec.errors import InputError
-from patrec.files import write_bytes
+from patrec.files import cache_dir, write_bytes
 
 SR = 22_050  # sampling rate, in Hz
 
@@ -61,6 +64,21 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
 
     sync = functools.partial(librosa.util.sync, idx=beat_frames, aggregate=np.median)
     return stack_rows(mel_power, chroma), stack_rows(sync(mel_power), sync(chroma))
+
+
+def compile_librosa() -> None:
+    """Let librosa compile its numba functions, one process of a machine at a time.
+
+    Processes that compile them at once into an empty cache ruin it for good: every later run
+    dies of a segmentation fault (seen with numba 0.66 and 0.68).
+    """
+    if os.environ.get("PATREC_LIBROSA") == str(os.getpid()):  # this process has them
+        return
+    # Of silent or very short clips, which are meant to work.
+    warnings.filterwarnings("ignore", module="librosa")
+    with filelock.FileLock(cache_dir() / "librosa.lock"):
+        extract_features(np.random.default_rng(0).standard_normal(2 * SR).astype(np.float32))
+    os.environ["PATREC_LIBROSA"] = str(os.getpid())
 
 
 def mel_and_chroma(waveform) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,6 @@ import os
 import platform
 import random
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,11 +131,3 @@ def half_precision(device):
     kind = torch.device(device).type
     dtype = fast_dtype(kind)
     return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def clock_of(device) -> Callable:
-    """A clock, in s, for what a device computes; on a CPU the time that this thread had a core.
-
-    So other programs, which take a core away for a while, are not measured.
-    """
-    return time.thread_time if torch.device(device).type == "cpu" else time.perf_counter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 
 from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR
-from patrec.machine import clock_of
 
 
 def spectrogram_similarity(waveform, mel_db) -> dict:
@@ -62,6 +62,29 @@ def mel_measures(mel_db, beat=False) -> dict:
     return values
 
 
+def array_facts(array) -> dict:
+    """Shape and range of a clip's array (140, T), as steps 1 and 2 show them."""
+    mel = array[BANDS["mel"]]
+    return {
+        "array": " x ".join(map(str, array.shape)),
+        "mel part": " x ".join(map(str, mel.shape)),
+        "lowest (dB)": f"{mel.min():.1f}",
+        "mean (dB)": f"{mel.mean(dtype=float):.1f}",
+        "highest (dB)": f"{mel.max():.1f}",
+    }
+
+
+def compare_clips(measures) -> str:
+    """Two clips' `mel_measures`, a row each under its title, as sentences."""
+    (one, first), (other, second) = measures.iterrows()
+    sentences = []
+    for key in measures:
+        label, unit = MEASURES[key]
+        values = unit.format(first[key]), unit.format(second[key])
+        sentences.append(f"The {label} of {one} is {values[0]}, that of {other} is {values[1]}.")
+    return " ".join(sentences)
+
+
 def genre_share(values, genres) -> float:
     """Share of the variance over clips that the genre explains (epsilon squared).
 
@@ -85,12 +108,12 @@ def lstm_batch(arrays, kind="mel") -> tuple[torch.Tensor, torch.Tensor]:
 def lstm_seconds(x) -> float:
     """Time of a training pass (forward, backward) of a textbook LSTM over x (B, T, F), in s."""
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).to(x.device)
-    clock, times = clock_of(x.device), []
+    times = []
     for _ in range(9):
-        began = clock()
+        began = time.perf_counter()
         lstm(x)[0][:, -1].sum().backward()
         lstm.weight_hh_l0.grad[0, 0].item()  # reading a value waits for the GPU
-        times.append(clock() - began)
+        times.append(time.perf_counter() - began)
     # The first pass allocates memory, and other programs only ever slow one down.
     return min(times[1:])
 
@@ -121,6 +144,11 @@ def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
     back = lengths[:, None] - 1 - steps_back  # (B, median length): the step so far back
     relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
+
+
+def gradient_reach(norms, share=0.01) -> int:
+    """Steps back from the last one until `lstm_gradient` first falls below a share of it."""
+    return int(np.argmax(norms < share)) or len(norms)  # the first value is 1
 
 
 def track_beats(mel_db) -> np.ndarray:

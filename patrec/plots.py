@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from patrec.features import DB_FLOOR, HOP, N_CHROMA, NOTES, SR
+from patrec.features import DB_FLOOR, HOP, N_CHROMA, N_MELS, NOTES, SR
 from patrec.labels import EMOTIONS
+from patrec.recipes import GENRE_NETWORKS
 
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
@@ -41,50 +42,126 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     return image
 
 
-def plot_history(ax, history, title="", score_name="score"):
-    """Loss (left axis) and validation score (right axis) against the epoch.
+def mel_ticks(axis):
+    """Label an axis of mel bands (a band is one unit long, the first begins at 0) in Hz."""
+    import librosa
+
+    centres = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)[1:-1]
+    hertz = [256, 512, 1024, 2048, 4096, 8192]
+    axis.set_ticks(np.interp(hertz, centres, np.arange(N_MELS) + 0.5), hertz)
+
+
+def run_title(name) -> str:
+    """A run as figures name it: 'beat_mel' -> 'LSTM, mel, beats'; others keep their name."""
+    run, _, seed = name.partition("_seed")
+    if not (network := GENRE_NETWORKS.get(run)):
+        return name
+    features = "mel and chroma" if network.features == "fused" else network.features
+    marks = {"beats": network.beat, "textbook": network.plain, f"seed {seed}": seed}
+    return ", ".join([network.kind.upper(), features, *(mark for mark in marks if marks[mark])])
+
+
+def in_a_row(maps):
+    """Maps (C, h, w) side by side, with gaps: (h, C * (w + 1))."""
+    return np.hstack([np.pad(one, ((0, 0), (0, 1)), constant_values=np.nan) for one in maps])
+
+
+def plot_activations(columns, label):
+    """What a digit becomes, layer by layer, and the probabilities of the ten digits.
+
+    columns : {title: ({layer: maps (C, h, w)}, probabilities (10,))}
+    label : int, the true digit
+    """
+    n_rows = len(next(iter(columns.values()))[0]) + 1
+    fig, axes = plt.subplots(n_rows, len(columns), figsize=(13, 9), layout="constrained")
+    for column, (title, (layers, chances)) in zip(axes.T, columns.items(), strict=True):
+        for ax, (name, maps) in zip(column, layers.items(), strict=False):
+            limit = float(abs(maps).max())
+            ax.imshow(in_a_row(maps), cmap="RdBu_r", vmin=-limit, vmax=limit)
+            ax.set(xticks=[], yticks=[], frame_on=False)
+            place = {"transform": ax.transAxes, "va": "center", "fontsize": "small"}
+            ax.text(1.01, 0.5, f"±{limit:.2g}", **place)
+            if ax in axes[:, 0]:
+                ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        column[0].set_title(title)
+        bars = column[-1].bar(range(10), chances, color=COLORS[5])
+        bars[label].set_color(COLORS[1])
+        column[-1].set(ylim=(0, 1), xticks=range(10), xlabel="Digit (orange: the true one)")
+    axes[-1, 0].set_ylabel("Probability")
+    return fig
+
+
+def plot_operations(outputs, channel, seconds):
+    """What the operations of a block do: one channel of a clip, and all values of all clips.
+
+    outputs : {operation: (B, C, time, mel bands)}; channel : int, the one to show
+    """
+    fig, axes = plt.subplots(2, len(outputs), figsize=(14, 6), layout="constrained")
+    look = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, N_MELS)}
+    for name, (upper, lower) in zip(outputs, axes.T, strict=True):
+        values = np.asarray(outputs[name])
+        shown = values[0, channel].T
+        limit = abs(shown).max()
+        image = upper.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, **look)
+        fig.colorbar(image, ax=upper, location="bottom", aspect=30)
+        upper.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
+        upper.set_title(f"{name}, channel {channel}: {shown.shape[0]} x {shown.shape[1]}")
+        mel_ticks(upper.yaxis)
+        lower.hist(values.ravel(), bins=60, color=COLORS[0], log=True)
+        facts = f"mean {values.mean():.2f}, sd {values.std():.2f}, zeros {np.mean(values == 0):.0%}"
+        lower.set(xlabel=f"Value after {name}", ylabel="Cells (log scale)", title=facts)
+    return fig
+
+
+def plot_history(ax, history, title, score_name):
+    """Loss (left axis) and validation score (right axis, returned) against the epoch.
 
     The epochs of which the best is kept are shaded, the kept one is marked.
     """
     history = pd.DataFrame(history)
-    epoch, score = history["epoch"], f"validation {score_name}"
-    ax.plot(epoch, history["train_loss"], color=COLORS[0], label="train loss")
+    epoch, right = history["epoch"], ax.twinx()
+    ax.plot(epoch, history["train_loss"], color=COLORS[0], label="training loss")
     ax.plot(epoch, history["val_loss"], color=COLORS[3], label="validation loss")
+    score = {"color": COLORS[2], "linestyle": "--", "label": f"validation {score_name}"}
+    right.plot(epoch, history["val_score"], **score)
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
-    right = ax.twinx()
-    right.plot(epoch, history["val_score"], color=COLORS[2], linestyle="--", label=score)
-    right.set(ylabel=f"Validation {score_name}", ylim=(min(0, history["val_score"].min()), 1))
+    right.set_ylabel(f"Validation {score_name}")
     if history["settled"].any():
         first = epoch[history["settled"] == 1].min()
         ax.axvspan(first - 0.5, epoch.max() + 0.5, color="0.92", zorder=0)
     best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
-    lines = ax.get_lines() + right.get_lines()[:1]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncol": 3}
-    ax.legend(lines, [x.get_label() for x in lines], fontsize="small", frameon=False, **below)
     ax.xaxis.get_major_locator().set_params(integer=True)
+    return right
 
 
-def plot_histories(histories, score):
+def plot_histories(histories, score_name):
     """One panel of `plot_history` per run: {name: history}, at most three in a row."""
     n_columns = min(3, len(histories))
     n_rows = math.ceil(len(histories) / n_columns)
     size = (5 * n_columns, 3.6 * n_rows)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
     for ax, (name, history) in zip(axes.flat, histories.items(), strict=False):
-        plot_history(ax, history, name, score)
+        right = plot_history(ax, history, run_title(name), score_name)
+        right.set_ylim(lowest, 1)
     for ax in axes.flat[len(histories) :]:
         ax.remove()
+    lines = [*axes[0, 0].get_lines(), right.get_lines()[0]]
+    fig.legend(handles=lines, loc="outside lower center", ncols=3)
     return fig
 
 
 def plot_overfit(checks):
     """Training loss on fixed batches, {name: Check}, on a logarithmic scale."""
-    fig, ax = plt.subplots(figsize=(7, 4))
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, check), color in zip(checks.items(), COLORS, strict=False):
-        ax.semilogy(check.history["pass"], check.history["loss"], color=color, label=name)
+        ax.semilogy(
+            check.history["pass"], check.history["loss"], color=color, label=run_title(name)
+        )
     ax.axhline(0.01, color="grey", linestyle=":", label="goal")
     ax.set(xlabel="Pass over the batches", ylabel="Training loss (log scale)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize="small")
     return fig
 
@@ -104,18 +181,40 @@ def plot_confusion(ax, confusion, classes, title=""):
     return image
 
 
+def plot_confusions(scores, classes):
+    """One panel of `plot_confusion` per model: {run: `classification_scores`}."""
+    n = len(scores)
+    fig, axes = plt.subplots(1, n, figsize=(5.6 * n, 5.4), squeeze=False, layout="constrained")
+    for ax, (name, facts) in zip(axes[0], scores.items(), strict=True):
+        title = f"{run_title(name)} (accuracy {facts['accuracy']:.3f})"
+        plot_confusion(ax, facts["confusion"], classes, title)
+    return fig
+
+
+def plot_per_class(scores):
+    """F1 per class, a colour per model: {run: `classification_scores`}."""
+    tables = {run_title(name): pd.DataFrame(facts["per_class"]).T for name, facts in scores.items()}
+    f1 = pd.DataFrame({title: table["f1"] for title, table in tables.items()})
+    support = next(iter(tables.values()))["support"]
+    f1.index = [f"{label} ({support[label]:.0f})" for label in f1.index]
+    fig, ax = plt.subplots(figsize=(10, 4), layout="constrained")
+    f1.plot.bar(ax=ax, color=list(COLORS[: len(tables)]), width=0.8, ylim=(0, 1))
+    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    ax.set(xlabel="Class (number of test clips)", ylabel="F1 on the test set")
+    return fig
+
+
 def plot_scores(ax, names, values, intervals, xlabel):
-    """Horizontal bars with 95% intervals, the first name on top."""
+    """Horizontal bars with 95% intervals, the first name on top, the values at the right."""
     y = np.arange(len(names))[::-1]
     errors = np.abs(np.array(intervals, dtype=float).T - np.array(values))
     ax.barh(y, values, xerr=errors, color=COLORS[5], ecolor="black", capsize=3)
-    ax.set_yticks(y, names)
-    ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1.12))
-    ax.set_xticks(np.arange(0, 1.01, 0.2))
-    for position, value, (_, high) in zip(y, values, intervals, strict=True):
-        none = math.isnan(value)  # of a model that was not asked for this
-        place = (0.01 if none else max(value, high) + 0.01, position)
-        ax.text(*place, "none" if none else f"{value:.3f}", va="center", fontsize="small")
+    ax.set_yticks(y, [run_title(name) for name in names])
+    ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1))
+    for position, value in zip(y, values, strict=True):
+        written = "none" if math.isnan(value) else f"{value:.3f}"  # none: a model without it
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": "small"}
+        ax.text(1.01, position, written, **place)
 
 
 def plot_emotion_scores(scores):
@@ -139,9 +238,7 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
     """
     n_rows = math.ceil(len(panels) / n_columns)
     whole = (size[0] * n_columns, size[1] * n_rows)
-    # Given, not found by a layout engine: 40 panels would take it seconds.
-    spacing = {"hspace": 0.9 / size[1], "wspace": 0.06}
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=whole, squeeze=False, gridspec_kw=spacing)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=whole, squeeze=False, layout="constrained")
     for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
         image = plot_spectrogram(ax, array, kind, beat)
         ax.set_title(title, fontsize="medium")
@@ -153,8 +250,7 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
         ax.remove()
     label = {
         "mel": "Power (dB, 0: the clip's loudest cell)",
-        "chroma": "Chroma (of frames, 1 is the strongest pitch class)",
+        "chroma": "Chroma (1: the frame's strongest pitch class)",
     }[kind]
-    bar = {"shrink": min(1, 5 / whole[1]), "fraction": 0.02, "pad": 0.02}
-    fig.colorbar(image, ax=fig.axes, label=label, **bar)
+    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / whole[1]))
     return fig

@@ -13,7 +13,7 @@ from patrec.labels import EMOTIONS
 
 
 def average_predictions(frames) -> pd.DataFrame:
-    """Mean of several tables of answers, clip by clip, of the clips that all of them have."""
+    """Mean of several tables of predictions, clip by clip, of the clips that all of them have."""
     frames = list(frames)
     return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
 
@@ -93,11 +93,11 @@ def class_numbers(names, classes) -> np.ndarray:
     return pd.Categorical(names, categories=classes).codes.astype(int)
 
 
-def genre_scores(true, answers) -> dict:
-    """`classification_scores` of a table of answers (clip x class) against true class names."""
-    classes = list(answers.columns)
-    targets = class_numbers(true.reindex(answers.index), classes)
-    return classification_scores(targets, answers.to_numpy().argmax(1), classes)
+def genre_scores(true, predictions) -> dict:
+    """`classification_scores` of a table of predictions (clip x class) against true class names."""
+    classes = list(predictions.columns)
+    targets = class_numbers(true.reindex(predictions.index), classes)
+    return classification_scores(targets, predictions.to_numpy().argmax(1), classes)
 
 
 def spearman(targets, predictions) -> float:
@@ -125,19 +125,20 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
     return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # a constant ranks nothing: 0
 
 
-def emotion_scores(true, answers) -> dict:
+def emotion_scores(true, predictions) -> dict:
     """Spearman per emotion and, with all three, their mean (lab, step 8e), with intervals.
 
-    true, answers : pd.DataFrame, a row per clip, a column per emotion; answers may lack some
+    true, predictions : pd.DataFrame, a row per clip, a column per emotion (`predictions` may lack
+        some)
     """
-    true = true.loc[answers.index]
-    scores, resampled = {"n_clips": len(answers)}, []
-    for name in answers.columns:
-        pair = true[name].to_numpy(), answers[name].to_numpy()
+    true = true.loc[predictions.index]
+    scores, resampled = {"n_clips": len(predictions)}, []
+    for name in predictions.columns:
+        pair = true[name].to_numpy(), predictions[name].to_numpy()
         scores[name] = spearman(*pair)
         resampled.append(resampled_spearman(*pair))
         scores[f"{name}_ci95"] = np.percentile(resampled[-1], [2.5, 97.5]).tolist()
-    if set(answers.columns) == set(EMOTIONS):
+    if set(predictions.columns) == set(EMOTIONS):
         scores["mean_spearman"] = float(np.mean([scores[name] for name in EMOTIONS]))
         mean = np.mean(resampled, axis=0)
         scores["mean_spearman_ci95"] = np.percentile(mean, [2.5, 97.5]).tolist()
@@ -186,8 +187,8 @@ def paired_difference(true, first, second) -> dict:
     t = class_numbers(true.loc[ids], classes)
     a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
 
-    def f1(answers, i):
-        return macro_f1(t[i], answers[i], len(classes))
+    def f1(predictions, i):
+        return macro_f1(t[i], predictions[i], len(classes))
 
     differences = {
         "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),

@@ -23,12 +23,12 @@ def epochs_kept(run) -> str:
 class EarlierPredictions(NamedTuple):
     """What an earlier emotion step has left for these clips.
 
-    answers : {model: pd.DataFrame (clip x emotion)}; empty where there are none
+    predictions : {model: pd.DataFrame (clip x emotion)}; empty where there are none
     runs : dict, of its metrics.json
     note : str, what was found, or why nothing was
     """
 
-    answers: dict
+    predictions: dict
     runs: dict
     note: str
 
@@ -62,12 +62,12 @@ def earlier_predictions(training, owner, clips, folds=None) -> EarlierPrediction
             reason = "was run with other labels, held-out clips, folds, seed or --smoke"
             note = f"`{owner}` in {folder.parent.name} {reason}: not compared here."
             continue
-        answers = {}
+        predictions = {}
         for model, rows in table.groupby("model"):
             frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
-            answers[model] = frame[[name for name in EMOTIONS if name in frame]]
+            predictions[model] = frame[[name for name in EMOTIONS if name in frame]]
         return EarlierPredictions(
-            answers, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
+            predictions, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
         )
     return EarlierPredictions({}, {}, note)
 
@@ -85,13 +85,21 @@ def emotion_table(scores) -> pd.DataFrame:
 
 
 def difference_line(first, second, difference) -> str:
-    """One line: what `paired_difference` measured between two named models."""
+    """One line: what `paired_difference` measured between two named models, and what it shows."""
     titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
-    values = []
+    values, places = [], {}
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
         values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return f"`{first}` minus `{second}`: {', '.join(values)}; {difference['n_clips']} clips"
+        place = "lies above 0" if low > 0 else "lies below 0" if high < 0 else "contains 0"
+        places[f"the {titles[key]} interval"] = place
+    if len(set(places.values())) > 1:
+        shown = ", ".join(f"{interval} {place}" for interval, place in places.items())
+    else:
+        shown = f"{'each' if len(places) > 1 else 'the'} interval {place}"
+        shown += ": no difference is shown on these clips" if place == "contains 0" else ""
+    measured = f"{', '.join(values)} on {difference['n_clips']} clips"
+    return f"`{first}` minus `{second}`: {measured}; {shown}"
 
 
 def with_interval(scores, key) -> str:
@@ -99,19 +107,19 @@ def with_interval(scores, key) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(scores[key], *scores[f"{key}_ci95"])
 
 
-def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.DataFrame:
-    """A table of answers as rows of predictions.csv: one per clip and target.
+def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.DataFrame:
+    """A table of predictions as rows of predictions.csv: one per clip and target.
 
     For genre the target is 'genre', truth and prediction are class names; for emotion the
     targets are the emotions. fold : '' or, by clip id, `Result.folds`
     """
-    true = true.loc[answers.index]
-    fold = fold.loc[answers.index] if isinstance(fold, pd.Series) else fold
+    true = true.loc[predictions.index]
+    fold = fold.loc[predictions.index] if isinstance(fold, pd.Series) else fold
     if isinstance(true, pd.Series):
-        columns = {"genre": (true, answers.columns[answers.to_numpy().argmax(1)])}
+        columns = {"genre": (true, predictions.columns[predictions.to_numpy().argmax(1)])}
     else:
-        columns = {name: (true[name], answers[name].to_numpy()) for name in answers.columns}
-    head = {"clip": answers.index, "model": model, "test_set": test_set}
+        columns = {name: (true[name], predictions[name].to_numpy()) for name in predictions.columns}
+    head = {"clip": predictions.index, "model": model, "test_set": test_set}
     parts = []
     for name, (t, p) in columns.items():
         part = pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed})
@@ -119,10 +127,10 @@ def prediction_rows(model, true, answers, *, test_set, seed, fold="") -> pd.Data
     return pd.concat(parts)
 
 
-def held_out_rows(true, answers, seed, folds) -> list[pd.DataFrame]:
-    """`prediction_rows` of held-out emotion clips for {model: answers}."""
+def held_out_rows(true, predictions, seed, folds) -> list[pd.DataFrame]:
+    """`prediction_rows` of held-out emotion clips for {model: predictions}."""
     where = {"test_set": "multitask_dataset held out", "seed": seed, "fold": folds}
-    return [prediction_rows(name, true, table, **where) for name, table in answers.items()]
+    return [prediction_rows(name, true, table, **where) for name, table in predictions.items()]
 
 
 def write_predictions(folder, rows) -> None:
@@ -130,9 +138,9 @@ def write_predictions(folder, rows) -> None:
     write_text(folder / "predictions.csv", pd.concat(rows).to_csv(index=False))
 
 
-def write_submission(path, answers) -> None:
-    """Write answers for the unlabelled clips (clip x three emotions) as the competition asks."""
-    frame = answers[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
+def write_submission(path, predictions) -> None:
+    """Write predictions for unlabelled clips (clip x three emotions) as the competition asks."""
+    frame = predictions[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
     write_text(path, frame.to_csv(float_format="%.6f"))
 
 

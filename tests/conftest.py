@@ -1,5 +1,6 @@
 """Data sets in the lab's layout, quirks of file names included, whose clips tell their answer."""
 
+import ast
 import atexit
 import itertools
 import json
@@ -270,21 +271,16 @@ def hidden_emotions(n_emotion=(64, 12), seed=0):
     )
 
 
-SLOW = (
-    "answers_genre",
-    "workers",
-    "steps_07_11",
-    "resume",
-    "make_dataset",
-    "steps_08_10",
-    "crashes",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the slowest files, lest one process waits for the other at the end."""
-    place = {f"test_{name}": number for number, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+def functions_of(script):
+    """A step's imports, constants and functions, without running its cells."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    body = ast.parse((ROOT / script).read_text()).body
+    constants = [node for node in body if isinstance(node, ast.Assign)]
+    constants = [node for node in constants if getattr(node.targets[0], "id", "").isupper()]
+    kept = [node for node in body if isinstance(node, kinds) or node in constants]
+    namespace = {}
+    exec(compile(ast.Module(kept, []), script, "exec"), namespace)
+    return namespace
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +309,38 @@ class Payload:
 
     def __reduce__(self):
         return (open, (self.path, "w"))
+
+
+FEW_GENRES = ("Blues", "Classical", "Metal", "Rock", "Trip-Hop")  # after the merge five classes
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A quick data set of FEW_GENRES for whole steps; not to be changed."""
+    counts = dict.fromkeys(GENRES, (0, 0)) | dict.fromkeys(FEW_GENRES, (6, 4))
+    options = {"n_emotion": (8, 2), "n_frames": (270, 320), "dtype": np.float32}
+    return write_data_set(tmp_path_factory.mktemp("small"), per_class=counts, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Small, for tests in which a step only has to find clips; not to be changed either."""
+    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(2, 1), n_frames=(60, 120))
+
+
+@pytest.fixture
+def make_step(monkeypatch):
+    """Function: a Step of its own, as a script makes it."""
+    from patrec.step import Step
+
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back after the test
+
+    def make(data, out, *flags, name="step06_eval"):
+        args = [name, "--data-dir", str(data), "--out-dir", str(out), *flags]
+        monkeypatch.setattr("sys.argv", args)
+        return Step(name, "x", training=True)
+
+    return make
 
 
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
@@ -355,10 +383,13 @@ def exit_code(stop):
     return stop.code or 0
 
 
-def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
+def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, **env):
     """As `run_script`, in a copy of this process: a process of its own without seconds of imports.
 
-    The project's modules are imported anew, from the script's folder. env : None unsets a name
+    The project's modules are imported anew, from the script's folder.
+
+    prepare : callable, called in the copy before the script is run
+    env : None unsets a name
     """
     if not hasattr(os, "fork"):
         keep = {key: value for key, value in env.items() if value is not None}
@@ -380,9 +411,11 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, **env):
                 for name, module in list(sys.modules.items()):
                     if ROOT in Path(getattr(module, "__file__", None) or "/").parents:
                         del sys.modules[name]
-                sys.path[:] = [str(script.parent)] + [
-                    path for path in sys.path if path != str(ROOT)
-                ]
+                # A tool runs as `python -m tools.name`, from the project's folder.
+                folder = ROOT if script.parent == ROOT / "tools" else script.parent
+                sys.path[:] = [str(folder)] + [path for path in sys.path if path != str(ROOT)]
+                if prepare:
+                    prepare()
                 code = run_inside(script, *args)
             except BaseException:
                 traceback.print_exc()

@@ -193,7 +193,7 @@ def sections_of(summary) -> list[tuple[str, str]]:
 def item_of(heading, questions, current) -> str | None:
     """Which of the lab's items a heading names: '6a. Accuracy' -> '6a', '5c-f. ...' -> '5c'.
 
-    A heading without an item belongs to the item before it, `current`.
+    A heading without an item belongs to the item before it, `current`; before the first, to none.
     """
     match = re.match(r"(\d+)\s*([a-h])?\b", heading)
     for label in (match[1] + (match[2] or ""), match[1]) if match else ():
@@ -207,8 +207,6 @@ def read_summary(path, questions, found) -> None:
     current = None
     for heading, text in sections_of(path.read_text(encoding="utf-8")):
         current = item_of(heading, questions, current)
-        if current is None:
-            continue  # what comes before the first item answers none
         shown = found.setdefault(current, Found([], [], []))
         shown.code.extend(match[0] for match in FENCE.finditer(text) if match[1] == "python")
         text = FENCE.sub("", text)

@@ -202,11 +202,8 @@ FOOTER = """<w:ftr xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2
 <w:fldSimple w:instr="PAGE"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p></w:ftr>"""
 
 
-def word_styles(room, program) -> Path:
-    """pandoc's own Word template with the page, its number, smaller type and the styles we add."""
-    default = subprocess.run(
-        [program, "--print-default-data-file=reference.docx"], capture_output=True, check=True
-    )
+def changes_to_word() -> dict[str, list[tuple[str, str]]]:
+    """What we change in pandoc's Word template: {its part: [(pattern, replacement)]}."""
     sides = "".join(BORDER.format(side, 4, "D9B84A") for side in ("top", "left", "bottom", "right"))
     box = f'<w:pBdr>{sides}</w:pBdr><w:shd w:val="clear" w:color="auto" w:fill="FFF6D6"/>'
     tight = '<w:spacing w:before="20" w:after="20"/>'
@@ -218,21 +215,24 @@ def word_styles(room, program) -> Path:
     lines = "".join(BORDER.format(side, 0, "BBBBBB") for side in ("top", "bottom", "insideH"))
     kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/footer"
     margins = " ".join(f'w:{side}="1134"' for side in ("top", "right", "bottom", "left"))
-    changes = {
+    return {
         "word/styles.xml": [
             ('<w:sz w:val="24" />', small.format(20)),  # half points
             ("</w:styles>", f"{ours}</w:styles>"),
             ('<w:tblInd w:w="0" w:type="dxa" />', f"\\g<0><w:tblBorders>{lines}</w:tblBorders>"),
             ('(<w:(?:left|right)) w:w="108"', '\\1 w:w="50"'),  # margins of cells
+            (
+                '(?s)(w:styleId="CaptionedFigure".*?<w:keepNext />)',
+                '\\1<w:spacing w:before="160"/>',
+            ),
             ('(?s)(w:styleId="VerbatimChar".*?<w:sz w:val=)"\\d+"', '\\1"15"'),
-            ('(?s)(w:styleId="TOCHeading".*?<w:pPr>)', "\\1<w:pageBreakBefore/>"),
         ],
         "word/document.xml": [
             (
-                "<w:sectPr>",
-                '<w:sectPr><w:footerReference w:type="default" r:id="rIdFooter"/>'
+                "(?s)<w:sectPr>(.*?)</w:sectPr>",  # Word wants its parts in this order
+                '<w:sectPr><w:footerReference w:type="default" r:id="rIdFooter"/>\\1'
                 f'<w:pgSz w:w="11906" w:h="16838"/><w:pgMar {margins} w:header="567"'
-                ' w:footer="567" w:gutter="0"/>',
+                ' w:footer="567" w:gutter="0"/></w:sectPr>',
             )
         ],
         "word/_rels/document.xml.rels": [
@@ -250,7 +250,14 @@ def word_styles(room, program) -> Path:
             )
         ],
     }
-    target = room / "reference.docx"
+
+
+def word_styles(room, program) -> Path:
+    """pandoc's own Word template with the page, its number, smaller type and the styles we add."""
+    default = subprocess.run(
+        [program, "--print-default-data-file=reference.docx"], capture_output=True, check=True
+    )
+    changes, target = changes_to_word(), room / "reference.docx"
     with (
         zipfile.ZipFile(io.BytesIO(default.stdout)) as old,
         zipfile.ZipFile(target, "w") as new,

@@ -16,7 +16,7 @@ from conftest import ROOT, assert_clean_error, run_forked, write_data_set
 
 from patrec.errors import InputError
 from tools import handin
-from tools.report_text import GREEK, PAPERS
+from tools.report_text import GREEK, PAPERS, WORDS
 from tools.steps import STEPS
 
 ITEMS = re.findall(  # every lettered item of the lab sheet, in its order
@@ -98,7 +98,7 @@ Words of the script, after Menon et al. (2021).
 *Gone*
 """,
     )
-    fig, ax = plt.subplots(figsize=(4, 10))  # taller than half a page
+    fig, ax = plt.subplots(figsize=(12, 30))  # taller than half a page
     ax.plot([0, 1])
     fig.savefig(folder / "scores.png", dpi=60)
     plt.close(fig)
@@ -202,6 +202,22 @@ def test_draft_says_what_is_missing_and_what_is_no_result(outputs):
     assert "forbidden" in title
 
 
+def test_a_check_beside_a_full_run_is_not_shown_and_alone_it_is(outputs):
+    """--overfit-batch leaves its own folder in the step's; the full run holds the check too."""
+    full = outputs / "step06_eval"
+    check = full / "overfit_batch"
+    check.mkdir()
+    for name in ("metrics.json", "args.json", "summary.md"):
+        (check / name).write_bytes((full / name).read_bytes())
+    (check / "args.json").write_text(json.dumps({"smoke": True, "subset": None}))
+    told = ("step06_eval/overfit_batch/summary.md", "Step 6: ran with --smoke")
+    text = draft("a.md").read_text()
+    assert not any(words in text for words in told)
+    (full / "summary.md").unlink()
+    text = draft("b.md").read_text()
+    assert all(words in text for words in told)
+
+
 def test_title_page_has_the_names_and_room_for_those_not_given(outputs):
     text = draft("a.md", "--name1", "Άννα Ω. Παπα-Νίκα", "--id1", "03100001").read_text()
     title = text.split("\n---\n")[0]
@@ -245,7 +261,9 @@ def test_word_draft(outputs):
         assert 'w:name w:val="Own words"' in archive.read("word/styles.xml").decode()
     assert page.count('w:val="OwnWords"') >= BOXES
     assert "Σχήμα" in page and "Περιεχόμενα" in page and "ρ ≥ 0.5 &amp; &lt;more&gt;" in page
-    assert "TOC " in page and "footerReference" in page
+    order = ("TOC ", "<w:footerReference", "<w:footnotePr>", "<w:pgSz", "<w:pgMar")  # Word's own
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
 
 
 @pytest.mark.slow
@@ -260,11 +278,19 @@ def test_latex_draft_has_its_figures_and_fonts_beside_it(outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lang, name", [("en", "Own words"), ("el", "Δικά μας λόγια")])
-def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(outputs, capsys, lang, name):
+@pytest.mark.parametrize(
+    "lang, name, contents",
+    [("en", "Own words", "Contents"), ("el", "Δικά μας λόγια", "Περιεχόμενα")],
+)
+def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(
+    outputs, capsys, lang, name, contents
+):
     pdf = draft("a.pdf", "--lang", lang).read_bytes()
     pages = pypdf.PdfReader(io.BytesIO(pdf)).pages
     assert len(pages) > 3 and sum(len(page.images) for page in pages) == 1
+    first, second, third = (pages[i].extract_text() for i in range(3))
+    assert WORDS[lang]["course"] in first and f"{name} (" not in first
+    assert second.startswith(contents) and f"{WORDS[lang]['step']} 1." in third
     pack = ["zip", "--id1", "1", "--report"]
     with pytest.raises(InputError, match=f"still has {BOXES} boxes"):
         handin.main([*pack, "a.pdf"])

@@ -1,0 +1,132 @@
+"""Steps 5, 6, 8, 9 and 10 on a tiny data set: the files that each leaves, leaks that it refuses."""
+
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import EMOTIONS, read_metrics, run_inside, write_data_set
+
+import common
+from patrec.flags import Source
+
+LSTMS = ["mel", "beat_mel", "chroma", "beat_chroma", "fused", "beat_fused"]
+SINGLE = [f"{kind}_{axis}" for axis in EMOTIONS for kind in ("lstm", "cnn")]
+FLAGS = ("--smoke", "--epochs", 1, "--batch-size", 8, "--lr", 0.003)
+# Step: flags, the lab's items, runs that are trained in its folder, other rows of metrics.json.
+STEPS = {
+    "step05_lstm": (("--features", "beat_mel"), "abc", ["beat_mel"], []),
+    "step06_eval": (("--ensemble",), "abcd", [], [*LSTMS, "lstm_ensemble", "majority", "svm",
+                                                  "beat_svm"]),
+    "step08_regression": ((), "abcde", SINGLE, ["lstm", "cnn", "constant", "ridge", "svr"]),
+    "step09_transfer": (("--axis", "energy"), "abcde",
+                        ["head_energy", "transfer_energy", "scratch_energy"], []),
+    "step10_multitask": ((), "abcd", ["multitask", "multitask_scratch", "multitask_lstm"],
+                         ["multitask_average", "constant", "ridge", "svr"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    return write_data_set(root, per_class=(3, 1), n_emotion=(30, 4), n_frames=40, n_beats=14)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One folder: what a step finds there it need not train."""
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.mark.parametrize("draw", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_leaves_its_files(name, draw, data_dir, out, monkeypatch):
+    """Drawing takes half of the time: the quick test writes no pictures into their files."""
+    if not draw:
+        monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"x"))
+    own, items, trained, others = STEPS[name]
+    flags = FLAGS[:1] if name == "step06_eval" else FLAGS
+    assert run_inside(f"{name}.py", *flags, *own, "--data-dir", data_dir, "--out-dir", out) == 0
+    folder, summary = out / name, (out / name / "summary.md").read_text()
+    args, metrics = json.loads((folder / "args.json").read_text()), read_metrics(folder)
+    assert args["smoke"] is True and args["seed"] == 42
+    assert metrics["step"] == name and metrics["seconds"] > 0 and metrics["environment"]["torch"]
+    figures = {path.name: path.stat().st_size for path in folder.glob("*.png")}
+    assert set(figures) == set(re.findall(r"\]\(([^)]+\.png)\)", summary)) != set()
+    assert not draw or min(figures.values()) > 5000
+    results = re.sub(r"```python.*?```", "", summary, flags=re.DOTALL)
+    assert "nan" not in re.findall(r"\w+", results.lower())
+    letters = re.findall(rf"^## {int(name[4:6])}([a-e])", summary, re.MULTILINE)
+    assert "".join(dict.fromkeys(letters)) == items, "a heading per item, in the lab's order"
+    rows = set(metrics["runs"]) - {"scratch_full_energy"}  # where step 8 has not left it
+    assert rows == {*trained, *others}
+    assert {"clip", "model", "target", "truth", "prediction"} <= set(
+        pd.read_csv(folder / "predictions.csv", nrows=1)
+    )
+    for run in trained:
+        facts, history = metrics["runs"][run], pd.read_csv(folder / run / "history.csv")
+        assert (folder / run / "best.pt").exists()
+        assert facts["epochs"] == facts["planned_epochs"] == len(history) == 1
+        assert facts["batch_size"] == 8 and facts["train_seconds"] > 0
+        share = 0.3 if run == "transfer_energy" else 1  # of the rate
+        assert facts["lr"] == pytest.approx(0.003 * share)
+        for group in ("val", "test"):
+            assert facts[group] and all(np.isfinite(value).all() for key, value in
+                                        facts[group].items() if key != "per_class")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_plain_is_the_textbook_lstm(data_dir, tmp_path):
+    flags = (*FLAGS, "--plain", "--data-dir", data_dir, "--out-dir", tmp_path)
+    assert run_inside("step05_lstm.py", *flags) == 0
+    metrics = read_metrics(tmp_path / "step05_lstm")
+    assert list(metrics["runs"]) == ["plain_mel"]
+    path = tmp_path / "step05_lstm" / "plain_mel" / "best.pt"
+    lstm = common.load_model(path)[0].backbone
+    assert lstm.frames_per_step == 1
+    layers = [module for module in lstm.modules() if hasattr(module, "bidirectional")]
+    assert [layer.bidirectional for layer in layers] == [False, False]
+
+
+def leaky_data(root, same_id, **cut):
+    """The tiny data set, with a held-out emotion clip put into the genre training split."""
+    data = write_data_set(root / "data", per_class=(4, 1), n_frames=40)
+    held_out = common.load_data(Source(data), target="emotion", **cut).held_out
+    entry = held_out.dataset.store.entries[held_out.indices[0]]
+    clip_id, genre = entry.clip_id if same_id else "999999", data / "fma_genre_spectrograms"
+    array = np.load(entry.path)
+    path = genre / "train" / f"{clip_id}.fused.full.npy"
+    np.save(path, array[:, ::-1] if same_id else array)
+    with open(genre / "train_labels.txt", "a") as file:
+        file.write(f"{clip_id}.fused.full.npy.gz\tRock\n")
+    return data, entry.clip_id
+
+
+@pytest.mark.parametrize(
+    "name, same_id, flags, cut",
+    [
+        ("step09_transfer", True, (), {}),
+        ("step10_multitask", False, (), {}),  # by content, under another id
+        ("step10_multitask", True, ("--folds", 2), {"fold": 1, "n_folds": 2}),
+    ],
+)
+def test_held_out_clips_in_the_genre_training_split_are_refused(
+    tmp_path, capsys, name, same_id, flags, cut
+):
+    data, clip_id = leaky_data(tmp_path, same_id, **cut)
+    where = ("--data-dir", data, "--out-dir", tmp_path / "out")
+    assert run_inside(f"{name}.py", *FLAGS, *flags, *where) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert clip_id in line and "genre training split" in line and "--allow-leak" in line
+    assert not (tmp_path / "out" / name / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_a_leak_is_allowed_by_flag_and_said(tmp_path, capsys):
+    data, clip_id = leaky_data(tmp_path, True)
+    where = ("--data-dir", data, "--out-dir", tmp_path / "out")
+    assert run_inside("step09_transfer.py", *FLAGS, "--allow-leak", *where) == 0
+    assert clip_id in capsys.readouterr().err
+    assert clip_id in (tmp_path / "out" / "step09_transfer" / "summary.md").read_text()

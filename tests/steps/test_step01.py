@@ -1,0 +1,113 @@
+"""Step 1: the data folder, two clips, their measures, and a sound file of one's own."""
+
+import re
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import (
+    FEW_GENRES,
+    assert_clean_error,
+    genre_level,
+    read_metrics,
+    read_table,
+    run_forked,
+)
+from scipy.io import wavfile
+
+STEP = "step01_spectrograms"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory):
+    """Three seconds of stereo at 44,100 Hz: a 1,000 Hz tone, struck four times a second."""
+    t = np.arange(3 * 44_100) / 44_100
+    tone = np.sin(2 * np.pi * 1000 * t) * np.exp(-12 * (t % 0.25))
+    path = tmp_path_factory.mktemp("audio") / "my song.wav"
+    wavfile.write(path, 44_100, (2e4 * np.stack([tone, tone], axis=1)).astype(np.int16))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(small_data, wav, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    where = ("--data-dir", small_data, "--out-dir", out)
+    run_forked(f"{STEP}.py", "--smoke", *where, "--audio", wav, cwd=out)
+    return out / STEP, read_metrics(out / STEP)
+
+
+def test_outputs_keep_the_contract(run, small_data):
+    folder, metrics = run
+    assert metrics["step"] == STEP and metrics["seconds"] > 0 and metrics["runs"] == {}
+    assert metrics["data"]["root"] == str(small_data.resolve()) and not metrics["data"]["demo"]
+    assert {"python", "torch", "librosa", "device", "threads"} <= set(metrics["environment"])
+    figures = {"two_clips.png", "genre_means.png", "genre_spectra.png", "own_audio.png"}
+    written = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    others = {"args.json", "metrics.json", "summary.md", "clip_1.mp3", "clip_2.mp3"}
+    assert written == figures | others
+    summary = (folder / "summary.md").read_text()
+    assert all(f"]({name})" in summary for name in figures | {"clip_1.mp3", "clip_2.mp3"})
+    assert re.findall(r"^## (0|1[abc])\. ", summary, re.MULTILINE) == ["0", "1a", "1b", "1c", "1c"]
+
+
+def test_two_clips_of_different_classes_are_read_and_measured(run, small_data):
+    """1b reads the first 128 rows of the very files; 1c says the numbers in sentences."""
+    folder, metrics = run
+    first, second = metrics["pair"]
+    assert first["genre"] != second["genre"] and first["id"] != second["id"]
+    summary, table = (folder / "summary.md").read_text(), read_table(folder, "The two arrays")
+    assert "np.load(path)" in summary and "spectrogram[:128]" in summary
+    for clip in (first, second):
+        path = small_data / "fma_genre_spectrograms" / "train" / f"{clip['id']}.fused.full.npy"
+        array, row = np.load(path), table.loc[f"{clip['genre']} ({clip['id']})"]
+        assert row["array"] == f"140 x {array.shape[1]}"
+        assert float(row["mean (dB)"]) == pytest.approx(array[:128].mean(), abs=0.06)
+        assert f"of {clip['genre']} ({clip['id']}) is {clip['centroid_hz']:.0f} Hz" in summary
+    assert soundfile.info(folder / "clip_1.mp3").samplerate == 22_050
+
+
+def test_the_data_folder_is_counted(run):
+    _, metrics = run
+    parts = metrics["step0"]["parts"]
+    counts = {row["folder"]: (row["arrays"], row["labelled clips"]) for row in parts}
+    for form in ("", "_beat"):
+        assert counts[f"fma_genre_spectrograms{form}/train"] == (30, 30)
+        assert counts[f"fma_genre_spectrograms{form}/test"] == (20, 20)
+        assert counts[f"multitask_dataset{form}/train"] == (8, 8)
+        assert counts[f"multitask_dataset{form}/test"] == (2, "no file")
+    assert metrics["step0"]["matmul_seconds"]["cpu"] > 0
+
+
+def test_measures_rise_with_the_genres_frequency(run):
+    """Clips of Blues are loudest at the low end of the mel axis, of Trip-Hop near the high one."""
+    assert genre_level("Blues") == 0 < 0.9 < genre_level("Trip-Hop")
+    _, metrics = run
+    assert set(metrics["genres"]) == set(FEW_GENRES)
+    low, high = metrics["genres"]["Blues"], metrics["genres"]["Trip-Hop"]
+    assert high["centroid_hz"] > 3 * low["centroid_hz"]
+    assert low["share_below_200_hz"] > 0.3 > 0.05 > high["share_below_200_hz"]
+
+
+def test_a_file_of_ones_own_is_measured(run):
+    folder, metrics = run
+    assert metrics["audio"]["centroid_hz"] == pytest.approx(1000, rel=0.1)
+    assert metrics["audio"]["share_below_200_hz"] < 0.05
+    assert metrics["audio"]["onsets_per_s"] == pytest.approx(4, abs=1)
+    assert "my song.wav" in (folder / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such"), ("short", "too short"), ("text", "not readable as")],
+)
+def test_bad_audio_is_one_line_before_anything_is_written(small_data, tmp_path, content, words):
+    path, out = tmp_path / "song.wav", tmp_path / "out"
+    if content == "short":
+        wavfile.write(path, 22_050, np.zeros(3000, np.int16))
+    elif content:
+        path.write_bytes(b"no sound at all")
+    flags = ("--smoke", "--data-dir", small_data, "--out-dir", out, "--audio", path)
+    result = run_forked(f"{STEP}.py", *flags, check=False)
+    assert_clean_error(result, "song.wav", words)
+    assert not out.exists()

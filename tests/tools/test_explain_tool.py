@@ -1,0 +1,133 @@
+"""tools.explain: what decides and how sure the CNN is, tested before it is shown."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import FEW_GENRES, assert_clean_error, read_metrics, run_forked
+
+from common import (
+    genre_experiment,
+    load_data,
+    load_model,
+    load_test,
+    predict_clips,
+    train_all,
+    true_labels,
+)
+from patrec.explain import calibration_error, fit_temperature
+from patrec.features import SR, mel_and_chroma, stack_rows
+from patrec.flags import Source, TrainingOptions
+from patrec.scores import class_numbers
+from tools import listen
+
+pytestmark = pytest.mark.slow
+TOOL = "tools/explain.py"
+
+
+@pytest.fixture(scope="module")
+def data(small_data, tmp_path_factory):
+    """The small set with wrong genres for eight test clips, which no network can be sure of."""
+    root = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(small_data, root)
+    path = root / "fma_genre_spectrograms" / "test_labels.txt"
+    header, *rows = path.read_text().splitlines()
+    following = dict(zip(FEW_GENRES, FEW_GENRES[1:] + FEW_GENRES[:1], strict=True))
+    wrong = ["\t".join([row.split("\t")[0], following[row.split("\t")[1]]]) for row in rows[:8]]
+    path.write_text("\n".join([header, *wrong, *rows[8:]]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def outputs(data, tmp_path_factory):
+    """What the tool leaves after a step 7 that has trained for eight epochs."""
+    out = tmp_path_factory.mktemp("out")
+    options = TrainingOptions(Source(data), out, out / "step07_cnn", epochs=8, workers=1)
+    train_all(options, [genre_experiment("cnn_mel")])
+    run_forked(TOOL, "--smoke", "--data-dir", data, "--out-dir", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def judged(outputs, data):
+    """{split: (predictions, true classes)} of the network, for its validation and test clips."""
+    model, checkpoint = load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    settings, source = checkpoint["settings"], Source(data)
+    parts = {"validation": load_data(source).val, "test": load_test(source, settings)}
+    return {
+        split: (predict_clips(model, clips, settings), true_labels(clips, settings))
+        for split, clips in parts.items()
+    }
+
+
+def test_without_the_cnn_of_step_7_it_says_what_to_run(small_data, tmp_path):
+    where = ("--smoke", "--data-dir", small_data, "--out-dir", tmp_path)
+    result = run_forked(TOOL, *where, check=False)
+    assert_clean_error(result, "no CNN of step 7", "run python step07_cnn.py")
+
+
+def test_report_is_whole(outputs):
+    summary = (outputs / "explain" / "summary.md").read_text()
+    figures = {path.stem for path in (outputs / "explain").glob("*.png")}
+    assert figures == {"blocks", "filters", "what_decides"}
+    assert all(f"]({name}.png)" in summary for name in figures)
+    for word in ("nan", "None", "{", "tensor("):
+        assert word not in summary, word
+
+
+def test_the_temperature_is_fitted_on_the_validation_clips(outputs, judged):
+    found, pairs = read_metrics(outputs / "explain")["calibration"], {}
+    for split, (table, true) in judged.items():
+        numbers = class_numbers(true, list(table.columns))
+        pairs[split] = torch.tensor(table.to_numpy()), torch.tensor(numbers)
+    temperature = found["temperature"]
+    assert temperature == pytest.approx(fit_temperature(*pairs["validation"]), rel=0.03)
+    assert abs(np.log(temperature / fit_temperature(*pairs["test"]))) > 0.05, "cannot tell"
+    for split, (z, targets) in pairs.items():
+        row = found[f"{split} ({len(targets)} clips)"]
+        for key, scale in (("calibration error", 1), ("calibration error, scaled", temperature)):
+            assert row[key] == pytest.approx(calibration_error(z / scale, targets), abs=0.02)
+        for key, scale in (("mean confidence", 1), ("confidence, scaled", temperature)):
+            confidence = float((z / scale).softmax(1).amax(1).mean())
+            assert row[key] == pytest.approx(confidence, abs=0.005)
+    assert listen.temperature_of(outputs) == temperature
+    assert listen.temperature_of(outputs / "elsewhere") == 1
+
+
+def test_what_is_named_first_decides_more_than_a_random_order(outputs):
+    """Put back, it raises the probability sooner; taken away, it lowers it sooner."""
+    facts, gains = read_metrics(outputs / "explain")["faithfulness"], []
+    for way, sign in (("insertion", 1), ("deletion", -1)):
+        row = facts[way]
+        assert 0 < row["by attribution"] < 1 and 0 < row["in random order"] < 1
+        gains.append(sign * (row["by attribution"] - row["in random order"]))
+        assert float(row["better by"].split()[0]) == pytest.approx(gains[-1], abs=6e-4)
+    assert sum(gains) > 0  # small: two epochs of training
+    mean, (low, high) = facts["randomised_weights"]["mean"], facts["randomised_weights"]["ci95"]
+    assert -1 <= low <= mean <= high < 0.95  # other weights name other cells
+
+
+def mel_db(path):
+    """Mel spectrogram of a sound file, in dB below its loudest cell."""
+    waveform, rate = soundfile.read(path)
+    assert rate == SR
+    return stack_rows(*mel_and_chroma(waveform.astype("f4")))[:128]
+
+
+def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged):
+    folder, (table, true) = outputs / "explain", judged["test"]
+    links = re.findall(r"\[(\w+), (\S+), (training split|test set), predicted: (\S+) .*?\]"
+                       r"\((clip_\d_\w+\.mp3)\)", (folder / "summary.md").read_text())  # fmt: skip
+    mistakes = table[table.idxmax(axis=1) != true].max(axis=1).sort_values(ascending=False)
+    surest = list(mistakes.index[:2])
+    assert len(links) == 2 * (2 + len(surest))  # each as it is, and what decides
+    assert [clip for clip, _, split, *_ in links[::2] if split == "test set"] == surest
+    assert all(true[clip] == genre for clip, genre, split, *_ in links if split == "test set")
+    quieter = []
+    for *_, name in links[1::2]:  # most of the cells are 30 dB lower there
+        whole, rest = mel_db(folder / name.replace("deciding", "all")), mel_db(folder / name)
+        quieter.append(np.median(whole - rest))
+    assert np.median(quieter) > 8

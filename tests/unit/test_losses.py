@@ -1,0 +1,106 @@
+"""The loss of the emotions, worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from common import LSTMBackbone, RegressionLoss, Regressor, regression_loss
+
+
+def test_regression_loss_by_hand():
+    """Errors 1, -1, 0, 2, a spread of 2: (1 + 1 + 0 + 4) / 4 / 4 = 3 / 8; r = 7 / sqrt(70)."""
+    targets = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    outputs = targets + torch.tensor([1.0, -1.0, 0.0, 2.0])  # 2, 1, 3, 6: centred -1, -2, 0, 3
+    # Targets centred: -1.5, -.5, .5, 1.5. Products 1.5 + 1 + 0 + 4.5 = 7; squares 14 and 5.
+    expected = 3 / 8 + 0.5 * (1 - 7 / math.sqrt(14 * 5))
+    assert regression_loss(outputs, targets, 2.0).item() == pytest.approx(expected, rel=1e-6)
+    loss = RegressionLoss([2.0])(outputs[:, None], targets[:, None])
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs, targets, expected", [
+    ([0.9], [0.4], (0.5 / 0.25) ** 2),  # of one clip there is no correlation
+    # Of two it would always be 1 or -1.
+    ([0.9, 0.1], [0.4, 0.6], ((0.5 / 0.25) ** 2 + (0.5 / 0.25) ** 2) / 2),
+    # A constant prediction correlates with nothing.
+    ([0.5, 0.5, 0.5], [0.0, 0.5, 1.0], (4 + 0 + 4) / 3 + 0.5),
+    ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0], 0.0),
+    ([1.0, 0.5, 0.0], [0.0, 0.5, 1.0], (16 + 0 + 16) / 3 + 1.0),
+])  # fmt: skip
+def test_regression_loss_of_small_batches_and_constants(outputs, targets, expected):
+    outputs = torch.tensor(outputs, requires_grad=True)
+    loss = regression_loss(outputs, torch.tensor(targets), 0.25)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    loss.backward()
+    assert outputs.grad.isfinite().all()
+
+
+def test_regression_output_and_target_shapes_cannot_broadcast():
+    """Bug 1: (B, 1) against (B,) makes a (B, B) error that pulls every prediction to the mean."""
+    model = Regressor(LSTMBackbone(6, hidden_size=4, n_layers=1), ["energy"], [0.5], [0.2])
+    for n in (1, 5):  # bug 11: squeeze() made a batch of one a scalar
+        assert model(torch.randn(n, 12, 6), torch.full((n,), 12)).shape == (n, 1)
+    with pytest.raises(ValueError, match="broadcast"):
+        regression_loss(torch.zeros(5, 1), torch.zeros(5), 1.0)
+    for outputs, targets in (((5, 1), (5,)), ((5,), (5, 1)), ((5, 1), (5, 3)), ((1, 3), (5, 3))):
+        with pytest.raises(ValueError, match="broadcast"):
+            RegressionLoss([1.0] * outputs[-1])(torch.zeros(outputs), torch.zeros(targets))
+
+
+STD = (0.5, 0.25, 0.125)
+LOSSES = (1.0, 0.0, 50 / 3 + 0.5)  # of `three_clips`
+
+
+def three_clips():
+    """Three clips of which every loss is known.
+
+    Valence is one spread off everywhere and perfectly ordered: 1. Energy is right: 0. Danceability
+    is 5, 4 and 3 spreads off: 50 / 3, and its predictions are all alike, so + 1/2.
+    """
+    targets = torch.tensor([[0.0, 0.2, 0.25], [0.5, 0.4, 0.375], [1.0, 0.9, 0.5]])
+    errors = torch.tensor([[0.5, 0.0, 0.625], [0.5, 0.0, 0.5], [0.5, 0.0, 0.375]])
+    return targets + errors, targets
+
+
+def learned_value(losses, log_var):
+    """What the loss with learned weights is by its documentation: s is log_var of a task."""
+    return sum(math.exp(-s) * loss / 2 + s / 2 for loss, s in zip(losses, log_var, strict=True))
+
+
+def test_multitask_loss_by_hand():
+    """The weights of the losses stay at one unless they are learned."""
+    loss = RegressionLoss(STD)
+    assert loss.terms(*three_clips()).tolist() == pytest.approx(LOSSES, rel=1e-5)
+    assert loss(*three_clips()).item() == pytest.approx(sum(LOSSES), rel=1e-5)
+    assert not any(weights.requires_grad for weights in loss.parameters())
+
+
+def test_learned_weights_by_hand():
+    loss = RegressionLoss(STD, learned=True)
+    for log_var in ([0, 0, 0], [0.5, -1.0, 2.0]):
+        with torch.no_grad():
+            loss.log_var.copy_(torch.tensor(log_var))
+        expected = learned_value(LOSSES, log_var)
+        assert loss(*three_clips()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_learned_weights_end_where_their_minimum_is():
+    """exp(-s) L / 2 + s / 2 is least at s = log L: the weight of a task becomes 1 / (2 L)."""
+    outputs, targets = three_clips()
+    # Half a spread: a loss of 0 would have no minimum.
+    outputs = outputs + torch.tensor([0.0, 0.125, 0.0])
+    best = torch.log(torch.tensor([1.0, 0.25, LOSSES[2]]))
+    loss = RegressionLoss(STD, learned=True)
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(outputs, targets)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(loss.log_var.detach(), best, atol=1e-3, rtol=1e-3)
+    least = (1 + best).sum().item() / 2  # each L / (2 L) + s / 2
+    assert loss(outputs, targets).item() == pytest.approx(least, rel=1e-4)

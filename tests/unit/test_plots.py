@@ -1,0 +1,185 @@
+"""Figures that several steps share: every number stands under its own name."""
+
+from types import SimpleNamespace
+
+import librosa
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from patrec.features import N_MELS, SR
+from patrec.labels import EMOTIONS
+from patrec.plots import (
+    mel_ticks,
+    plot_confusion,
+    plot_confusions,
+    plot_emotion_scores,
+    plot_histories,
+    plot_overfit,
+    plot_panels,
+    plot_per_class,
+    plot_scores,
+    run_title,
+)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax():
+    return plt.subplots()[1]
+
+
+def names_at(ax):
+    """{place on the y axis: name that stands there}"""
+    name_of = ax.yaxis.get_major_formatter()
+    return {y: name_of(y, place) for place, y in enumerate(ax.get_yticks().tolist())}
+
+
+def bars_of(ax):
+    """{name: (length of its bar, its interval, the number written beside it)}"""
+    (intervals,) = ax.collections
+    spans = {y.mean(): tuple(x) for x, y in (part.T for part in intervals.get_segments())}
+    written = {text.get_position()[1]: text.get_text() for text in ax.texts}  # at the right
+    middles = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in ax.patches]
+    return {names_at(ax)[y]: (width, spans[y], written[y]) for y, width in middles}
+
+
+def test_scores_stand_beside_their_names_the_first_on_top(ax):
+    values, intervals = [0.2, 0.5, 0.9], [[0.1, 0.35], [0.4, 0.6], [0.85, 0.92]]
+    plot_scores(ax, ["one", "two", "three"], values, intervals, "score")
+    found = bars_of(ax)
+    for name, value, interval in zip(("one", "two", "three"), values, intervals, strict=True):
+        width, span, text = found[name]
+        assert width == value and span == pytest.approx(interval) and text == f"{value:.3f}"
+    assert names_at(ax)[max(names_at(ax))] == "one" and ax.get_xlim() == (0, 1)
+
+
+def test_each_emotion_has_its_own_panel():
+    keys = (*EMOTIONS, "mean_spearman")
+    scores = {}
+    for shift, name in enumerate(("cnn", "lstm")):
+        values = {key: 0.1 * (place + 1) + 0.03 * shift for place, key in enumerate(keys)}
+        scores[name] = values | {f"{key}_ci95": [v - 0.02, v + 0.01] for key, v in values.items()}
+    fig = plot_emotion_scores(scores)
+    titles = {key: key.replace("_spearman", " of the three") for key in keys}
+    panels = {ax.get_title(): ax for ax in fig.axes}
+    assert set(panels) == set(titles.values())
+    for key, title in titles.items():
+        for name, (width, _, _) in bars_of(panels[title]).items():
+            assert width == scores[name][key], (key, name)
+
+
+def test_confusions_are_written_where_they_belong(ax):
+    """Rows are true classes, from above; columns what they were called."""
+    confusion = [[5, 2, 0], [0, 7, 1], [3, 0, 4]]
+    plot_confusion(ax, confusion, list("abc"))
+    for text in ax.texts:
+        x, y = text.get_position()
+        assert text.get_text() == (str(confusion[y][x]) if confusion[y][x] else "")
+    shares = ax.images[0].get_array()
+    np.testing.assert_allclose(shares, np.array(confusion) / [[7], [8], [7]])
+    assert ax.get_xlabel() == "Predicted class" and ax.get_ylabel() == "True class"
+
+
+def test_each_model_has_its_own_confusion_and_bars():
+    """{run: scores}: a panel and a colour each, in the order given, named as figures name runs."""
+    per_class = {"a": {"f1": 0.2, "support": 3}, "b": {"f1": 0.7, "support": 5}}
+    other = {"a": {"f1": 0.9, "support": 3}, "b": {"f1": 0.1, "support": 5}}
+    first = {"accuracy": 0.75, "confusion": [[3, 0], [2, 3]], "per_class": per_class}
+    second = {"accuracy": 0.5, "confusion": [[1, 2], [2, 3]], "per_class": other}
+    scores = {"cnn_mel": first, "beat_mel": second}
+    first_ax, second_ax = plot_confusions(scores, ["a", "b"]).axes
+    assert first_ax.get_title() == "CNN, mel (accuracy 0.750)"
+    assert [text.get_text() for text in first_ax.texts] == ["3", "", "2", "3"]
+    assert second_ax.get_title() == "LSTM, mel, beats (accuracy 0.500)"
+    assert [text.get_text() for text in second_ax.texts] == ["1", "2", "2", "3"]
+    (ax,) = plot_per_class(scores).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a (3)", "b (5)"]
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert heights == [[0.2, 0.7], [0.9, 0.1]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "CNN, mel",
+        "LSTM, mel, beats",
+    ]
+
+
+def make_history(values):
+    n = len(values)
+    table = {"epoch": range(1, n + 1), "train_loss": 1.0, "val_loss": 2.0, "val_score": values}
+    return pd.DataFrame(table | {"settled": [0] * (n - 2) + [1, 1], "kept": 0})
+
+
+def test_the_dot_marks_the_epoch_that_was_kept():
+    """The last one marked as kept, which replaced those before; the last fifth is shaded."""
+    history = make_history([0.1, 0.3, 0.2, 0.9, 0.4, 0.3, 0.5, 0.5, 0.6, 0.4])
+    history["kept"] = [1, 1, 0, 1, 0, 0, 0, 0, 1, 0]
+    ax, right = plot_histories({"mel": history}, "macro-F1").axes
+    (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
+    (shade,) = ax.patches
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
+
+
+def test_learning_curves_share_their_score_axis_and_one_legend():
+    histories = {"cnn_mel": make_history([0.1, 0.8]), "chroma": make_history([-0.2, 0.3])}
+    for history in histories.values():
+        history.loc[1, "kept"] = 1
+    fig = plot_histories(histories, "Spearman")
+    panels = [ax for ax in fig.axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["CNN, mel", "LSTM, chroma"]
+    assert {ax.get_ylim() for ax in fig.axes if "Spearman" in ax.get_ylabel()} == {(-0.2, 1)}
+    (legend,) = fig.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["training loss", "validation loss", "validation Spearman"]
+    assert not any(ax.get_legend() for ax in fig.axes)
+
+
+def test_overfitting_is_drawn_pass_by_pass():
+    check = SimpleNamespace(history=pd.DataFrame({"pass": [1, 2, 3], "loss": [1.0, 0.1, 0.005]}))
+    (ax,) = plot_overfit({"beat_chroma": check}).axes
+    line = ax.get_lines()[0]
+    assert line.get_label() == "LSTM, chroma, beats"
+    assert line.get_xdata().tolist() == [1, 2, 3] and line.get_ydata().tolist() == [1.0, 0.1, 0.005]
+    ax.figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("cnn_mel", "CNN, mel"),
+        ("cnn_mel_seed43", "CNN, mel, seed 43"),
+        ("beat_fused", "LSTM, mel and chroma, beats"),
+        ("plain_mel", "LSTM, mel, textbook"),
+        ("ridge", "ridge"),
+    ],
+)
+def test_figures_name_a_run_by_its_network_and_input(name, title):
+    assert run_title(name) == title
+
+
+def test_bands_are_labelled_with_their_frequencies(ax):
+    """The tick of 1,024 Hz lies in the band whose centre is nearest."""
+    ax.set_xlim(0, N_MELS)
+    mel_ticks(ax.xaxis)
+    ticks = dict(zip([t.get_text() for t in ax.get_xticklabels()], ax.get_xticks(), strict=True))
+    centres = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)[1:-1]
+    for hertz in ("256", "1024", "8192"):
+        assert int(ticks[hertz]) == np.abs(centres - float(hertz)).argmin()
+
+
+def test_panels_show_their_own_arrays_over_seconds_or_beats():
+    arrays = [np.full((128, 5), -10.0), np.full((128, 9), -50.0)]
+    fig = plot_panels([("one", arrays[0], False), ("two", arrays[1], True)], 2)
+    labels = {}
+    for ax, array in zip(fig.axes, arrays, strict=False):
+        assert (ax.collections[0].get_array() == array.flat[0]).all()
+        assert ax.collections[0].get_clim() == (-80, 0)
+        labels[ax.get_title()] = ax.get_xlabel()
+    assert labels == {"one": "Time (s)", "two": "Time (beats)"}

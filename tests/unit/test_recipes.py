@@ -1,0 +1,66 @@
+"""How much each network is shown, worked out by hand."""
+
+import types
+
+import pytest
+from conftest import patch_everywhere
+
+from patrec.recipes import GENRE_NETWORKS, Budget, Network, make_recipe, window_size
+
+
+def plan(monkeypatch, n_clips, examples, most_passes, part="genre", share=1.0, **flags):
+    """The recipe of an LSTM for so many clips; the budget of the other part is 1."""
+    budget = {"genre": 1, "emotion": 1} | {part: examples}
+    budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
+    patch_everywhere(monkeypatch, "BUDGETS", budgets)
+    args = {"epochs": None, "smoke": False, "demo": False} | {"lr": 0.003, "batch_size": 7} | flags
+    data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
+    return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args), share)
+
+
+@pytest.mark.parametrize("part", ["genre", "emotion"])
+@pytest.mark.parametrize("n_clips, examples, most_passes, share, expected", [
+    (1000, 30_000, 80, 1, (30, 1)),  # 30 passes
+    (10_000, 30_000, 80, 1, (20, 1)),  # 3 would be too few: at least 20
+    (365, 100_000, 275, 1, (55, 5)),  # 274 passes: 5 crops of a clip in each of 55 epochs
+    (10, 100_000, 275, 1, (55, 5)),  # at most 275 passes
+    (500, 30_000, 80, 1, (60, 1)),  # exactly the longest that need no second crop
+    (400, 30_000, 80, 1, (38, 2)),  # 75 passes, 37.5 epochs
+    (400, 30_000, 80, 0.2, (15, 1)),  # a fifth of 75 passes
+    (100_000, 30_000, 80, 0.2, (4, 1)),  # of the 20 that are the least
+    (10, 30_000, 80, 0.2, (16, 1)),  # of the 80 that are the most
+])  # fmt: skip
+def test_planned_epochs_by_hand(monkeypatch, part, n_clips, examples, most_passes, share, expected):
+    recipe = plan(monkeypatch, n_clips, examples, most_passes, part, share)
+    assert (recipe.epochs, recipe.crops) == expected
+    assert (recipe.lr, recipe.batch_size, recipe.window) == (0.003, 7, 640)
+
+
+@pytest.mark.parametrize("flags, share, epochs", [
+    ({"smoke": True}, 1, 2),
+    ({"epochs": 7}, 1, 7),
+    ({"epochs": 7, "smoke": True}, 1, 7),
+    ({"epochs": 7}, 0.3, 2),  # a fine-tuning's share
+    ({"epochs": 7}, 0.01, 1),
+])  # fmt: skip
+def test_what_was_asked_for_is_done(monkeypatch, flags, share, epochs):
+    recipe = plan(monkeypatch, 400, 30_000, 80, share=share, **flags)
+    assert (recipe.epochs, recipe.crops) == (epochs, 1)
+
+
+def test_the_demo_set_is_trained_on_as_long_as_it_takes_to_learn_it(monkeypatch):
+    recipe = plan(monkeypatch, 100, 30_000, 80, demo=True)
+    assert (recipe.epochs, recipe.crops) == (27, 1)  # 2,700 examples
+    assert plan(monkeypatch, 100, 2_500, 80, demo=True).epochs == 25  # never longer than real music
+
+
+@pytest.mark.parametrize("name", GENRE_NETWORKS)
+def test_a_run_hears_what_its_name_says(name):
+    network = GENRE_NETWORKS[name]
+    assert network.features == name.split("_")[-1]
+    assert network.beat == name.startswith("beat_")
+    assert network.kind == ("cnn" if name.startswith("cnn") else "lstm")
+    assert network.plain == name.startswith("plain")
+    assert network.n_bands == {"mel": 128, "chroma": 12, "fused": 140}[network.features]
+    crop = None if network.beat or network.plain else {"cnn": 256, "lstm": 640}[network.kind]
+    assert window_size(network) == crop

@@ -1,0 +1,156 @@
+"""Tables and files of predictions, worked out by hand; what an earlier step has predicted."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from patrec.errors import InputError
+from patrec.labels import EMOTIONS, fingerprint
+from patrec.tables import (
+    difference_line,
+    earlier_predictions,
+    epochs_kept,
+    held_out_rows,
+    markdown_table,
+    prediction_rows,
+    write_predictions,
+    write_submission,
+)
+
+
+def test_a_table_in_markdown_by_hand():
+    frame = pd.DataFrame({"score": [0.12349, math.nan], "wh|at": ["a|b", 7]}, ["x|", "y"])
+    assert markdown_table(frame.rename_axis("model")).splitlines() == [
+        "| model | score | wh\\|at |",
+        "| --- | --- | --- |",
+        "| x\\| | 0.123 | a\\|b |",
+        "| y |  | 7 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "low, high, shown",
+    [
+        (-0.05, 0.25, "the interval contains 0: no difference is shown on these clips"),
+        (0.01, 0.25, "the interval lies above 0"),
+        (-0.25, -0.01, "the interval lies below 0"),
+    ],
+)
+def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
+    found = {"spearman": 0.1, "spearman_ci95": [low, high], "n_clips": 5}
+    line = f"`a` minus `b`: Spearman +0.100 [{low:+.3f}, {high:+.3f}] on 5 clips; {shown}"
+    assert difference_line("a", "b", found) == line
+
+
+def test_epochs_of_every_fold_and_the_one_that_was_kept():
+    facts = [{"epochs": 12, "best_epoch": 11}, {"epochs": 8, "best_epoch": 3}]
+    members = [types.SimpleNamespace(facts=fact) for fact in facts]
+    assert epochs_kept(types.SimpleNamespace(members=members)) == "12 (11), 8 (3)"
+
+
+@pytest.mark.parametrize(
+    "low, shown",
+    [
+        (-0.1, "each interval contains 0: no difference is shown on these clips"),
+        (0.1, "the accuracy interval lies above 0, the macro-F1 interval contains 0"),
+    ],
+)
+def test_a_difference_of_two_scores(low, shown):
+    found = {"accuracy": 0.2, "accuracy_ci95": [low, 0.3], "n_clips": 5}
+    found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
+    assert difference_line("a", "b", found).endswith(f"on 5 clips; {shown}")
+
+
+def test_rows_of_predictions_by_hand():
+    true = pd.DataFrame({"valence": [0.1, 0.2], "energy": [0.3, 0.4]}, ["7", "10"])
+    answers = pd.DataFrame({"energy": [0.8, 0.9], "valence": [0.6, 0.5]}, ["10", "7"])
+    folds = pd.Series({"7": 2, "10": 1})
+    rows = prediction_rows("cnn", true, answers, test_set="held out", seed=3, fold=folds)
+    found = {(r.clip, r.target): (r.truth, r.prediction, r.fold) for r in rows.itertuples()}
+    assert found == {
+        ("10", "energy"): (0.4, 0.8, 1), ("7", "energy"): (0.3, 0.9, 2),
+        ("10", "valence"): (0.2, 0.6, 1), ("7", "valence"): (0.1, 0.5, 2),
+    }  # fmt: skip
+    true = pd.Series({"7": "b", "10": "a"})
+    answers = pd.DataFrame({"b": [-1.0, -3.0], "a": [-2.0, -0.1]}, ["10", "7"])
+    rows = prediction_rows("cnn", true, answers, test_set="test", seed=3)
+    columns = ["clip", "model", "test_set", "target", "fold", "seed", "truth", "prediction"]
+    assert list(rows.columns) == columns
+    assert rows[["clip", "truth", "prediction"]].to_numpy().tolist() == [
+        ["10", "a", "b"], ["7", "b", "a"]
+    ]  # fmt: skip
+
+
+def test_submission_by_hand(tmp_path):
+    answers = pd.DataFrame(
+        {"energy": [0.5, -0.2], "danceability": [1.3, 0.25], "valence": [0.1, 0.2]}, ["9", "10"]
+    )
+    write_submission(tmp_path / "submission.csv", answers)
+    assert (tmp_path / "submission.csv").read_text().splitlines() == [
+        "Id.fused.full.npy.gz,valence,energy,danceability",
+        "9,0.100000,0.500000,1.000000",
+        "10,0.200000,0.000000,0.250000",
+    ]
+
+
+# --- what an earlier step has predicted -------------------------------------------------
+
+IDS = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
+FULL = pd.DataFrame(np.random.default_rng(0).random((3, 3)).round(3), IDS, EMOTIONS)
+
+
+@pytest.fixture
+def earlier(tiny_data, tmp_path, make_step):
+    """Functions: leave predictions as step 8 leaves them; and look for them."""
+    step, folder = make_step(tiny_data, tmp_path), tmp_path / "step08_regression"
+
+    def write(rows, **changes):
+        folder.mkdir(exist_ok=True)
+        prints = {"emotion": fingerprint(step.source.root, "emotion")}
+        facts = {"data": {"fingerprint": prints}, "seed": 42, "smoke": False, "runs": {"cnn": 1}}
+        (folder / "metrics.json").write_text(json.dumps(facts | changes))
+        write_predictions(folder, rows)
+        return folder
+
+    return write, lambda *asked: earlier_predictions(step.training, folder.name, *asked)
+
+
+def test_earlier_predictions_are_those_for_the_same_clips_by_id(earlier):
+    write, find = earlier
+    answers, runs, note = find(["7"])
+    assert (answers, runs) == ({}, {}) and "missing here" in note
+    tables = {"cnn": FULL, "svr": FULL.iloc[[2, 0, 1]] / 2, "lstm": FULL[["energy"]] / 4}
+    pairs = {"test_set": "emotion", "seed": 42}
+    rows = [prediction_rows(name, FULL, frame, **pairs) for name, frame in tables.items()]
+    folder, asked = write(rows), ["9", "7", "010"]
+    answers, runs, note = find(asked)
+    assert folder.name in note and "missing" not in note
+    assert set(answers) == set(tables) and runs == {"cnn": 1}
+    for name, frame in answers.items():
+        assert list(frame.index) == asked and list(frame.columns) == list(tables[name].columns)
+        np.testing.assert_allclose(frame, tables[name].loc[asked], atol=1e-9)
+    for clips in (asked[:2], [*asked, "11"], ["9", "7", "10"]):
+        answers, runs, note = find(clips)
+        assert (answers, runs) == ({}, {}) and "other labels, held-out clips" in note
+    odd = {"fingerprint": {"emotion": "of other labels"}}
+    for changes in ({"seed": 43}, {"smoke": True}, {"data": odd}):
+        write(rows, **changes)
+        assert find(asked)[:2] == ({}, {})
+    for text in ("{", "{}"):
+        (folder / "metrics.json").write_text(text)
+        with pytest.raises(InputError, match="step08_regression.*cannot be read"):
+            find(asked)
+
+
+def test_predictions_of_other_folds_are_not_compared(earlier):
+    """The same clips, held out otherwise: other clips were trained on."""
+    write, find = earlier
+    folds = pd.Series([1, 2, 1], IDS)
+    write(held_out_rows(FULL, {"cnn": FULL}, 42, folds))
+    assert list(find(IDS, folds).predictions) == ["cnn"]
+    answers, _, note = find(IDS, 3 - folds)
+    assert not answers and "folds" in note
