@@ -17,15 +17,14 @@ import argparse
 import functools
 import itertools
 import time
-import warnings
 from pathlib import Path
 
-import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 
+from patrec.audio import read_clip
 from patrec.clips import sample_clips
 from patrec.errors import InputError
 from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR, extract_features, mel_to_waveform
@@ -46,20 +45,13 @@ from patrec.step import Step
 @functools.cache
 def read_audio(path) -> np.ndarray:
     """Read a sound file, at most its middle 30 s as in the lab's clips -> array (140, T)."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such audio file; give a wav, mp3, flac or ogg in --audio")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of one reader giving way to the next
-            waveform, _ = librosa.load(path, sr=SR, mono=True)
-    except Exception as error:  # soundfile, audioread and codecs each raise their own
-        reason = str(error) or type(error).__name__
-        fault = f"not readable as audio ({reason}); convert it to wav, mp3, flac or ogg"
-        raise InputError(f"{path}: {fault}") from error
+    waveform, damage = read_clip(path)
     if len(waveform) < SR:
         fault = f"{len(waveform) / SR:.2f} s of sound is too short; at least 1 s is needed"
         raise InputError(f"{path}: {fault}")
-    start = max(0, len(waveform) - 30 * SR) // 2
-    return extract_features(waveform[start : start + 30 * SR])[0]
+    if damage:
+        print(f"{path}: {damage}")
+    return extract_features(waveform)[0]
 
 
 def audio_file(text) -> Path:
@@ -72,7 +64,7 @@ def audio_file(text) -> Path:
 
 
 def add_flags(parser):
-    own = "a sound file of your own to show as well (wav, mp3, flac, ogg)"
+    own = "a sound file of your own to show as well, e.g. mp3 or wav"
     parser.add_argument("--audio", type=audio_file, metavar="FILE", help=own)
 
 

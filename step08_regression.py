@@ -1,22 +1,18 @@
 """Step 8: valence, energy and danceability by regression.
 
-The lab asks: a) the best model of step 5 and the one of step 7 as regressors, by changing
-the loss; b) one model of each for valence, c) for energy, d) for danceability; e) scored
-by Spearman's correlation between truth and prediction, averaged over the three axes, on
-a part of the labelled clips, since the test clips have no public labels.
+The lab asks: a) the best model of step 5 and the one of step 7 as regressors, by changing the
+loss; b) their training for valence, c) for energy, d) for danceability; e) Spearman's
+correlation between true and predicted values, averaged over the three axes, on a part of the
+labelled clips, because the test clips have no public labels.
 
     python step08_regression.py                  # six regressors, a fifth of the clips held out
-    python step08_regression.py --folds 5        # cross-validation: every clip predicted once
-    python step08_regression.py --overfit-batch  # only check that both can learn by heart
+    python step08_regression.py --folds 5        # cross-validation: every clip is held out once
+    python step08_regression.py --overfit-batch  # only check that both networks can learn
 
-Input: the emotion data set; of step 5 only the validation scores. Output, in
-outputs/step08_regression/: a checkpoint and a history per run, curves, scatter plots,
-scores (summary.md, metrics.json), predictions.csv for the held-out clips and
-submission.csv for the unlabelled ones.
-
-Measured on a small set of real music (see README), seed 42, bf16, one thread, a Xeon with AMX,
-torch 2.13.0: mean Spearman on 56 held-out clips, CNN .660 [.529, .747], LSTM .572 [.422, .693],
-SVR .634 [.497, .721].
+Input: the emotion data set; the validation scores of step 5. Output, in
+outputs/step08_regression/: a checkpoint and a history per run, learning curves, scatter plots,
+scores (summary.md, metrics.json), predictions.csv for the held-out clips and submission.csv
+for the clips without labels.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
@@ -31,94 +27,83 @@ from common import (
     Regressor,
     emotion_baselines,
     genre_val_scores,
-    layer_table,
-    load_data,
     make_backbone,
     overfit_emotions,
     predict_unlabelled,
     regression_loss,
     train_all,
 )
+from patrec import tables
 from patrec.baselines import BASELINES
+from patrec.flags import bounded
 from patrec.labels import EMOTIONS, read_entries
-from patrec.plots import COLORS, plot_emotion_scores, plot_histories
-from patrec.recipes import GENRE_NETWORKS, window_size
+from patrec.plots import COLORS, plot_emotion_scores, plot_histories, run_title
+from patrec.recipes import GENRE_NETWORKS
 from patrec.scores import combine_emotions, emotion_scores, paired_difference
 from patrec.step import Step
-from patrec.tables import (
-    difference_line,
-    emotion_table,
-    epochs_kept,
-    held_out_rows,
-    write_predictions,
-    write_submission,
-)
 
 
 def add_flags(parser):
-    folds = "1: a fifth of the clips is held out; 2 to 10: cross-validation (default: 1)"
-    parser.add_argument(
-        "--folds", type=int, choices=range(1, 11), default=1, metavar="K", help=folds
-    )
+    folds = "1: a fifth of the clips is held out; 2 to 10: cross-validation"
+    parser.flag("--folds", folds, type=bounded(int, 1, 10), default=1, metavar="K")
 
 
 step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add_flags=add_flags)
 
 # %% 8a. From classifier to regressor, by another loss
-# The lab: the best model of step 5 and the one of step 7, adjusted for regression by
-# changing the loss. The best LSTM is the one with the highest validation score; its test
-# score has no say. Backbone and input stay as they were. The head gives one number, in
-# the label's own unit, instead of one per class; cross-entropy, for which a wrong class is
-# equally wrong however near it lies, gives way to a loss for which the distance counts.
+# The lab: adjust the best model of step 5 and the one of step 7 for regression by changing
+# the loss. The best LSTM is chosen by its validation score: a choice by the test score would
+# make the test score optimistic.
 step.heading("8a. From classifier to regressor")
 genre_val = genre_val_scores(step.training)
-lstms = [name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]
-networks = {"lstm": lstms[0] if lstms else "mel", "cnn": "cnn_mel"}  # step 7 has one CNN only
-step.text("""
-    Taken are, of the LSTMs that step 5 has left for these clips, the one with the highest
-    validation macro-F1 (where there is none: the LSTM on mel, without a comparison), and the CNN of
-    step 7, which has no rival. All start from random weights. On as few validation clips as the
-    table says, a difference of a few hundredths may be chance.
+lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]]
+networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
+reason = "the highest validation macro-F1 of the LSTMs of step 5"
+if not len(lstms):
+    reason = "the simplest input, because step 5 has saved no LSTM for these clips"
+step.text(f"""
+    We use two networks: the LSTM `{networks["lstm"]}`, which has {reason}, and the CNN of step 7.
+    Their layers are listed in steps 5 and 7. Both start from random weights.
 """)
-if lstms:
-    taken = ["lstm" if name == networks["lstm"] else "" for name in lstms]
-    step.table(genre_val.loc[lstms].assign(taken=taken), "LSTMs that step 5 has left")
+if len(lstms):
+    step.table(lstms, "The LSTMs of step 5, the best one first")
+step.text("""
+    The backbone and its input stay the same. The head gives one number per clip, in the unit of
+    the labels, instead of one number per class.
+
+    Cross-entropy treats every wrong class as equally wrong. Here the labels are real numbers, so
+    the loss must grow with the distance between prediction and label. We replace cross-entropy by
+    the sum of two terms:
+
+    - *The squared error*, in units of the labels' standard deviation. It makes the predicted
+      values fit the labels.
+    - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
+      batch. The lab's metric is Spearman's correlation, which is Pearson's correlation of the
+      ranks. Ranks have no useful gradient, so Spearman's correlation cannot be a loss. Pearson's
+      correlation of the values has a gradient, and it also rewards predictions that rise with the
+      labels.
+
+    The loss refuses outputs and labels of different shapes. PyTorch would broadcast (B, 1) and (B,)
+    to a B x B matrix of differences without an error message.
+""")
 step.show_source(Regressor.forward, regression_loss)
 
-
-def regressor(network, data):
-    """The network of a genre run with random weights and a head per emotion of the data."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
-
-
-for kind, name in networks.items():
-    network = GENRE_NETWORKS[name]
-    data = load_data(
-        step.source, network.features, network.beat, EMOTIONS[0], crop=window_size(network)
-    )
-    model = regressor(network, data).to(step.device)
-    step.text(f"Regressor `{kind}`, the network of `{name}` with a head for one emotion:")
-    step.table(*layer_table(model, data))
-step.text("""
-    The loss has two terms. The squared error, in units of the labels' spread, fits the values. Half
-    of 1 minus Pearson's correlation within the batch rewards predictions that rise linearly with the
-    labels, a differentiable stand-in for the ranks that Spearman's correlation, the lab's metric,
-    judges. (Atmaja & Akagi, 2020, found a loss made of the concordance correlation coefficient
-    above squared error for speech emotion, scored by that coefficient; this sum is not theirs.)
-    Outputs have the labels' shape; (B, 1) against (B,)
-    would give a B x B matrix of differences without any error message and draw every prediction to
-    the mean, so the loss refuses unlike shapes.
-""")
-
-if step.args.overfit_batch:  # as in step 5b, with the regression loss; ends here
+if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
     first = EMOTIONS[0]
     pair = {f"{kind}_{first}": (GENRE_NETWORKS[name], first) for kind, name in networks.items()}
     overfit_emotions(step, pair)
 
 # %% 8b-d. One model of each network per emotion
-# The lab gives no labels for the test clips, so a fifth of the labelled ones is held out
-# (with --folds K each clip once, by the network of the fold that did not hear it). Steps 8,
-# 9 and 10 cut alike, and no choice of a run is made on held-out clips.
+# The lab: train for valence, for energy and for danceability. A fifth of the labelled clips is
+# held out (with --folds K every clip once, by the network that was not trained on it). Steps
+# 8, 9 and 10 hold out the same clips and make every choice on the validation clips.
+
+
+def regressor(network, data):
+    """The backbone of a genre network, with random weights and one head per emotion."""
+    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+
+
 recipe = {
     "make_model": regressor,
     "make_loss": lambda data: RegressionLoss(data.std),
@@ -133,44 +118,50 @@ runs = train_all(
         for kind, name in networks.items()
     ],
 )
-UNLIKE = "Not like for like: CNN and LSTM differ in training examples and augmentation too"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
-    if letter == "b":
-        step.text("""
-            Result as in steps 5 and 7, on fewer examples: AdamW (Adam with decoupled weight decay
-            .01), one-cycle rate, averaged weights, the same augmentation (mixup averages the labels
-            too), the loss of 8a. Kept is the epoch, of the last fifth, with the highest Spearman on
-            the validation clips; as the best of several that value is optimistic.
-        """)
     pair = {name: run for name, run in runs.items() if name.endswith(emotion)}
+    if letter == "b":
+        step.text(f"""
+            The six models are trained with the loss of 8a and otherwise like the networks of steps
+            5 and 7: AdamW (Adam with decoupled weight decay of .01), a one-cycle learning rate,
+            averaged weights and the same augmentation. The CNN's mixup averages the labels too.
+
+            We keep the epoch with the highest Spearman's correlation on the validation clips, among
+            the last 20% of the epochs. With {pair[f"cnn_{emotion}"].facts["n_val"]} validation
+            clips this score is noisy. As the highest of several noisy scores it is also optimistic.
+            The scores in 8e are of clips that play no part in any choice.
+
+            In the tables, seconds are wall-clock time, with other trainings running in parallel. In
+            the figures, the training loss is measured on augmented crops with dropout, the
+            validation loss on whole clips with averaged weights. With several folds, the curves are
+            those of the first fold. CNN and LSTM differ in the number of training examples and in
+            augmentation too, so their comparison is not one of architectures alone.
+        """)
     table = {
         name: {
-            "network of": networks[name.split("_")[0]],
+            "genre network": networks[name.split("_")[0]],
             "training clips": run.facts["n_train"],
-            "val clips": run.facts["n_val"],
             "weights": run.facts["weights"],
             "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
-            "epochs (kept)": epochs_kept(run),
+            "epochs (kept)": tables.epochs_kept(run),
             "seconds": round(run.facts["train_seconds"]),
-            "val Spearman": run.facts["val"][emotion],
+            "validation Spearman": run.facts["val"][emotion],
         }
         for name, run in pair.items()
     }
-    caption = "Seconds are the clock's, other trainings beside it. " + UNLIKE
-    step.table(pd.DataFrame(table).T.rename_axis("run"), caption)
+    step.table(pd.DataFrame(table).T.rename_axis("run"))
+    curves = {networks[name.split("_")[0]]: run.history for name, run in pair.items()}
     step.figure(
-        plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
+        plot_histories(curves, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and validation Spearman against the epoch; the dot marks "
-        "the epoch that was kept, among the shaded last fifth (of several folds: the first one's "
-        "curves). Training loss is of augmented crops with dropout, validation loss of whole clips "
-        "with averaged weights",
+        f"{emotion.capitalize()}: loss and validation score against the epoch. The dot marks the "
+        "epoch that is kept, the shaded area the epochs among which it is chosen.",
     )
 
 # %% 8e. Spearman's correlation on the held-out clips
-# The lab's metric: over all held-out clips at once (a mean over batches is another number),
-# averaged over the three axes.
+# The lab's metric, averaged over the three axes. It is computed over all held-out clips at
+# once: a mean over batches would be another number.
 step.heading("8e. Scores on the held-out clips")
 predictions = {
     kind: pd.concat([runs[f"{kind}_{emotion}"].predictions for emotion in EMOTIONS], axis=1)
@@ -182,53 +173,48 @@ scores = {name: emotion_scores(true, table) for name, table in predictions.items
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
 mean_rmse = {name: float(errors.mean()) for name, errors in rmse.items()}
 step.table(
-    emotion_table(scores).assign(**{"RMSE, mean of the three": mean_rmse}),
-    f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips, for "
-    "one training seed",
+    tables.emotion_table(scores).assign(**{"RMSE, mean of the three": mean_rmse}),
+    f"Spearman's correlation on {len(true)} held-out clips, with 95% intervals over these clips",
 )
 step.text(BASELINES)
 step.text("""
-    Spearman's correlation compares ranks: 1 if the clips are put in the right order, 0 if
-    the order says nothing; a constant ranks nothing, its correlation is undefined and counted
-    as 0. The root of the mean squared error (RMSE) judges the values: a model may rank well
-    and still answer too near to the mean, or the other way round. With several folds the
-    predictions of all are ranked together, though each fold's network has a mean of its own,
-    which tends to lower the score. Clips are held out at random: where several are by one artist,
-    the scores are optimistic for music by others. On the README's small set of music the CNN's
-    budget was set in cross-validation on all labelled clips, these included (the LSTM's by
-    judgement).
+    Spearman's correlation compares ranks. It is 1 if the predictions put the clips into the right
+    order, and about 0 if their order has nothing to do with the labels. A constant prediction has
+    no order: its correlation is undefined and counts as 0 here. The root of the mean squared error
+    (RMSE) compares the values. A model can rank the clips well and still predict values that are
+    too close to the mean. With several folds, the predictions of all folds are ranked together.
+    This tends to lower the score, because each fold's network has its own mean. The clips are held
+    out at random. If some are by the same artist, the scores are optimistic for other artists.
+
+    The differences below are of the mean over the three axes, on the same clips. The intervals show
+    how much depends on the choice of the held-out clips. They do not show how much depends on the
+    random seed of the training.
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
 differences = {
     pair: paired_difference(true, *(predictions[name] for name in pair)) for pair in pairs
 }
-step.text("\n".join(f"- {difference_line(*pair, found)}" for pair, found in differences.items()))
-step.text("""
-    Each difference is of the mean over the three axes, on the same clips; its interval reflects
-    the choice of held-out clips only, for one training seed.
-""")
-caption = "Spearman's correlation on the held-out clips; lines: 95% intervals over these clips"
+step.text("\n".join(f"- {tables.difference_line(*pair, d)}" for pair, d in differences.items()))
+caption = "Spearman's correlation on the held-out clips. The lines are 95% intervals."
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
-fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained")
+fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained", sharey=True)
 for (row, column), ax in np.ndenumerate(axes):
     kind, emotion = list(networks)[row], EMOTIONS[column]
     x, y = true[emotion], predictions[kind].loc[true.index, emotion]
-    ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect")
-    ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean true value")
+    ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect prediction")
+    ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean of the labels")
     ax.scatter(x, y, s=14, alpha=0.6, color=COLORS[0])
-    limits = min(-0.03, y.min() - 0.02), max(1.03, y.max() + 0.02)
-    ax.set(xlabel=f"True {emotion} (0 to 1)", ylabel=f"Predicted {emotion}")
-    ax.set(xlim=(-0.03, 1.03), ylim=limits)
+    ax.set(xlabel=f"True {emotion}", ylabel=f"Predicted {emotion}", xlim=(-0.03, 1.03))
     numbers = f"Spearman {scores[kind][emotion]:.2f}, RMSE {rmse[kind][emotion]:.2f}"
-    ax.set_title(f"{kind}: {numbers} (label sd {x.std(ddof=0):.2f})", fontsize="medium")
+    ax.set_title(f"{run_title(networks[kind])}: {numbers}", fontsize="medium")
 axes[0, 0].legend(fontsize="small", loc="upper left")
-caption = "Predicted against true values of the held-out clips, one dot per clip"
+caption = "Predicted against true values. Each dot is a held-out clip."
 step.figure(fig, "scatter", caption)
 
-# %% Predictions for the unlabelled clips, in the competition's format
-# By the network with the higher mean Spearman on validation clips; of several folds the
-# mean of their predictions.
+# %% Predictions for the clips without labels, in the competition's format
+# By the network with the higher mean Spearman on the validation clips. With several folds, the
+# predictions of its networks are averaged.
 facts = {
     name: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
     for name, run in runs.items()
@@ -239,16 +225,16 @@ for kind, name in networks.items():
 facts |= {name: {"val": {}, "test": scores[name]} for name in scores if name not in networks}
 val = {kind: facts[kind]["val"]["mean_spearman"] for kind in networks}
 best = max(val, key=val.get)
-step.heading("Predictions for the unlabelled clips")
+step.heading("Predictions for the clips without labels")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"""
-    `submission.csv`: {len(unlabelled)} clips, answered by `{best}`, the network with the
-    higher mean Spearman on validation clips
+    `submission.csv` has the predictions of `{best}` for {len(unlabelled)} clips. It is the network
+    with the higher mean of the three validation scores
     ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
 """)
 if unlabelled:
     columns = [predict_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
-    write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
-rows = held_out_rows(true, predictions, step.args.seed, runs["cnn_valence"].folds)
-write_predictions(step.folder, rows)
+    tables.write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
+rows = tables.held_out_rows(true, predictions, step.args.seed, runs["cnn_valence"].folds)
+tables.write_predictions(step.folder, rows)
 step.finish(facts, folds=step.args.folds, networks=networks)

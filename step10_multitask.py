@@ -12,10 +12,6 @@ Input: the genre and emotion data sets, the CNN checkpoint of step 7 where there
 one, the scores of steps 8 and 9 if they were run. Output, in outputs/step10_multitask/: a
 checkpoint and a history per run, curves and scores (summary.md, metrics.json),
 predictions.csv for the held-out clips and submission.csv for the unlabelled ones.
-
-Measured on a small set of real music (see README), seed 42, --folds 5, bf16, one thread
-per training, torch 2.13.0: mean Spearman on 278 clips, average .661 [.601, .714], CNN from
-genre weights .657, LSTM .602, SVR .606 (over three seeds: README).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --learned-weights").
@@ -213,8 +209,8 @@ table = {
 }
 step.table(
     pd.DataFrame(table).T.rename_axis("run"),
-    "Seconds are the clock's, other trainings beside it. Not like for like: CNN and LSTM differ in "
-    "training examples and augmentation too",
+    "Wall-clock seconds, with other trainings running in parallel. CNN and LSTM differ in the "
+    "number of training examples and in augmentation too",
 )
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
@@ -224,7 +220,7 @@ step.figure(
     "augmented crops with dropout, validation loss of whole clips with averaged weights",
 )
 if step.args.learned_weights:
-    state = load_torch(runs["multitask_learned"].path.with_name("last.pt"))["loss"]
+    state = load_torch(runs["multitask_learned"].path.with_name("last.pt"))["loss_fn"]
     losses["learned_factor"] = np.exp(-state["log_var"].numpy()) / 2
     factors = ", ".join(
         f"{emotion} {losses['learned_factor'][emotion]:.3f}" for emotion in EMOTIONS
@@ -271,24 +267,25 @@ elif "cnn" in single:
         lines.append(f"- {title}: {difference_line(*rows, difference)}")
     step.text("\n".join(lines))
     step.text(f"""
-        Intervals reflect the choice of held-out clips only, for one training seed. The shared
-        network has {shared["weights"]:,} weights, step 8's three have {alone["weights"]:,}. Shared
-        too are the kept epoch, the gradient that is clipped to norm 1 and the training examples:
-        step 8's three saw as many each.
+        The intervals reflect the choice of held-out clips only, for one training seed. The shared
+        network has {shared["weights"]:,} weights, the three networks of step 8 have
+        {alone["weights"]:,} together. The three tasks also share one checkpoint, one gradient
+        clipping and one set of examples. In step 8 each network was trained on that many examples
+        by itself.
     """)
 
 # %% 10d. All models on the same clips
 # Then what else changes: the genre weights, the other network, the average, with step 8's
-# and step 9's models and the floors of step 8 beside them.
+# and step 9's models and the baselines of step 8 beside them.
 step.heading("10d. All models on the held-out clips")
 averaged = ("multitask", "multitask_lstm")
 predictions["multitask_average"] = average_predictions(predictions[name] for name in averaged)
 fitted_on = single_runs.get("cnn_valence", {}).get("n_train")
 if fitted_on == runs["multitask"].facts["n_train"]:  # step 8 has fitted them on these very clips
-    floors = {name: single[name] for name in ("constant", "ridge", "svr")}
+    baselines = {name: single[name] for name in ("constant", "ridge", "svr")}
 else:
-    floors = emotion_baselines(step.source, step.args.folds)
-predictions |= floors
+    baselines = emotion_baselines(step.source, step.args.folds)
+predictions |= baselines
 transfer, _, note = earlier_predictions(step.training, "step09_transfer", true.index, folds)
 step.text(note)
 shown = dict(predictions)
@@ -330,5 +327,5 @@ if unlabelled:
 write_predictions(step.folder, held_out_rows(true, predictions, step.args.seed, folds))
 facts = {name: run.facts | {"test": scores[name]} for name, run in runs.items()}
 facts["multitask_average"] = {"members": averaged, "val": {}, "test": scores["multitask_average"]}
-facts |= {name: {"val": {}, "test": scores[name]} for name in floors}
+facts |= {name: {"val": {}, "test": scores[name]} for name in baselines}
 step.finish(facts, folds=step.args.folds, genre_model="cnn_mel", losses=losses.to_dict())

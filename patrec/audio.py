@@ -7,7 +7,6 @@ reads wav and flac, which give the same samples bit for bit, and mp3 and ogg as 
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -28,11 +27,14 @@ class Sound:
     ----------
     rate : int, samples per second, known from the first block on
     seconds : float, decoded so far
-    stated : float, length that the file's header or its packets state, in s; 0 if unknown
+    stated : float, length that the file's header states, in s; 0 if unknown
+    lost : float, length of the packets that could not be decoded, in s
     """
 
     def __init__(self, path):
-        self.path, self.rate, self.seconds, self.stated = Path(path), 0, 0.0, 0.0
+        self.path, self.rate = Path(path), 0
+        self.seconds = self.stated = self.lost = 0.0
+        self.fault = ""  # why decoding ended before the end of the file
 
     def blocks(self, seconds=CLIP_S):
         """Yield the mean of the channels, float32 (n,), in blocks of so many seconds.
@@ -44,7 +46,6 @@ class Sound:
         """
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; give a sound file, e.g. wav or mp3")
-        fault = "no sound in it"
         pieces, n, form = [], 0, None
         try:
             for piece, rate in self._decode():  # (n, channels)
@@ -62,22 +63,28 @@ class Sound:
             raise
         except Exception as error:  # PyAV, soundfile and the system each raise their own
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            fault = text.splitlines()[0].replace(str(self.path), self.path.name)
+            self.fault = text.splitlines()[0].replace(str(self.path), self.path.name)
         if n:
             yield self._mix(np.concatenate(pieces), form[0])
         if not self.seconds:
             cure = "check that it plays, or convert it to wav"
             if not importlib.util.find_spec("av"):
                 cure += ' or install PyAV, which reads most formats: "pip install av"'
-            raise InputError(f"{self.path}: not readable as sound ({fault}); {cure}")
+            raise InputError(
+                f"{self.path}: not readable as sound ({self.fault or 'none in it'}); {cure}"
+            )
 
     @property
     def damage(self) -> str:
         """What is wrong with a file that was read to the end, if it holds clearly more."""
-        if self.stated - self.seconds <= max(1, 0.05 * self.stated):
+        whole = max(self.stated, self.seconds + self.lost)
+        if whole - self.seconds > max(1, 0.05 * whole):
+            fault = f"only {self.seconds:.1f} s of {whole:.1f} s could be decoded"
+        elif self.fault:
+            fault = f"decoding ended after {self.seconds:.1f} s ({self.fault})"
+        else:
             return ""
-        lengths = f"only {self.seconds:.1f} s of {self.stated:.1f} s could be decoded"
-        return f"{lengths}; the file is damaged or incomplete"
+        return f"{fault}; the file is damaged or incomplete"
 
     def _mix(self, block, rate) -> np.ndarray:
         """Mean of the channels (n, channels) -> (n,), at the rate of the file's first block."""
@@ -111,13 +118,15 @@ class Sound:
             guessed = container.format.name in ("mp3", "aac") and not stream.start_time
             if stream.duration and not guessed:
                 self.stated = float(stream.duration * stream.time_base)
-            packets = 0
             for packet in container.demux(stream):
-                packets += packet.duration or 0
-                self.stated = max(self.stated, float(packets * stream.time_base))
-                with contextlib.suppress(av.FFmpegError):  # a damaged packet; the next may be sound
-                    for frame in packet.decode():
-                        yield to_float(frame), frame.sample_rate
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:  # a damaged packet; what follows may be whole
+                    # A few ms; in damaged files some state hours.
+                    self.lost += min(float((packet.duration or 0) * stream.time_base), 1.0)
+                    continue
+                for frame in frames:
+                    yield to_float(frame), frame.sample_rate
 
     def _decode_with_soundfile(self):
         import soundfile

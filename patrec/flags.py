@@ -92,6 +92,8 @@ class Source:
     subset: int | None = None  # train on so many clips only
     smoke: bool = False
 
+    demo = property(lambda self: (self.root / "DEMO.txt").exists())
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
@@ -108,6 +110,7 @@ class TrainingOptions:
     workers: int | None = None  # processes that train side by side; None: see `count_workers`
 
     smoke = property(lambda self: self.source.smoke)
+    demo = property(lambda self: self.source.demo)
 
 
 def parse_flags(description, training=False, add_flags=None, flags="") -> argparse.Namespace:

@@ -54,8 +54,8 @@ def parallel_map(function, tasks, workers, dask=None, order="generator"):
 def dask_cluster(address):
     """What joblib.parallel_config needs to run tasks on the cluster of this Dask scheduler.
 
-    Its workers need the packages of requirements.txt, not this file, which travels with the
-    tasks, and see data, cache and output folder under the same paths.
+    Its workers need the packages of requirements.txt. They do not need the project's modules,
+    which travel with the tasks. They see data, cache and output folder under the same paths.
     """
     try:
         import cloudpickle
@@ -67,15 +67,15 @@ def dask_cluster(address):
         client = Client(address, timeout=5)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"--dask {address}: no scheduler answers there ({error})") from None
-    module = sys.modules[__name__]
+    names = [name for name in ("patrec", "tools", "common") if name in sys.modules]
     with client:
-        if __name__ != "__main__":  # what is defined there travels by value anyway
-            cloudpickle.register_pickle_by_value(module)
+        for name in names:  # a package stands for its modules
+            cloudpickle.register_pickle_by_value(sys.modules[name])
         try:
             yield {"backend": "dask", "client": client}
         finally:
-            if __name__ != "__main__":
-                cloudpickle.unregister_pickle_by_value(module)
+            for name in names:
+                cloudpickle.unregister_pickle_by_value(sys.modules[name])
 
 
 def in_worker(parent, function, *task):

@@ -54,6 +54,7 @@ BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
+DEMO_EXAMPLES = 2_700  # in all: enough to learn the made-up demo set, so that a first run ends soon
 
 
 @dataclasses.dataclass
@@ -88,7 +89,8 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
     if epochs:
         epochs = max(round(epochs * share), 1)
     else:
-        examples = (budget.genre if genre else budget.emotion) * share
+        examples = budget.genre if genre else budget.emotion
+        examples = (min(examples, DEMO_EXAMPLES) if training.demo else examples) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
         crops = math.ceil(passes / 60)
         epochs = max(round(passes / crops), 1)

@@ -128,7 +128,8 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
 def emotion_scores(true, predictions) -> dict:
     """Spearman per emotion and, with all three, their mean (lab, step 8e), with intervals.
 
-    true, predictions : pd.DataFrame, a row per clip, a column per emotion; predictions may lack some
+    true, predictions : pd.DataFrame, a row per clip, a column per emotion (`predictions` may lack
+        some)
     """
     true = true.loc[predictions.index]
     scores, resampled = {"n_clips": len(predictions)}, []

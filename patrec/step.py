@@ -74,11 +74,10 @@ class Step:
         make_folder(self.folder)
         self.lock = lock_folder(self.folder)
         self.training = options_from(self.args, self.source, self.folder)
-        self.demo = (self.source.root / "DEMO.txt").exists()
-        if self.demo:
+        if self.source.demo:
             self.text("""
                 > **Made-up demo data.** These numbers show that the pipeline runs. They say
-                > nothing about music.
+                > nothing about music. Trainings are only as long as it takes to learn these data.
             """)
         print(f"{name}: data {self.source.root}, device {self.device}, output {self.folder}")
 
@@ -139,7 +138,7 @@ class Step:
             "step": self.name,
             "seconds": round(time.monotonic() - self.began, 2),
             "environment": environment(self.device),
-            "data": {"root": str(root), "demo": self.demo, "fingerprint": prints},
+            "data": {"root": str(root), "demo": self.source.demo, "fingerprint": prints},
             "seed": self.args.seed,
             "smoke": self.args.smoke,
             "runs": runs or {},

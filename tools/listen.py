@@ -1,23 +1,21 @@
-"""Your own song: its genre and emotions over time, in the terminal and as a page to click in.
+"""Your own song: its genre and its emotions over time, as a table and as a page.
 
-    python listen.py song.mp3 another.wav     # tables, outputs/listen/listen.json, a page per song
-    python listen.py song.mp3 --train         # trains first what steps 5, 7 and 10 have not left
+    python -m tools.listen song.mp3 another.wav   # a table, outputs/listen/listen.json, pages
+    python -m tools.listen song.mp3 --train       # first trains what steps 5, 7 and 10 have not
 
-Input: sound files of any length (wav, mp3, flac, ogg); the checkpoints of steps 5, 7 and 10.
-A song is cut into blocks of 30 s, each turned into a spectrogram as the lab's clips were; the
-CNN hears 6 s at a time, every 3 s. Output, in outputs/listen/: listen.json and one HTML page
-per song that needs no internet: player, mel spectrogram with a cursor, genre and emotion
-curves on the same time axis; click or arrow keys jump.
+Input: sound files of any length and format; the checkpoints of steps 5, 7 and 10. A song is cut
+into blocks of 30 s, and each block becomes a spectrogram in the same way as the lab's clips. The
+input of the CNN is a window of 6 s, every 3 s. Output, in outputs/listen/: listen.json and, per
+song, one HTML page that needs no internet: player, mel spectrogram with a cursor, genre and
+emotion curves on the same time axis. A click or the arrow keys move the cursor.
 """
 
 import argparse
 import base64
-import contextlib
 import dataclasses
 import html
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -31,19 +29,28 @@ import torch
 from tqdm.auto import tqdm
 
 from common import UNFINISHED, adjust_logits, clip_ids, load_data, load_model, predict, true_labels
+from patrec.audio import CLIP_S, Sound, require_decoder
 from patrec.batches import cut_windows
 from patrec.errors import InputError, end_in_one_line
 from patrec.explain import clip_attributions, patches
-from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_and_chroma, stack_rows
-from patrec.files import find_data, make_folder, output_folder, write_text
+from patrec.features import (
+    BANDS,
+    DB_FLOOR,
+    HOP,
+    N_MELS,
+    SR,
+    compile_librosa,
+    mel_and_chroma,
+    stack_rows,
+)
+from patrec.files import PROJECT, find_data, make_folder, output_folder, write_text
 from patrec.flags import Parser, Source, bounded
 from patrec.labels import EMOTIONS, fingerprint
 from patrec.machine import keep_freed_memory, pick_device, show_bars
 from patrec.plots import COLORS
 
-HERE = Path(__file__).resolve().parent
-BLOCK_S, SHORTEST_S, EVERY_S = 30, 1.0, 3.0  # of a block, of a song, from window to window
-# What is asked of whom: the step that leaves the network, and its run.
+SHORTEST_S, EVERY_S = 1.0, 3.0  # shortest song; from window to window
+# The networks in use: the step that trains each, and the name of its run.
 NETWORKS = {
     "cnn": ("step07_cnn", "cnn_mel"),
     "lstm": ("step05_lstm", "mel"),
@@ -52,14 +59,9 @@ NETWORKS = {
 }
 
 
-# ======================================================================================
-# The networks that earlier steps have left
-# ======================================================================================
-
-
 @dataclasses.dataclass
-class Heard:
-    """One trained network: what it needs to answer for a stretch of sound."""
+class LoadedModel:
+    """One trained network, and the settings that it was trained with."""
 
     model: torch.nn.Module
     settings: dict
@@ -94,21 +96,21 @@ class Heard:
 
 
 def find_checkpoint(folder, run) -> Path | None:
-    """The finished network of a run in a step's folder; of a cross-validation the first fold's."""
+    """The finished checkpoint of a run (of its first fold); no data set is needed here."""
     runs = [folder / run, *sorted(folder.glob(f"{run}_fold1of*"))]
     done = [r for r in runs if (r / "best.pt").exists() and not (r / UNFINISHED).exists()]
     return done[0] / "best.pt" if done else None
 
 
-def find_networks(out, args) -> dict[str, Heard]:
-    """Load the networks of NETWORKS; those that are missing are named, or trained (--train)."""
+def find_networks(out, args) -> dict[str, LoadedModel]:
+    """Load the networks of NETWORKS; with --train, train those that are missing."""
     missing = [step for step, run in NETWORKS.values() if not find_checkpoint(out / step, run)]
     if missing and not args.train:
         commands = " and ".join(f"python {step}.py" for step in dict.fromkeys(missing))
         fault = f"{out}: no checkpoints of {', '.join(dict.fromkeys(missing))}"
         raise InputError(f"{fault}; run {commands}, or pass --train")
     for step in sorted(set(missing)):
-        command = [sys.executable, str(HERE / f"{step}.py"), "--out-dir", str(out)]
+        command = [sys.executable, str(PROJECT / f"{step}.py"), "--out-dir", str(out)]
         command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
         print(f"--train: {step}", flush=True)
         if subprocess.run(command).returncode:
@@ -124,7 +126,7 @@ def find_networks(out, args) -> dict[str, Heard]:
         if odd or not settings.get("window"):
             fault = f"a network for other input ({', '.join(odd) or 'window'} differ)"
             raise InputError(f"{path}: {fault}; train {step} again")
-        networks[role] = Heard(model, settings)
+        networks[role] = LoadedModel(model, settings)
     return networks
 
 
@@ -159,128 +161,103 @@ def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
     return vectors.numpy(), true_labels(data.train, settings).loc[clip_ids(data.train)]
 
 
-# ======================================================================================
-# Sound
-# ======================================================================================
-
-
-@contextlib.contextmanager
-def quiet_decoder():
-    """Keep what decoders written in C say of a broken file out of the terminal."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def read_blocks(path):
-    """Yield a song, mono at SR, in blocks of 30 s; the last one may be longer by up to 3 s.
-
-    Raises InputError where the file is no sound, or too short to say anything.
-    """
+    """Yield a song, mono at SR, in blocks of 30 s; the last one may be longer by up to 3 s."""
     import librosa
-    import soundfile
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a wav, mp3, flac or ogg")
-    waiting, seconds = np.zeros(0, np.float32), 0.0
-    try:
-        with quiet_decoder():
-            sound = soundfile.SoundFile(path)
-        with sound:
-            while True:
-                with quiet_decoder():
-                    block = sound.read(BLOCK_S * sound.samplerate, "float32", always_2d=True)
-                if not len(block):
-                    break
-                seconds += len(block) / sound.samplerate
-                mono = np.nan_to_num(block.mean(1))
-                waveform = librosa.resample(mono, orig_sr=sound.samplerate, target_sr=SR)
-                if len(waveform) < 3 * SR:  # a tail that is no window of its own
-                    waiting = np.concatenate([waiting, waveform])
-                    continue
-                if len(waiting):
-                    yield waiting
-                waiting = waveform
-    except (RuntimeError, OSError, ValueError) as error:  # what a broken file makes decoders raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fault = f"not readable as sound ({reason.replace(str(path), path.name)})"
-        raise InputError(f"{path}: {fault}; convert it to wav, mp3, flac or ogg") from None
-    if seconds < SHORTEST_S:
-        fault = f"{seconds:.2f} s of sound is too short"
+    sound, waiting = Sound(path), np.zeros(0, np.float32)
+    for block in sound.blocks(CLIP_S):
+        waveform = librosa.resample(block, orig_sr=sound.rate, target_sr=SR)
+        if len(waiting) and len(waveform) >= 3 * SR:  # else a tail that is no window of its own
+            yield waiting
+            waiting = waveform
+        else:
+            waiting = np.concatenate([waiting, waveform])
+    if sound.seconds < SHORTEST_S:
+        fault = f"{sound.seconds:.2f} s of sound is too short"
         raise InputError(f"{path}: {fault}; at least {SHORTEST_S:g} s are needed")
+    if sound.damage:
+        print(f"{path}: {sound.damage}", file=sys.stderr)
     yield waiting
+
+
+@torch.inference_mode()
+def predict_block(networks, rows, first_frame) -> dict[str, torch.Tensor]:
+    """Predict for the rows (140, T) of a block that begins at a frame of the song.
+
+    Returns logits and emotions of the windows (W, K), of the LSTMs' whole block (1, K), the
+    windows' middles times_s (W,) and the latent vectors (W, H).
+    """
+    every, cnn, lstm = round(EVERY_S * SR / HOP), networks["cnn"], networks["lstm"]
+    logits, middles = cnn.predict_clips(rows, every)
+    emotions, _ = networks["emotion"].predict_clips(rows, every)
+    logits_lstm = adjust_logits(lstm.predict_clips(rows)[0], lstm.settings["priors"])
+    emotions_lstm, _ = networks["emotion_lstm"].predict_clips(rows)
+    x, lengths, _ = cnn.windows(rows)
+    device = next(cnn.model.parameters()).device
+    return {
+        "logits": adjust_logits(logits, cnn.settings["priors"]),
+        "emotions": emotions,
+        "logits_lstm": logits_lstm.mean(0, keepdim=True),
+        "emotions_lstm": emotions_lstm.mean(0, keepdim=True),
+        "times_s": (first_frame + middles) * HOP / SR,
+        "latent": cnn.model.backbone(x.to(device), lengths).float().cpu(),
+    }
 
 
 def listen(path, networks, temperature, known):
     """Everything about one song: a dict for listen.json, and pictures and sound for its page."""
     import soundfile
 
-    cnn, lstm, names = networks["cnn"], networks["lstm"], networks["cnn"].settings["names"]
-    every = round(EVERY_S * SR / HOP)
-    total, n_frames, loudest = 0, 0, 0.0
-    logits, times, vectors, feelings = [], [], [], []
-    lstm_logits, lstm_feelings, rows_of = [], [], []
-    encoded = io.BytesIO()
+    total, n_frames, mels, encoded = 0, 0, [], io.BytesIO()
+    blocks, names = [], networks["cnn"].settings["names"]
     with soundfile.SoundFile(encoded, "w", SR, 1, format="MP3") as song:
         bar = tqdm(read_blocks(path), desc=path.name, disable=not show_bars(), leave=False)
         for waveform in bar:
             song.write(np.clip(waveform, -1, 1))
-            loudest = max(loudest, float(np.ptp(waveform)))
-            rows = stack_rows(*mel_and_chroma(waveform)) if np.ptp(waveform) > 1e-5 else None
-            if rows is not None and rows.shape[1]:
-                answers, middles = cnn.answer(rows, every)
-                logits.append(adjust_logits(answers, cnn.settings["priors"]))
-                times.append((n_frames + middles.numpy()) * HOP / SR)
-                feelings.append(networks["emotion"].answer(rows, every)[0])
-                found = adjust_logits(lstm.answer(rows)[0], lstm.settings["priors"])
-                lstm_logits.append(found.mean(0, keepdim=True))
-                lstm_feelings.append(networks["emotion_lstm"].answer(rows)[0].mean(0, keepdim=True))
-                x, lengths, _ = cnn.windows(rows)
-                with torch.inference_mode():
-                    device = next(cnn.model.parameters()).device
-                    vectors.append(cnn.model.backbone(x.to(device), lengths).float().cpu())
-            quiet = np.full((N_MELS, len(waveform) // HOP + 1), DB_FLOOR)
-            mel = quiet if rows is None else rows[:N_MELS]
-            rows_of.append(np.round(mel).astype(np.int8))  # dB fit into a byte: an hour is 20 MB
+            mel = np.full((N_MELS, len(waveform) // HOP + 1), DB_FLOOR)
+            if np.ptp(waveform) > 1e-5:  # else silence
+                rows = stack_rows(*mel_and_chroma(waveform))
+                blocks.append(predict_block(networks, rows, n_frames))
+                mel = rows[:N_MELS]
+            mels.append(np.round(mel).astype(np.int8))  # dB fit into a byte: an hour is 20 MB
             n_frames += mel.shape[1]
             total += len(waveform)
-    if loudest <= 1e-5:
-        raise InputError(f"{path}: silence; nothing can be said about it")
-    logits, times = torch.cat(logits), np.concatenate(times)
-    overall = (logits.mean(0) / temperature).softmax(0)
-    by_lstm = torch.cat(lstm_logits).mean(0).softmax(0)
-    called = int(overall.argmax())
-    emotion = (torch.cat(feelings).mean(0) + torch.cat(lstm_feelings).mean(0)) / 2
+    if not blocks:
+        raise InputError(f"{path}: silence; nothing can be predicted from it")
+    found = {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+    overall = (found["logits"].mean(0) / temperature).softmax(0)
+    by_lstm = found["logits_lstm"].mean(0).softmax(0)
+    emotion = (found["emotions"].mean(0) + found["emotions_lstm"].mean(0)) / 2
+    curves = (found["logits"] / temperature).softmax(1), found["emotions"].clamp(0, 1)
+    lstm_names = networks["lstm"].settings["names"]
     facts = {
-        "file": str(path),
+        "file": str(path).encode(errors="replace").decode(),  # a name may be no UTF-8
         "seconds": round(total / SR, 2),
         "genre": dict(zip(names, overall.tolist(), strict=True)),
-        "genre_lstm": dict(zip(lstm.settings["names"], by_lstm.tolist(), strict=True)),
+        "genre_lstm": dict(zip(lstm_names, by_lstm.tolist(), strict=True)),
         "emotion": dict(zip(EMOTIONS, emotion.clamp(0, 1).tolist(), strict=True)),
-        "times_s": np.round(times, 2).tolist(),
-        "genre_over_time": (logits / temperature).softmax(1).round(decimals=4).T.tolist(),
-        "emotion_over_time": torch.cat(feelings).clamp(0, 1).round(decimals=4).T.tolist(),
+        "times_s": found["times_s"].round(decimals=2).tolist(),
+        "genre_over_time": curves[0].round(decimals=4).T.tolist(),
+        "emotion_over_time": curves[1].round(decimals=4).T.tolist(),
         "classes": names,
-        "nearest": nearest(torch.cat(vectors).mean(0).numpy(), known),
+        "nearest": nearest(found["latent"].mean(0).numpy(), known),
     }
-    pictures = {"mel": picture(np.concatenate(rows_of, axis=1), "magma", DB_FLOOR, 0)}
-    named = np.concatenate([deciding(cnn, mel, called) for mel in rows_of], axis=1)
-    limit = float(np.quantile(np.abs(named), 0.995)) or 1.0
-    pictures["deciding"] = picture(named, "RdBu_r", -limit, limit)
+    predicted = int(overall.argmax())
+    parts = np.concatenate([attributions(networks["cnn"], mel, predicted) for mel in mels], axis=1)
+    limit = float(np.quantile(np.abs(parts), 0.995)) or 1.0
+    pictures = {
+        "mel": picture(np.concatenate(mels, axis=1), "magma", DB_FLOOR, 0),
+        "attributions": picture(parts, "RdBu_r", -limit, limit),
+    }
     return facts, pictures, encoded.getvalue()
 
 
-def deciding(cnn, mel, called) -> np.ndarray:
-    """What every patch of a block's mel spectrogram (128, T) did to the called class's logit."""
+def attributions(cnn, mel, predicted) -> np.ndarray:
+    """What every patch of a mel spectrogram (128, T) adds to the predicted class's logit."""
     mean, std = cnn.settings["stats"]
     x = (torch.from_numpy(mel.astype(np.float32)).T - mean) / std
-    return patches(clip_attributions(cnn.model, x, cnn.settings["window"], called)).T.numpy()
+    return patches(clip_attributions(cnn.model, x, cnn.settings["window"], predicted)).T.numpy()
 
 
 def nearest(vector, known, n=5) -> list[dict]:
@@ -315,10 +292,6 @@ def picture(values, cmap, low, high, width=1600) -> bytes:
     plt.imsave(file, colors, format="png")
     return file.getvalue()
 
-
-# ======================================================================================
-# The page
-# ======================================================================================
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
@@ -356,19 +329,20 @@ audio { width: 100% } table { border-collapse: collapse } td, th { padding: .1re
 <div id="panels" tabindex="0" role="slider" aria-label="Position in the song"
   aria-valuemin="0" aria-valuemax="@SECONDS@" aria-valuenow="0">
 <h2><label>Mel spectrogram, low frequencies below
-  <input type="checkbox" id="decide"> show what decided for <em id="called"></em></label></h2>
+  <input type="checkbox" id="explain"> show what speaks for
+  and against <em id="predicted"></em></label></h2>
 <div class="panel"><img id="mel" alt="Mel spectrogram of the song over time"
-  src="data:image/png;base64,@MEL@"><img id="deciding" hidden
-  alt="What every patch added to the called class: red for it, blue against it"
-  src="data:image/png;base64,@DECIDING@"><div class="cursor"></div></div>
-<h2>Genre: probability of the likeliest six (lines at 25, 50 and 75 %)</h2>
+  src="data:image/png;base64,@MEL@"><img id="attributions" hidden
+  alt="What every patch adds to the predicted class: red speaks for it, blue against it"
+  src="data:image/png;base64,@ATTRIBUTIONS@"><div class="cursor"></div></div>
+<h2>Genre: probability of the six likeliest classes (lines at 25, 50 and 75 %)</h2>
 <div class="panel"><svg id="genres" preserveAspectRatio="none"></svg>
 <div class="cursor"></div></div><div id="genrekeys"></div>
 <h2>Emotion: 0 (below) to 1</h2>
 <div class="panel"><svg id="emotions" preserveAspectRatio="none"></svg>
 <div class="cursor"></div></div><div class="ticks" id="ticks"></div><div id="emotionkeys"></div>
 </div>
-<h2>What this cannot know</h2>
+<h2>Limits of these predictions</h2>
 @LIMITS@
 <script>
 "use strict";
@@ -392,10 +366,10 @@ for (const [name, value] of Object.entries(song.emotion)) {
 for (const clip of song.nearest) {
   const row = $("nearest").insertRow(); cell(row, clip.genre); cell(row, clip.clip);
 }
-if (!song.nearest.length) cell($("nearest").insertRow(), "the training clips are not at hand");
-$("called").textContent = song.classes[order[0]];
-$("decide").addEventListener("change", event => {
-  $("deciding").hidden = !event.target.checked; $("mel").hidden = event.target.checked;
+if (!song.nearest.length) cell($("nearest").insertRow(), "the data set was not found");
+$("predicted").textContent = song.classes[order[0]];
+$("explain").addEventListener("change", event => {
+  $("attributions").hidden = !event.target.checked; $("mel").hidden = event.target.checked;
 });
 const ns = "http://www.w3.org/2000/svg";
 function element(name, attributes) {
@@ -423,7 +397,7 @@ function draw(id, keys, curves) {
     $(keys).append(key);
   });
 }
-// Not by the song's answer: of a medley each part's genre is to be seen.
+// By the curves and not by the prediction for the song: a medley has several genres.
 const total = k => song.genre_over_time[k].reduce((sum, value) => sum + value, 0);
 draw("genres", "genrekeys", [...order].sort((a, b) => total(b) - total(a)).slice(0, 6).map(k =>
   [song.classes[k], song.genre_over_time[k]]));
@@ -441,8 +415,7 @@ function place() {
   const t = audio.currentTime;
   for (const cursor of cursors) cursor.style.left = 100 * t / song.seconds + "%";
   panels.setAttribute("aria-valuenow", t.toFixed(1));
-  panels.setAttribute("aria-valuetext", clock(t));
-  $("now").textContent = clock(t);
+  panels.setAttribute("aria-valuetext", clock(t)); $("now").textContent = clock(t);
   if (!audio.paused) requestAnimationFrame(place);
 }
 for (const name of ["play", "seeked", "timeupdate", "loadedmetadata"])
@@ -460,15 +433,13 @@ panels.addEventListener("keydown", event => {
   if (event.target !== panels) return;
   const by = {ArrowLeft: -5, ArrowRight: 5}[event.key];
   if (by) jump(audio.currentTime + by);
-  else if (event.key === "Home") jump(0);
-  else if (event.key === "End") jump(song.seconds);
+  else if (event.key === "Home") jump(0); else if (event.key === "End") jump(song.seconds);
   else if (event.key === " ") audio.paused ? audio.play() : audio.pause();
   else return;
   event.preventDefault();
 });
 place();
-</script>
-</html>
+</script></html>
 """
 
 
@@ -480,37 +451,35 @@ def make_page(facts, pictures, audio, limits) -> str:
         "SECONDS": facts["seconds"],
         "LIMITS": limits,
         "MEL": base64.b64encode(pictures["mel"]).decode(),
-        "DECIDING": base64.b64encode(pictures["deciding"]).decode(),
+        "ATTRIBUTIONS": base64.b64encode(pictures["attributions"]).decode(),
         "AUDIO": base64.b64encode(audio).decode(),
-        # In a script element only this ends it; a name may hold anything.
+        # A name may hold anything, and "</script>" would end the script.
         "DATA": json.dumps(data).replace("<", "\\u003c"),
     }
-    # One pass: what is put in is not looked at again.
+    # In one pass, so that what is filled in is not searched for further places.
     return re.sub("@([A-Z]+)@", lambda match: str(parts[match[1]]), PAGE)
 
 
-def what_it_cannot_know(out, networks, temperature) -> str:
-    """The limits of the answers, as HTML."""
-    cnn, emotion = networks["cnn"].settings, networks["emotion"].settings
-    sure = "were not scaled by validation clips (run step 7)"
+def limits_of(out, networks, temperature) -> str:
+    """The limits of the predictions, as HTML."""
+    names = networks["cnn"].settings["names"]
+    scaled = "are not calibrated (run python -m tools.explain)"
     if temperature != 1.0:
-        helps = f"temperature {temperature:.2f}; step 7 tells whether it helps"
-        sure = f"are scaled on validation clips ({helps})"
+        scaled = f"are calibrated on validation clips (temperature {temperature:.2f})"
     demo = ""
     for step, _ in NETWORKS.values():
         metrics = out / step / "metrics.json"
         if metrics.exists() and json.loads(metrics.read_text())["data"]["demo"]:
-            demo = """<p class="note"><b>Result on synthesised demo music:</b> these answers show
-            that the pipeline runs; they say nothing about the song.</p>"""
-    genres = html.escape(", ".join(cnn["names"]))
-    return f"""{demo}<p>It knows {len(cnn["names"])} genres: {genres}. Whatever is played, speech or
-    noise included, is called one of them. The percentages {sure}: for clips of 30 s and music like
-    the training clips, not for the 6 s behind each point of a curve. Genre curves and percentages
-    are the CNN's, from 6 s at a time; the emotion curves are those of the network of
-    {len(emotion["names"])} emotions, the emotion table the mean of that and of an LSTM. What
-    decided (integrated gradients): red patches raised the called genre's score against that of a
-    clip that is the mean in every band, blue ones lowered it; the ends of every 30 s lie in fewer
-    windows and look paler. The sound is a compressed copy, mono, 22 kHz.</p>"""
+            demo = """<p class="note"><b>Networks trained on made-up demo music:</b> these
+            predictions show that the program runs. They say nothing about the song.</p>"""
+    return f"""{demo}<p>The networks know {len(names)} genres: {html.escape(", ".join(names))}. They
+    predict one of these for every input, for speech and noise as well. The percentages {scaled};
+    this holds for clips of 30 s that resemble the training clips, not for the 6 s behind each
+    point of a curve. The genre table and curves are the predictions of the CNN. The emotion curves
+    are those of the CNN of step 10, the emotion table is the mean of that CNN and an LSTM. The
+    checkbox shows integrated gradients: red patches raise the score of the predicted genre above
+    its score for the mean of the training clips, blue patches lower it. The ends of every 30 s lie
+    in fewer windows and therefore look paler. The player has a compressed mono copy.</p>"""
 
 
 def main(argv=None):
@@ -520,20 +489,22 @@ def main(argv=None):
         allow_abbrev=False,
     )
     add = parser.flag
-    parser.add_argument("songs", nargs="+", type=Path, help="sound files: wav, mp3, flac, ogg")
-    add("--data-dir", type=Path, help="the data set that was trained on, for its nearest clips")
-    add("--out-dir", type=Path, help="where the steps' outputs are, and where pages go")
+    parser.add_argument("songs", nargs="+", type=Path, help="sound files")
+    add("--data-dir", type=Path, help="the training data, for the nearest clips")
+    add("--out-dir", type=Path, help="folder of the steps' outputs; pages go there too")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--train", action="store_true", help="run the steps whose checkpoints are missing")
     add("--top", type=bounded(int, 1, 20), default=3, help="classes in the table")
     args = parser.parse_args(argv)
+    require_decoder(args.songs)
     keep_freed_memory()
+    compile_librosa()
     out = output_folder(args.out_dir)
     networks = find_networks(out, args)
     temperature, known = temperature_of(out), training_vectors(networks["cnn"], args)
     folder = out / "listen"
     make_folder(folder)
-    limits = what_it_cannot_know(out, networks, temperature)
+    limits = limits_of(out, networks, temperature)
     found, table, failed = [], [], []
     for place, path in enumerate(args.songs, start=1):
         try:
@@ -542,13 +513,13 @@ def main(argv=None):
             print(f"error: {error}", file=sys.stderr)
             failed.append(path)
             continue
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem)[:80].strip("._") or "song"
+        safe = re.sub(r"[^\w.-]+", "_", Path(facts["file"]).stem)[:60].strip("._") or "song"
         page = folder / f"{place:02d}_{safe}.html"
         write_text(page, make_page(facts, pictures, audio, limits))
         found.append(facts | {"page": str(page)})
         best = sorted(facts["genre"].items(), key=lambda pair: -pair[1])[: args.top]
         row = {
-            "song": path.name,
+            "song": Path(facts["file"]).name,
             "length": "{}:{:02d}".format(*divmod(round(facts["seconds"]), 60)),
             "genre": ", ".join(f"{name} {value:.0%}" for name, value in best),
             **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},

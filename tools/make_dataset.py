@@ -49,14 +49,7 @@ from tqdm.auto import tqdm
 from patrec.audio import SUFFIXES, read_clip, require_decoder
 from patrec.errors import InputError, StepEnd, StepFailed, end_in_one_line
 from patrec.features import N_FFT, SR, compile_librosa, extract_features
-from patrec.files import (
-    FOLDERS,
-    lock_folder,
-    make_folder,
-    part_folder,
-    write_bytes,
-    write_text,
-)
+from patrec.files import FOLDERS, lock_folder, make_folder, part_folder, write_bytes, write_text
 from patrec.flags import Parser, bounded
 from patrec.labels import EMOTIONS, MERGE
 from patrec.machine import show_bars
@@ -91,11 +84,6 @@ class Song(NamedTuple):
     @property
     def parts(self):
         return ["genre", "emotion"] if self.emotions else ["genre"]
-
-
-# ======================================================================================
-# Which files there are
-# ======================================================================================
 
 
 def find_audio(folder) -> tuple[list[str], list[str]]:
@@ -203,11 +191,6 @@ def n_held_out(n_clips, fraction) -> int:
     return min(max(round(fraction * n_clips), 1), n_clips - 1)
 
 
-# ======================================================================================
-# The arrays of all songs, in parallel
-# ======================================================================================
-
-
 def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
     name = f"{clip_id}.fused.full.npy"
     return [part_folder(root, part, beat) / split / name for part in parts]
@@ -300,11 +283,6 @@ def make_all(
                 left.pop(song.clip_id)
     shutil.rmtree(root / ".begun", ignore_errors=True)
     return failed, damaged
-
-
-# ======================================================================================
-# The data set
-# ======================================================================================
 
 
 def write_labels(root, songs, seed) -> None:
@@ -490,8 +468,7 @@ def main(argv=None) -> dict:
         raise Stopped(cure) from None
     counts = {
         f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("[!.]*.npy")))
-        for part in ("genre", "emotion")
-        for split in ("train", "test")
+        for part, split in itertools.product(FOLDERS, ("train", "test"))
     }
     found = ", ".join(f"{n} {name}" for name, n in counts.items())
     print(f"{args.out}: {found} clips; {time.monotonic() - began:.0f} s")

@@ -83,7 +83,8 @@ FAULTS = {
     "genre labels": (TINY, lambda d: append(d / BEAT / "train_labels.txt", "1\tRock\tPop"),
                      [f"{BEAT}/train_labels.txt", "line 62, saw 3", "mend"]),
     "a class of the test split alone": (
-        (*TINY, "--no-merge"), lambda d: rename_class(d / BEAT / "test_labels.txt", "Jazz", "Polka"),
+        (*TINY, "--no-merge"),
+        lambda d: rename_class(d / BEAT / "test_labels.txt", "Jazz", "Polka"),
         [f"{BEAT}/test_labels.txt", "'Polka' does not occur", "remove"]),
     "emotion labels": (("step08_regression", *FEW),
                        lambda d: append(d / EMOTION / "train_labels.txt", "7,0.1,55,0.3"),
@@ -290,7 +291,11 @@ def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags"), [("make_dataset", ["--adio-dir", "x"]), ("kaggle", ["--stp", "5"])]
+    ("tool", "flags"),
+    [
+        ("make_dataset", ["--adio-dir", "x", "--audio-dir", "x", "--out", "y"]),
+        ("kaggle", ["--stp", "5"]),
+    ],
 )
 def test_mistyped_flags_of_tools(capsys, tool, flags):
     assert run_inside(f"tools/{tool}.py", *flags) == 2

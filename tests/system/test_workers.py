@@ -3,7 +3,6 @@
 By the real command line, in processes of their own: what is tested is processes.
 """
 
-import dataclasses
 import math
 import os
 import signal
@@ -15,16 +14,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, patch_everywhere, run_forked, run_script, write_data_set
+from conftest import (
+    ROOT,
+    patch_everywhere,
+    run_forked,
+    run_inside,
+    run_script,
+    write_data_set,
+)
 from torch import nn
 
 import common
-import patrec.errors
-import patrec.flags
-import patrec.parallel
-import patrec.recipes
-import patrec.step
+from patrec.clips import read_array
+from patrec.errors import InputError, StepFailed
+from patrec.flags import Source, TrainingOptions
+from patrec.parallel import parallel_map
+from patrec.recipes import GENRE_NETWORKS
 
+pytestmark = pytest.mark.slow
 STEP = "step05_lstm"
 RUNS = ("beat_mel", "beat_chroma")
 FLAGS = ("--features", *RUNS, "--epochs", 12, "--subset", 16)
@@ -41,12 +48,13 @@ def run(data, out, *args, by=run_script, **options):
 
 
 def results(out):
-    """Curves without times, weights and answers of a step, by file; no times in it."""
-    folder = out / STEP
-    found = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
-    for path in sorted(folder.glob("*/history.csv")):
-        curve = pd.read_csv(path).drop(columns="seconds")
-        found[path.parent.name] = curve.to_csv(), path.with_name("best.pt").read_bytes()
+    """{run: its curve without times, weights, predictions}."""
+    folder, found = out / STEP, {}
+    table = pd.read_csv(folder / "predictions.csv", dtype=str)
+    for path in folder.glob("*/history.csv"):
+        name, curve = path.parent.name, pd.read_csv(path).drop(columns="seconds")
+        rows = table[table["model"] == name].to_csv(index=False)
+        found[name] = curve.to_csv(), path.with_name("best.pt").read_bytes(), rows
     return found
 
 
@@ -60,18 +68,38 @@ def alone(data, tmp_path_factory):
 
 def test_side_by_side_gives_the_same_numbers(data, alone, tmp_path):
     result = run(data, tmp_path, "--workers", 2)
-    assert results(tmp_path) == alone
+    assert results(tmp_path) == alone and set(alone) == set(RUNS)
     for name in RUNS:  # every run says how far it is
         assert f"{name} epoch  12/12" in result.stdout
 
 
-def test_so_does_one_file_for_kaggle(data, alone, tmp_path):
-    """There what the workers compute is no module that they could import."""
-    run_script("kaggle_kernel.py", 5, "--user", "me", "--out", tmp_path)
-    (script,) = tmp_path.glob(f"*/{STEP}.py")
-    where = ("--data-dir", data, "--out-dir", tmp_path / "out")
-    run_script(script, *FLAGS, *where, "--workers", 2, cwd=tmp_path)
-    assert results(tmp_path / "out") == alone
+def test_a_training_alone_gives_what_it_gives_among_others(data, alone, tmp_path):
+    """In another process, too, with the same seed."""
+    flags = ("--features", RUNS[1], *FLAGS[3:], "--data-dir", data, "--out-dir", tmp_path)
+    run_script(f"{STEP}.py", *flags)
+    assert results(tmp_path) == {RUNS[1]: alone[RUNS[1]]}
+
+
+def test_test_split_is_read_only_after_training(data, tmp_path, monkeypatch):
+    """Bug 3: test clips in training, or validation scores shown as test scores."""
+    order, train = [], common.train
+
+    def read(path, *more):
+        order.append(path.parent.name)
+        return read_array(path, *more)
+
+    def train_noted(*args, **options):
+        result = train(*args, **options)
+        order.append("checked" if options.get("overfit_batch") else "trained")
+        return result
+
+    patch_everywhere(monkeypatch, "read_array", read)
+    patch_everywhere(monkeypatch, "train", train_noted)
+    monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
+    flags = ("--smoke", "--features", *RUNS, "--data-dir", data, "--out-dir", tmp_path)
+    assert run_inside(f"{STEP}.py", *flags) == 0
+    assert "test" in order and order.count("trained") == 2
+    assert "test" not in order[: len(order) - 1 - order[::-1].index("trained")]
 
 
 # --- what ends a training ---------------------------------------------------------------
@@ -88,9 +116,9 @@ class Loss(nn.Module):
         if self.event == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.event == "vanishing":
-            raise patrec.errors.InputError(f"1e-30 times 1e-10 is {torch.tensor(1e-30) * 1e-10:g}")
+            raise InputError(f"1e-30 times 1e-10 is {torch.tensor(1e-30) * 1e-10:g}")
         if self.event == "bad input":
-            raise patrec.errors.InputError("a fault that names its cure")
+            raise InputError("a fault that names its cure")
         return outputs.sum() * math.nan
 
 
@@ -98,53 +126,19 @@ def small(network, data):
     return common.Classifier(common.make_backbone(network), len(data.names))
 
 
-def make_training(data, folder, **changes):
-    source = patrec.flags.Source(data, smoke=True)
-    return patrec.flags.TrainingOptions(
-        source, folder, folder / "step", epochs=1, workers=2, **changes
-    )
-
-
-@pytest.mark.parametrize(
-    "event, error, words",
-    [
-        ("not a number", patrec.errors.StepFailed, "loss is nan at epoch 1, batch 1"),
-        ("killed", patrec.errors.StepFailed, "killed.*--workers.*--resume"),
-        ("bad input", patrec.errors.InputError, "^a fault that names its cure$"),
-        (
-            "vanishing",
-            patrec.errors.InputError,
-            "is 0$",
-        ),  # slow to compute with, otherwise (see Step)
-    ],
-)
+@pytest.mark.parametrize("event, error, words", [
+    ("not a number", StepFailed, "loss is nan at epoch 1, batch 1"),
+    ("killed", StepFailed, "killed.*--workers.*--resume"),
+    ("bad input", InputError, "^a fault that names its cure$"),
+    ("vanishing", InputError, "is 0$"),  # slow to compute with, otherwise (see Step)
+])  # fmt: skip
 def test_a_training_that_fails_is_one_line_and_ends_the_step(data, tmp_path, event, error, words):
-    runs = [
-        common.Experiment(
-            name,
-            patrec.recipes.GENRE_NETWORKS["beat_mel"],
-            small,
-            lambda data: Loss(event),
-            torch.optim.AdamW,
-        )
-        for name in ("one", "two")
-    ]
+    source = Source(data, smoke=True)
+    training = TrainingOptions(source, tmp_path, tmp_path / "step", epochs=1, workers=2)
+    parts = [GENRE_NETWORKS["beat_mel"], small, lambda data: Loss(event), torch.optim.AdamW]
+    runs = [common.Experiment(name, *parts) for name in ("one", "two")]
     with pytest.raises(error, match=words):
-        common.train_all(make_training(data, tmp_path), runs)
-
-
-def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monkeypatch):
-    """The setting is a thread's; those of a product have it from the thread that begins them."""
-    torch.set_flush_denormal(False)
-
-    def load_data(*_, **__):
-        raise patrec.errors.InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
-
-    patch_everywhere(monkeypatch, "load_data", load_data)
-    run = common.Experiment("one", patrec.recipes.GENRE_NETWORKS["beat_mel"], None, None, None)
-    training = patrec.flags.TrainingOptions(patrec.flags.Source(tmp_path), tmp_path, tmp_path)
-    with pytest.raises(patrec.errors.InputError, match="^0$"):
-        common.train_fold(training, run, 0, 1)
+        common.train_all(training, runs)
 
 
 def test_a_step_whose_worker_was_killed_goes_on_later(data, alone, tmp_path):
@@ -176,16 +170,16 @@ def test_nothing_goes_on_without_its_step(data, alone, tmp_path, number):
 
 
 def start(data, out):
-    command = [sys.executable, str(ROOT / f"{STEP}.py"), *FLAGS, "--workers", 2]
+    command = [sys.executable, ROOT / f"{STEP}.py", *FLAGS, "--workers", 2]
     command += ["--data-dir", data, "--out-dir", out]
-    text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def heed_ctrl_c():  # a test session in the background of a script ignores it, and hands that on
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     return subprocess.Popen(
-        [*map(str, command)], start_new_session=True, preexec_fn=heed_ctrl_c, **text
-    )
+        [*map(str, command)], start_new_session=True, preexec_fn=heed_ctrl_c,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def begun(out):
@@ -215,66 +209,8 @@ def wait_for(condition, seconds=100):
     return found
 
 
-# --- how many at once, and for how long -------------------------------------------------
-
-
-def test_a_process_per_core_or_card_unless_told_otherwise(data, tmp_path, monkeypatch):
-    training = patrec.flags.TrainingOptions(patrec.flags.Source(data), tmp_path, tmp_path)
-    monkeypatch.setattr(common.joblib, "cpu_count", lambda: 4)
-    assert [common.count_workers(training, n) for n in (1, 3, 9)] == [1, 3, 4]
-    told = dataclasses.replace(training, workers=6)
-    assert [common.count_workers(told, n) for n in (3, 9)] == [3, 6]
-    smoke = dataclasses.replace(training, source=patrec.flags.Source(data, smoke=True))
-    assert common.count_workers(smoke, 9) == 1  # a process takes longer to begin
-    cards = dataclasses.replace(training, source=patrec.flags.Source(data, device="cuda"))
-    for n_cards, workers in ((2, 2), (1, 1), (0, 1)):
-        monkeypatch.setattr(common.torch.cuda, "device_count", lambda n=n_cards: n)
-        assert common.count_workers(cards, 9) == workers
-
-
-def test_each_worker_takes_a_card_of_its_own(monkeypatch):
-    """Workers are named LokyProcess-1, -2, ...; a card of Kaggle's two was idle before."""
-    taken = []
-    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(common.torch.cuda, "set_device", taken.append)
-    patch_everywhere(monkeypatch, "keep_freed_memory", lambda: None)
-    for number in (1, 2, 3):
-        named = type("Process", (), {"name": f"LokyProcess-{number}"})
-        monkeypatch.setattr(common.multiprocessing, "current_process", lambda p=named: p)
-        assert patrec.parallel.in_worker(os.getpid(), max, number, 0) == number
-    assert sorted(taken[:2]) == [0, 1] and taken[2] == taken[0]
-
-
-@pytest.mark.parametrize(
-    "workers, later, shares", [(1, 0, [5, 4, 3, 2, 1]), (2, 1, [3, 3, 2, 2, 1])]
-)
-def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, later, shares):
-    """By how many rounds are still to come, those of a later phase included."""
-    asked = []
-
-    def parallel_map(function, tasks, workers):
-        asked.extend(task[-1] for task in tasks)
-        raise patrec.errors.StepFailed("enough seen")
-
-    patch_everywhere(monkeypatch, "parallel_map", parallel_map)
-    patch_everywhere(monkeypatch, "load_data", lambda *args, **options: None)
-    source = patrec.flags.Source(tmp_path)
-    training = patrec.flags.TrainingOptions(source, tmp_path, tmp_path, workers=workers)
-    network = patrec.recipes.GENRE_NETWORKS["mel"]
-    runs = [
-        common.Experiment(name, network, None, None, None, n_folds=n)
-        for name, n in (("a", 2), ("b", 3))
-    ]
-    with pytest.raises(patrec.errors.StepFailed, match="enough"):
-        common.train_all(training, runs, to_come=later)
-    assert asked == shares
-
-
 def test_workers_share_the_cores(monkeypatch):
     """Each with all of them would be several times as slow."""
     monkeypatch.setattr(common.joblib, "cpu_count", lambda: 6)
     names = [("OMP_NUM_THREADS",)] * 2
-    assert list(patrec.parallel.parallel_map(os.getenv, names, workers=2)) == ["3", "3"]
-
-
-# --- Dask -------------------------------------------------------------------------------
+    assert list(parallel_map(os.getenv, names, workers=2)) == ["3", "3"]

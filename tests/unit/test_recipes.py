@@ -13,7 +13,7 @@ def plan(monkeypatch, n_clips, examples, most_passes, part="genre", share=1.0, *
     budget = {"genre": 1, "emotion": 1} | {part: examples}
     budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
     patch_everywhere(monkeypatch, "BUDGETS", budgets)
-    args = {"epochs": None, "smoke": False, "lr": 0.003, "batch_size": 7} | flags
+    args = {"epochs": None, "smoke": False, "demo": False} | {"lr": 0.003, "batch_size": 7} | flags
     data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
     return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args), share)
 
@@ -46,6 +46,12 @@ def test_planned_epochs_by_hand(monkeypatch, part, n_clips, examples, most_passe
 def test_what_was_asked_for_is_done(monkeypatch, flags, share, epochs):
     recipe = plan(monkeypatch, 400, 30_000, 80, share=share, **flags)
     assert (recipe.epochs, recipe.crops) == (epochs, 1)
+
+
+def test_the_demo_set_is_trained_on_as_long_as_it_takes_to_learn_it(monkeypatch):
+    recipe = plan(monkeypatch, 100, 30_000, 80, demo=True)
+    assert (recipe.epochs, recipe.crops) == (27, 1)  # 2,700 examples
+    assert plan(monkeypatch, 100, 2_500, 80, demo=True).epochs == 25  # never longer than real music
 
 
 @pytest.mark.parametrize("name", GENRE_NETWORKS)
