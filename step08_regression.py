@@ -116,12 +116,12 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
 
             We keep the epoch with the highest validation Spearman among the last 20% of the epochs.
             With {pair["cnn_mel"].facts["n_val"]} validation clips this score is noisy, and as the
-            highest of several it is optimistic. The clips of 8e play no part in any choice.
+            highest of several it is optimistic. The clips of 8e play no part in this choice.
 
             Seconds are wall-clock time, with other trainings running in parallel. The training loss
             is measured on augmented crops with dropout, the validation loss on whole clips with
-            averaged weights. The curves are those of the first fold. CNN and LSTM differ in the
-            number of examples and in augmentation too, not in architecture alone.
+            averaged weights. With several folds, the curves are those of the first. CNN and LSTM
+            differ in the number of examples and in augmentation too, not in architecture alone.
         """)
     table = {
         run_title(name): {

@@ -90,10 +90,10 @@ genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_NETWORKS[genre_name]
 n_blocks = len(make_backbone(network).blocks)
 if len(val):
-    step.table(val, "The networks on full spectrograms that steps 5 and 7 have saved")
+    step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
 step.text(f"""
-    We transfer `{genre_name}`: the network on full spectrograms with the highest validation
-    macro-F1 (`cnn_mel`, if steps 5 and 7 have saved none). We expect that features that recognise
+    We transfer `{genre_name}`, the network with the highest validation macro-F1 (`cnn_mel`, if
+    steps 5 and 7 have saved none). We expect that features that recognise
     the genre of new clips also help with emotions. The score of so few validation clips is noisy,
     so a difference of a few hundredths can be due to chance. Test clips play no part in the choice.
 """)
@@ -242,7 +242,7 @@ for ax, emotion in zip(panels.flat, emotions, strict=True):
     scratch.plot(ax=ax, style=".--", color=COLORS[3], label="from random weights (scratch)")
     ax.axvline(end, color="grey", linestyle=":", label="end of the first phase (head alone)")
     ax.set(xlabel="Training examples shown", ylabel="Validation Spearman", title=emotion)
-panels[0, 0].legend(fontsize="small")
+fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 step.figure(fig, "epochs", f"Spearman's correlation on {len(data.val)} validation clips")
 
 # %% 9e. Against step 8
@@ -286,7 +286,7 @@ if step.args.compare_depths:
         ax.plot(depths, val, "s--", color=COLORS[2], label="validation clips")
         ax.axhline(scores["scratch"][emotion], color=COLORS[3], linestyle=":", label="scratch")
         ax.set(xlabel="Frozen blocks", ylabel="Spearman", title=emotion, xticks=list(depths))
-    panels[0, 0].legend(fontsize="small")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     step.figure(fig, "depths", "Spearman's correlation against the number of frozen blocks")
 
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)
