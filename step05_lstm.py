@@ -13,10 +13,6 @@ chromagrams, f) on both together.
 Input: the genre data set. Output, in outputs/step05_lstm/: a checkpoint and a history per
 run, learning curves, test scores (summary.md, metrics.json), each test clip's true and
 predicted class (predictions.csv).
-
-Measured on a small set of real music: README, over three seeds, number format and processor
-with it. One run (seed 42, bf16, one thread per training, a Xeon with AMX, torch 2.13.0): LSTM on
-mel, test accuracy .599 [.529, .669], macro-F1 .567 [.477, .639], 157 clips.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--features mel --epochs 20").
@@ -67,16 +63,22 @@ names = ["plain_mel"] if step.args.plain else step.args.features
 
 # %% 5a. An LSTM that reads the spectrograms of step 4's Dataset
 # The lab: adapt the LSTM of the second lab, so that it takes the spectrograms of step 4's
-# Dataset. What changed in it, and why, is the table's caption; step 2 has measured the
-# price of 1,293 steps.
+# Dataset. The text says what changed and why; step 2 measures what full-length sequences cost.
 step.heading("5a. An LSTM that reads the spectrograms of step 4's Dataset")
 step.text("""
-A clip is a sequence of frames, a frame the values of its bands. Eight frames make one step of the
-LSTM: mean, standard deviation and mean absolute change of every band (1,293 steps cost time, and a
-step of 23 ms holds little). A dense layer with layer normalisation, a bidirectional LSTM, then mean
-and maximum over the clip's own steps (not the last step, which is padding in a shorter clip), and
-one output (logit) per class. Of beats, a step is one beat; `--plain` is the textbook LSTM on every
-frame, one direction, read at the last step.
+A clip is a sequence of frames, and a frame holds the values of its bands. Compared with a textbook
+LSTM, four things are different:
+
+- Eight frames make one time step. The step holds the mean, the standard deviation and the mean
+  absolute change of every band, because a sequence of all frames takes long to train on and one
+  frame of 23 ms says little. In beat-synchronised input one beat is one time step.
+- A dense layer with layer normalisation comes before the LSTM.
+- The LSTM reads the sequence in both directions.
+- The class is predicted from the mean and the maximum of its outputs over the time steps of the
+  clip, not from the last step, which is padding in a shorter clip. There is one output (logit) per
+  class.
+
+`--plain` trains the textbook LSTM: every frame, one direction, read at the last step of the clip.
 """)
 
 
@@ -93,10 +95,9 @@ step.show_source(make_backbone, LSTMBackbone.forward, frame_statistics, masked_m
 step.table(*layer_table(model, data))
 
 # %% 5b. Overfitting a few batches
-# The lab: a boolean overfit_batch, with which training learns a few batches by heart until
-# the loss is close to 0; a network that cannot do that most likely has a fault between data,
-# loss and gradient. The boolean is --overfit-batch; the loop, `train_epoch`, is that of every
-# training here.
+# The lab: a boolean parameter overfit_batch of train(). If it is True, a few batches are learned
+# until the loss is close to 0. A network that cannot do that most likely has a fault in its data,
+# loss or gradients. On the command line it is --overfit-batch.
 step.heading("5b. Overfitting a few batches")
 step.show_source(train, train_epoch, overfit)
 loss_fn = nn.CrossEntropyLoss()  # no label smoothing, with which it could not come near 0
@@ -106,9 +107,10 @@ check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overf
 step.table(pd.DataFrame([check.facts], index=[names[0]]).rename_axis("LSTM"))
 facts = check.facts
 step.text(f"""
-{facts["clips"]} clips in {facts["batches"]} fixed batches, Adam at a constant rate, no dropout,
-masking or label smoothing, which are there to prevent this. Goal: a loss under .01 and every clip
-right; after {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
+With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed batches
+by heart, with Adam at a constant learning rate. Dropout, masking and label smoothing are off, since
+they are there to prevent exactly this. The goal is a loss under .01 with every clip classified
+correctly. After {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
 """)
 caption = "Training loss on fixed batches of training crops, regularisation off"
 step.figure(plot_overfit({names[0]: check}), "overfit", caption)
@@ -117,8 +119,9 @@ if step.args.overfit_batch:
     step.finish(overfit={names[0]: check.facts})
 
 # %% 5c-f. One LSTM per kind of input, the same recipe
-# The lab: c) mel spectrograms, d) beat-synchronised ones, e) chromagrams, f) both; Adam;
-# the validation set to train by. One Run per input; what they share is the recipe.
+# The lab: c) mel spectrograms, d) beat-synchronised ones, e) chromagrams, f) both together;
+# Adam; the validation set. There is one Experiment per kind of input, all with the same recipe.
+# `load_data` splits the training clips with torch.utils.data.Subset; --subset N takes N of them.
 step.heading("5c-f. One LSTM per kind of input")
 smoothing = 0.0 if step.args.plain else 0.1
 recipe = {
@@ -131,30 +134,33 @@ runs = train_all(
 )
 
 step.text("""
-- *Optimiser* (lab: Adam): AdamW, which is Adam whose weight decay, .01 here, does not pass through
-  the moving averages (Loshchilov & Hutter, 2019). The rate rises over the first tenth of the steps
-  and then falls to nearly 0 (one-cycle); gradients are clipped to norm 1.
-- *Loss*: cross-entropy with label smoothing .1, which keeps the network from growing certain about
-  clips that it has right already.
-- *Augmentation*: mel bands shifted up or down by up to 2, stripes of bands and steps set to the
-  mean (SpecAugment), dropout.
-- *Weights*: those that are validated and kept are a running average over the last hundred or so
-  updates (in a short training fewer).
-- *Epoch*: of the last fifth of the epochs the best by validation macro-F1. An earlier peak, the
-  best of many while the rate is still high, is partly chance. The maximum of several is optimistic.
+- *Optimiser* (the lab asks for Adam): AdamW, which is Adam with a weight decay of .01 that does not
+  pass through the moving averages (Loshchilov & Hutter, 2019). The learning rate rises over the
+  first tenth of the updates and then falls to nearly 0 (one-cycle schedule). Gradients are clipped
+  to norm 1.
+- *Loss*: cross-entropy with label smoothing .1, so that the loss does not reward extreme
+  confidence.
+- *Augmentation*: mel bands are shifted up or down by up to 2, stripes of bands and time steps are
+  set to the mean (SpecAugment), and dropout is used.
+- *Weights*: a running average of the weights over about the last hundred updates is validated and
+  saved.
+- *Epoch*: we keep the epoch with the highest validation macro-F1 among the last 20% of the epochs.
+  Earlier peaks can be due to chance, because the learning rate is still high. The best of several
+  epochs is an optimistic estimate.
 
-With `--plain` none of these but the rate's schedule, clipping, dropout and the choice of the epoch:
-Adam, plain cross-entropy, the weights as they are.
+With `--plain` only the schedule, the clipping, dropout and the choice of the epoch are used: Adam,
+plain cross-entropy, no average of the weights.
 
-The rows are not the same network on six inputs: what one step holds and what a training example is
-differ as the columns say.
+Where the validation loss rises while the training loss still falls, the network overfits. The six
+rows differ in more than the kind of input: the columns say what a time step and a training example
+are.
 """)
 ITEMS = {"mel": "5c", "beat_mel": "5d", "chroma": "5e", "beat_chroma": "5e", "plain_mel": "5c"}
-hears = {}
+rows = {}
 for name, run in runs.items():
     network, crop = GENRE_NETWORKS[name], window_size(GENRE_NETWORKS[name])
     step_of = "1 beat: median" if network.beat else "8 frames: mean, sd, mean change"
-    hears[name] = {
+    rows[name] = {
         "item": ITEMS.get(name, "5f"),
         "input": network.features,
         "one step is": "1 frame" if network.plain else step_of,
@@ -168,20 +174,20 @@ for name, run in runs.items():
     }
 first = runs[names[0]].facts
 caption = (
-    f"What each LSTM gets and how it trained, on {first['n_train']} clips; {first['n_val']} "
-    "validate. Seconds are the clock's, other trainings beside it"
+    f"Input and training of each LSTM: {first['n_train']} training clips, {first['n_val']} "
+    "validation clips. Wall-clock seconds, with other trainings running in parallel"
 )
-step.table(pd.DataFrame(hears).T.rename_axis("run"), caption)
+step.table(pd.DataFrame(rows).T.rename_axis("run"), caption)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
     "learning_curves",
-    "Loss and validation macro-F1 against the epoch; the dot marks the epoch that was kept, among "
-    "the shaded last fifth. Training loss is measured while the weights change, with dropout and "
-    "augmentation, validation loss without them (both include label smoothing, if there is any)",
+    "Loss and validation macro-F1 against the epoch. The dot marks the epoch that was kept among "
+    "the shaded last fifth. The training loss is measured with dropout and augmentation, the "
+    "validation loss without them",
 )
 
-# %% Test scores. The test split is opened only now, when no choice is left to make.
-# Answers are averaged over windows of the clip where crops were trained on.
+# %% Test scores
+# The test split is read only now, when no choice is left to make.
 step.heading("Scores on the test set")
 step.text("""
 The scores, here and on the validation clips, are those after logit adjustment: half the log of each

@@ -10,9 +10,6 @@ macro averages; d) their micro averages; and what these metrics mean.
 Input: the checkpoints of step 5, the genre test sets. Output, in outputs/step06_eval/:
 tables, reports per class, confusion matrices and the lab's questions (summary.md), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
-
-Measured on a small set of real music: README, over three seeds, number format and processor
-with it.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
@@ -48,7 +45,7 @@ def add_flags(parser):
 
 step = Step("step06_eval", __doc__, parts=("genre",), add_flags=add_flags)
 
-# %% The models of step 5 and the floors under them
+# %% The models of step 5 and the baselines
 # All that is trained or fitted is made before a test clip is read. Which LSTM is called the
 # best is settled here too, by its validation score: a name given after the test scores
 # would make the best of them look better than it is.
@@ -83,9 +80,10 @@ for name, beat in (("svm", False), ("beat_svm", True)):
         commonest = classes[np.bincount(targets).argmax()]
 step.table(
     pd.DataFrame({"val macro-F1": val, "epochs": epochs}).fillna("").rename_axis("model"),
-    f"Before the test. LSTMs, trained on {facts['n_train']} clips: best of the last epochs on "
-    f"{facts['n_val']} validation clips, so optimistic; SVMs, fitted on all of them: best of six "
-    "settings, mean over the folds of cross-validation. Not comparable with each other",
+    f"Validation scores before testing. For the LSTMs, trained on {facts['n_train']} clips, it is "
+    f"the best late epoch on {facts['n_val']} clips, so it is optimistic. The SVMs are fitted on "
+    "all of these clips. Their score is that of the best of six settings in cross-validation. The "
+    "two kinds of score cannot be compared with each other",
 )
 step.text(f"Best LSTM by validation macro-F1: `{best}`. Commonest training class: {commonest}.")
 
@@ -118,12 +116,14 @@ for name, model in models.items():
         predictions[name, set_name] = predict_clips(model.model, test, settings, step.device)
         backbone.frames_per_step = usual
 
-for set_name in SETS:  # a floor's answer as a network's: a score per class, 1 for the one named
+for (
+    set_name
+) in SETS:  # a baseline's prediction in a network's form: a score per class, 1 for the one named
     store, ids = tests[set_name].store, true[set_name].index
-    floor = "beat_svm" if SETS[set_name] else "svm"
+    baseline = "beat_svm" if SETS[set_name] else "svm"
     called = {
         "majority": np.full(len(ids), classes.index(commonest)),
-        floor: svms[floor].predict(band_features(store)),
+        baseline: svms[baseline].predict(band_features(store)),
     }
     for name, numbers in called.items():
         predictions[name, set_name] = pd.DataFrame(np.eye(len(classes))[numbers], ids, classes)

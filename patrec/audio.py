@@ -7,7 +7,6 @@ reads wav and flac, which give the same samples bit for bit, and mp3 and ogg as 
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -28,11 +27,13 @@ class Sound:
     ----------
     rate : int, samples per second, known from the first block on
     seconds : float, decoded so far
-    stated : float, length that the file's header or its packets state, in s; 0 if unknown
+    stated : float, length that the file's header states, in s; 0 if unknown
+    lost : float, length of the packets that could not be decoded, in s
     """
 
     def __init__(self, path):
-        self.path, self.rate, self.seconds, self.stated = Path(path), 0, 0.0, 0.0
+        self.path, self.rate = Path(path), 0
+        self.seconds = self.stated = self.lost = 0.0
         self.fault = ""  # why decoding ended before the end of the file
 
     def blocks(self, seconds=CLIP_S):
@@ -76,8 +77,9 @@ class Sound:
     @property
     def damage(self) -> str:
         """What is wrong with a file that was read to the end, if it holds clearly more."""
-        if self.stated - self.seconds > max(1, 0.05 * self.stated):
-            fault = f"only {self.seconds:.1f} s of {self.stated:.1f} s could be decoded"
+        whole = max(self.stated, self.seconds + self.lost)
+        if whole - self.seconds > max(1, 0.05 * whole):
+            fault = f"only {self.seconds:.1f} s of {whole:.1f} s could be decoded"
         elif self.fault:
             fault = f"decoding ended after {self.seconds:.1f} s ({self.fault})"
         else:
@@ -116,13 +118,15 @@ class Sound:
             guessed = container.format.name in ("mp3", "aac") and not stream.start_time
             if stream.duration and not guessed:
                 self.stated = float(stream.duration * stream.time_base)
-            packets = 0
             for packet in container.demux(stream):
-                packets += packet.duration or 0
-                self.stated = max(self.stated, float(packets * stream.time_base))
-                with contextlib.suppress(av.FFmpegError):  # a damaged packet; the next may be sound
-                    for frame in packet.decode():
-                        yield to_float(frame), frame.sample_rate
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:  # a damaged packet; what follows may be whole
+                    # A few ms; in damaged files some state hours.
+                    self.lost += min(float((packet.duration or 0) * stream.time_base), 1.0)
+                    continue
+                for frame in frames:
+                    yield to_float(frame), frame.sample_rate
 
     def _decode_with_soundfile(self):
         import soundfile

@@ -232,7 +232,7 @@ def listen(path, networks, temperature, known):
     curves = (found["logits"] / temperature).softmax(1), found["emotions"].clamp(0, 1)
     lstm_names = networks["lstm"].settings["names"]
     facts = {
-        "file": str(path),
+        "file": str(path).encode(errors="replace").decode(),  # a name may be no UTF-8
         "seconds": round(total / SR, 2),
         "genre": dict(zip(names, overall.tolist(), strict=True)),
         "genre_lstm": dict(zip(lstm_names, by_lstm.tolist(), strict=True)),
@@ -415,8 +415,7 @@ function place() {
   const t = audio.currentTime;
   for (const cursor of cursors) cursor.style.left = 100 * t / song.seconds + "%";
   panels.setAttribute("aria-valuenow", t.toFixed(1));
-  panels.setAttribute("aria-valuetext", clock(t));
-  $("now").textContent = clock(t);
+  panels.setAttribute("aria-valuetext", clock(t)); $("now").textContent = clock(t);
   if (!audio.paused) requestAnimationFrame(place);
 }
 for (const name of ["play", "seeked", "timeupdate", "loadedmetadata"])
@@ -434,15 +433,13 @@ panels.addEventListener("keydown", event => {
   if (event.target !== panels) return;
   const by = {ArrowLeft: -5, ArrowRight: 5}[event.key];
   if (by) jump(audio.currentTime + by);
-  else if (event.key === "Home") jump(0);
-  else if (event.key === "End") jump(song.seconds);
+  else if (event.key === "Home") jump(0); else if (event.key === "End") jump(song.seconds);
   else if (event.key === " ") audio.paused ? audio.play() : audio.pause();
   else return;
   event.preventDefault();
 });
 place();
-</script>
-</html>
+</script></html>
 """
 
 
@@ -516,13 +513,13 @@ def main(argv=None):
             print(f"error: {error}", file=sys.stderr)
             failed.append(path)
             continue
-        safe = re.sub(r"[^\w.-]+", "_", path.stem)[:60].strip("._") or "song"
+        safe = re.sub(r"[^\w.-]+", "_", Path(facts["file"]).stem)[:60].strip("._") or "song"
         page = folder / f"{place:02d}_{safe}.html"
         write_text(page, make_page(facts, pictures, audio, limits))
         found.append(facts | {"page": str(page)})
         best = sorted(facts["genre"].items(), key=lambda pair: -pair[1])[: args.top]
         row = {
-            "song": path.name,
+            "song": Path(facts["file"]).name,
             "length": "{}:{:02d}".format(*divmod(round(facts["seconds"]), 60)),
             "genre": ", ".join(f"{name} {value:.0%}" for name, value in best),
             **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},

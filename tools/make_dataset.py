@@ -49,14 +49,7 @@ from tqdm.auto import tqdm
 from patrec.audio import SUFFIXES, read_clip, require_decoder
 from patrec.errors import InputError, StepEnd, StepFailed, end_in_one_line
 from patrec.features import N_FFT, SR, compile_librosa, extract_features
-from patrec.files import (
-    FOLDERS,
-    lock_folder,
-    make_folder,
-    part_folder,
-    write_bytes,
-    write_text,
-)
+from patrec.files import FOLDERS, lock_folder, make_folder, part_folder, write_bytes, write_text
 from patrec.flags import Parser, bounded
 from patrec.labels import EMOTIONS, MERGE
 from patrec.machine import show_bars

@@ -60,7 +60,7 @@ class EmotionRun(NamedTuple):
     runs = property(lambda self: read_metrics(self.folder)["runs"])
     table = property(lambda self: emotion_predictions(self.folder))
 
-    def answers(self, model):
+    def predictions(self, model):
         """Predictions of a model (clips, axes), and these clips' labels by the label file."""
         table = self.table
         rows = table[table["model"] == model].pivot(

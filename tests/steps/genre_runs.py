@@ -245,7 +245,7 @@ def validation_clips(run, name):
 
 
 def log_probabilities(run, name, clips, split="test"):
-    """(N, K) answers of the network in best.pt to arrays read and prepared here, adjusted."""
+    """(N, K) predictions of the network in best.pt to arrays read and prepared here, adjusted."""
     path = folder_of(run.out, name) / "best.pt"
     return ask_network(run.data, path, tuple(clips), split, is_beat(name))
 
@@ -267,8 +267,8 @@ def classes_of(log_probabilities):
     return np.array(CLASSES)[log_probabilities.argmax(1)]
 
 
-def assert_answers(table, truth):
-    """Every test clip is answered once by each model on each test set, and has its own truth."""
+def assert_predictions(table, truth):
+    """Every test clip is predicted once by each model on each test set, and has its own truth."""
     assert len(table)
     for (model, _), rows in table.groupby(["model", "test_set"]):
         assert sorted(rows["clip"]) == sorted(truth), model
@@ -286,8 +286,8 @@ def assert_learned(rows, name):
     assert f1 > (0.3 if name == "mel" else 0.55), (name, f1)
 
 
-def assert_own_answers(run, name):
-    """An answer is the network's own to the array of that clip."""
+def assert_own_predictions(run, name):
+    """A prediction is the network's own to the array of that clip."""
     rows = run.predictions(name)
     expected = classes_of(log_probabilities(run, name, rows["clip"]))
     # One near tie may fall otherwise: in another batch a clip is padded, and so summed up,

@@ -7,10 +7,10 @@ from conftest import genre_predictions, labels_of, read_metrics
 from genre_runs import (
     LSTMS,
     GenreRuns,
-    assert_answers,
     assert_kept_epoch,
     assert_learned,
-    assert_own_answers,
+    assert_own_predictions,
+    assert_predictions,
     assert_same_training,
     assert_scores,
     assert_statistics,
@@ -33,10 +33,10 @@ def runs(data_dir, tmp_path_factory):
     return GenreRuns(data_dir, tmp_path_factory)
 
 
-def test_every_test_clip_is_answered_once_by_each_lstm_on_its_own_kind_of_clips(runs):
+def test_every_test_clip_is_predicted_once_by_each_lstm_on_its_own_kind_of_clips(runs):
     """Half of a test clip on frames is an intro of a window or more: it takes all windows."""
     table = genre_predictions(runs.learned.out / "step05_lstm")
-    assert_answers(table, labels_of(runs.learned.data, split="test"))
+    assert_predictions(table, labels_of(runs.learned.data, split="test"))
     assert set(table["model"]) == set(LSTMS)
     for name, rows in table.groupby("model"):
         assert set(rows["test_set"]) == {set_of(name)}
@@ -44,8 +44,8 @@ def test_every_test_clip_is_answered_once_by_each_lstm_on_its_own_kind_of_clips(
 
 
 @pytest.mark.parametrize("name", LSTMS)
-def test_an_answer_is_the_networks_own_to_that_array(runs, name):
-    assert_own_answers(runs.learned, name)
+def test_a_prediction_is_the_networks_own_to_that_array(runs, name):
+    assert_own_predictions(runs.learned, name)
 
 
 @pytest.mark.parametrize("which, names", [("learned", LSTMS), ("lots", BRIEF)])
@@ -86,9 +86,9 @@ def test_training_does_not_change_with_the_validation_clips(runs, name):
 def test_the_validation_score_is_that_of_the_kept_weights_on_the_validation_clips(runs):
     run, name = runs.lots, "beat_fused"
     clips, labels = sorted(validation_clips(run, name)), labels_of(run.data, beat=True)
-    answers = classes_of(log_probabilities(run, name, clips, "train"))
+    predictions = classes_of(log_probabilities(run, name, clips, "train"))
     options = {"labels": sorted(set(labels.values())), "average": "macro", "zero_division": 0}
-    score = f1_score([labels[clip] for clip in clips], answers, **options)
+    score = f1_score([labels[clip] for clip in clips], predictions, **options)
     assert load_checkpoint(folder_of(run.out, name) / "best.pt")["val_score"] == pytest.approx(
         score
     )

@@ -13,9 +13,9 @@ from genre_runs import (
     LSTMS,
     GenreRuns,
     array_path,
-    assert_answers,
     assert_average,
     assert_learned,
+    assert_predictions,
     assert_scores,
     copy_data,
     is_beat,
@@ -43,9 +43,9 @@ def own_rows(table, name):
     return table[(table["model"] == name) & (table["test_set"] == set_of(name))]
 
 
-def test_every_lstm_answers_every_clip_of_both_test_sets_once(runs):
+def test_every_lstm_predicts_every_clip_of_both_test_sets_once(runs):
     table = genre_predictions(runs.learned.out / STEP)
-    assert_answers(table, labels_of(runs.learned.data, split="test"))
+    assert_predictions(table, labels_of(runs.learned.data, split="test"))
     sets = {name: set(rows["test_set"]) for name, rows in table.groupby("model")}
     both, only = {FULL, BEAT}, {"lstm_ensemble": {FULL}, "svm": {FULL}, "beat_svm": {BEAT}}
     assert sets == dict.fromkeys([*LSTMS, "majority"], both) | only
@@ -53,20 +53,20 @@ def test_every_lstm_answers_every_clip_of_both_test_sets_once(runs):
         assert_learned(own_rows(table, name), name)
 
 
-def test_steps_5_and_6_answer_alike(runs):
+def test_steps_5_and_6_predict_alike(runs):
     tables = [genre_predictions(runs.learned.out / step) for step in ("step05_lstm", STEP)]
     first, second = (table.set_index(KEYS) for table in tables)
     pd.testing.assert_frame_equal(first, second.loc[first.index])
 
 
-def test_an_answer_follows_its_array_and_a_truth_its_label(runs):
+def test_a_prediction_follows_its_array_and_a_truth_its_label(runs):
     """Arrays of both test sets are exchanged, each in a way of its own.
 
     Who mixed up ids, files or sets would answer otherwise.
     """
     spoiled = runs.spoiled
     before, after = (genre_predictions(run.out / STEP) for run in (runs.learned, spoiled))
-    assert_answers(after, labels_of(spoiled.data, split="test"))
+    assert_predictions(after, labels_of(spoiled.data, split="test"))
     old = before.set_index(KEYS)["prediction"]
     for (model, test_set), rows in after.groupby(["model", "test_set"]):
         said = rows["prediction"].to_numpy()
@@ -155,7 +155,7 @@ def test_the_average_is_of_the_log_probabilities_of_all_lstms(runs):
 
 
 def test_clips_that_only_one_of_the_test_sets_has(runs, tmp_path):
-    """Left out for an array that cannot be read; all else is answered as before, clip by clip."""
+    """Left out for an array that cannot be read; all else is predicted as before, clip by clip."""
     data = copy_data(runs.learned.data, tmp_path / "data")
     full, beat = sorted(labels_of(data, split="test"))[3:5]
     for clip, is_of_beats in ((full, False), (beat, True)):
@@ -214,6 +214,6 @@ def test_baselines_are_fitted_on_training_clips_alone(runs, name):
             svm.best_score_ > 0.6
         )
         for row, said in ((name, svm.predict(x_test)), ("majority", commonest)):
-            answers = pd.DataFrame({"truth": y_test, "prediction": said})
-            assert_scores(facts[row]["test"], answers)
+            predictions = pd.DataFrame({"truth": y_test, "prediction": said})
+            assert_scores(facts[row]["test"], predictions)
     assert common[1] != commonest, "the test cannot tell"

@@ -1,4 +1,4 @@
-"""Step 7 by its numbers: the CNNs' answers, what they are compared and averaged with, leaks."""
+"""Step 7 by its numbers: the CNNs' predictions, what they are compared and averaged with, leaks."""
 
 import re
 
@@ -11,11 +11,11 @@ from genre_runs import (
     RIVAL,
     VAL_SCORES,
     GenreRuns,
-    assert_answers,
     assert_average,
     assert_kept_epoch,
     assert_learned,
-    assert_own_answers,
+    assert_own_predictions,
+    assert_predictions,
     assert_same_training,
     assert_scores,
     assert_statistics,
@@ -31,10 +31,10 @@ def runs(data_dir, tmp_path_factory):
     return GenreRuns(data_dir, tmp_path_factory)
 
 
-def test_every_test_clip_is_answered_once_and_scores_are_those_of_the_answers(runs):
+def test_every_test_clip_is_predicted_once_and_scores_are_those_of_the_predictions(runs):
     folder = runs.learned.out / STEP
     metrics, table = read_metrics(folder), genre_predictions(folder)
-    assert_answers(table, labels_of(runs.learned.data, split="test"))
+    assert_predictions(table, labels_of(runs.learned.data, split="test"))
     assert set(table["model"]) == {*CNNS, *AVERAGES, "mel", RIVAL}
     for name, rows in table.groupby("model"):
         assert name == RIVAL or set(rows["test_set"]) == {FULL}
@@ -42,8 +42,8 @@ def test_every_test_clip_is_answered_once_and_scores_are_those_of_the_answers(ru
         assert_scores((metrics["runs"] | metrics["compared_with"])[name]["test"], rows)
 
 
-def test_an_answer_is_the_networks_own_to_that_array(runs):
-    assert_own_answers(runs.learned, "cnn_mel")
+def test_a_prediction_is_the_networks_own_to_that_array(runs):
+    assert_own_predictions(runs.learned, "cnn_mel")
     # Where most is wrong a transposed table or a swapped precision and recall shows.
     scores = read_metrics(runs.lots.out / STEP)["runs"]["cnn_mel"]["test"]
     assert_scores(scores, runs.lots.predictions("cnn_mel"))
@@ -61,7 +61,7 @@ def test_the_average_takes_in_the_lstm_that_validated_best(runs):
     assert test[RIVAL] < max(test.values()), "the test score would choose the same"
 
 
-def test_the_difference_of_cnn_and_lstm_is_that_of_their_answers(runs):
+def test_the_difference_of_cnn_and_lstm_is_that_of_their_predictions(runs):
     folder = runs.learned.out / STEP
     metrics, table = read_metrics(folder), genre_predictions(folder)
     right = (table["truth"] == table["prediction"]).groupby([table["model"], table["clip"]])

@@ -138,7 +138,7 @@ def test_without_step_8_that_very_regressor_is_trained(runs, tmp_path):
     ],
 )
 def test_a_twin_is_the_same_network_trained_alike(genre_name, changes, twin):
-    """Its answers stand under `scratch_full`, the name of step 9's own network."""
+    """Its predictions stand under `scratch_full`, the name of step 9's own network."""
     tree = ast.parse((ROOT / f"{STEP9}.py").read_text())
     (function,) = (node for node in tree.body if getattr(node, "name", "") == "is_twin")
     facts = {"planned_epochs": 4, "epochs": 4, "lr": 2e-3, "batch_size": 8, "n_train": 46}

@@ -44,7 +44,7 @@ def test_each_head_is_scored_by_the_labels_of_its_axis(runs, name):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_each_head_answers_for_its_own_axis(runs, model):
+def test_each_head_predicts_its_own_axis(runs, model):
     assert_follows_its_axis(runs.multitask, model)
 
 
@@ -107,15 +107,15 @@ def test_the_average_is_of_both_networks_in_predictions_and_in_what_is_handed_in
         mean = np.mean([run.predictions(member)[0] for member in members], axis=0)
         assert np.allclose(run.predictions("multitask_average")[0], mean, atol=1e-6)
     run, source = runs.multitask, Source(runs.data["marked"])
-    answers = []
+    predictions = []
     for name in members:
         model, checkpoint = common.load_model(run.folder / name / "best.pt")
         clips = common.load_test(source, checkpoint["settings"])
-        answers.append(common.predict_clips(model, clips, checkpoint["settings"]))
-    expected = average_predictions(answers)[list(EMOTIONS)].clip(0, 1)
+        predictions.append(common.predict_clips(model, clips, checkpoint["settings"]))
+    expected = average_predictions(predictions)[list(EMOTIONS)].clip(0, 1)
     found = submission(run.folder).loc[expected.index]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(answers[0] - answers[1]).to_numpy().max() > 1e-3  # or one would do
+    assert np.abs(predictions[0] - predictions[1]).to_numpy().max() > 1e-3  # or one would do
 
 
 @pytest.mark.parametrize("name", ["multitask", "noisy_multitask"])

@@ -291,7 +291,11 @@ def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags"), [("make_dataset", ["--adio-dir", "x"]), ("kaggle", ["--stp", "5"])]
+    ("tool", "flags"),
+    [
+        ("make_dataset", ["--adio-dir", "x", "--audio-dir", "x", "--out", "y"]),
+        ("kaggle", ["--stp", "5"]),
+    ],
 )
 def test_mistyped_flags_of_tools(capsys, tool, flags):
     assert run_inside(f"tools/{tool}.py", *flags) == 2

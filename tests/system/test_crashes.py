@@ -126,21 +126,6 @@ def test_kill_9_at_random_moments(tmp_path):
     assert counts["files"] > 40 and counts["resumed"] > 5, too_early
 
 
-def test_overfit_batch_after_a_full_run_leaves_that_run_untouched(tiny_data, tmp_path, capsys):
-    """And ends with exit code 0; what it measured lies beside, in a folder of its own."""
-    flags = [*BEATS, "--epochs", 1, "--data-dir", tiny_data, "--out-dir", tmp_path]
-    folder = tmp_path / "step05_lstm"
-    assert run_inside("step05_lstm.py", *flags) == 0
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert {"summary.md", "metrics.json"} < {path.name for path in before}
-    assert run_inside("step05_lstm.py", *flags, "--overfit-batch") == 0
-    assert "overfit pass" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in before} == before
-    check = read_metrics(folder / "overfit_batch")
-    assert check["overfit"]["beat_mel"]["accuracy"] == 1 and not check["runs"]
-    assert check["overfit"]["beat_mel"]["loss"] < 0.01
-
-
 def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 

@@ -135,7 +135,7 @@ def test_pasted_as_it_is_with_the_kernels_own_arguments(session, folder):
 
 
 def test_foreign_arguments_are_ignored_only_in_a_notebook(session):
-    session.run("from patrec.step import Step, make_parser")
+    session.run("from patrec.flags import make_parser\nfrom patrec.step import Step")
     assert session.value("Step('made', 'x').args.seed").endswith("42")
     assert session.value("Step('made', 'x', flags='--seed 7').args.seed").endswith("7")
     assert session.value("make_parser('x').parse_args(['--seed', '7']).seed") == "7"

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, assert_clean_error, run_script, write_data_set
 
-import patrec.step
+import patrec.flags
 from patrec.errors import InputError, StepFailed
 from patrec.files import to_json
 from tools import lab
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 
 
 def write_steps(folder, steps):
-    parsers = [patrec.step.make_parser("", training) for training in (False, True)]
+    parsers = [patrec.flags.make_parser("", training) for training in (False, True)]
     defaults = [vars(parser.parse_args([])) for parser in parsers]
     (folder / "defaults.json").write_text(json.dumps(defaults))
     for step in steps.values():
@@ -178,11 +178,13 @@ def test_bad_input_ends_the_lab_before_any_step(project, data, flags):
         (("--no-merge",), False),
         (("--allow-leak",), False),
         (("--subset", "9"), False),
+        (("--seed", "7"), False),
+        (("--epochs", "3"), False),
     ],
 )
 def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, same):
     """A trial run with --smoke would else stand for the real one, and nobody be told."""
-    parser = patrec.step.make_parser("", training=True)
+    parser = patrec.flags.make_parser("", training=True)
     asked, made = (parser.parse_args(["--data-dir", str(data), *more]) for more in ((), flags))
     (tmp_path / "args.json").write_text(to_json(vars(made)))
     (tmp_path / "metrics.json").write_text(json.dumps({"data": {"root": str(data)}}))
@@ -191,11 +193,11 @@ def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, s
 
 def test_flags_are_handed_on_word_by_word():
     """Those without a value too: no step knows what to do with `--smoke True`."""
-    parser = patrec.step.make_parser("", training=True)
+    parser = patrec.flags.make_parser("", training=True)
     words = ["--smoke", "--no-merge", "--subset", "9", "--resume"]
     args = parser.parse_args(words)
     assert lab.flags_of(args, parser, set(vars(args))) == words
-    shared = set(vars(patrec.step.make_parser("").parse_args([])))
+    shared = set(vars(patrec.flags.make_parser("").parse_args([])))
     assert lab.flags_of(args, parser, shared) == ["--smoke", "--no-merge"]
 
 

@@ -1,6 +1,5 @@
-"""make_dataset.py by its command line: the lab's layout, odd files, interruption, wrong input."""
+"""tools.make_dataset: the lab's layout, odd files, interruption, changes, Dask, wrong input."""
 
-import csv
 import functools
 import json
 import os
@@ -9,16 +8,19 @@ import subprocess
 import sys
 import time
 
-import make_dataset
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
-from conftest import GENRES, ROOT, assert_clean_error, run_forked, run_script
+from conftest import ROOT
 
 from patrec.clips import read_array
 from patrec.errors import InputError, StepFailed, end_in_one_line
-from patrec.features import SR
-from patrec.labels import MERGE, read_entries
+from patrec.features import SR, extract_features
+from patrec.labels import read_entries
+from tools import make_dataset
+
+extracts = pytest.mark.slow  # librosa computes in these, and compiles for half a minute first
 
 FOLDERS = (
     "fma_genre_spectrograms",
@@ -26,8 +28,6 @@ FOLDERS = (
     "multitask_dataset",
     "multitask_dataset_beat",
 )
-SMALL = ("--demo", "--clips", 40, "--emotion-clips", 8, "--seconds", 3, "--seed", 7)
-make = functools.partial(run_script, "make_dataset.py")
 
 
 def make_here(*arguments):
@@ -48,193 +48,8 @@ def labels(path):
     return header, rows
 
 
-# ---------------------------------------------------------------------------- demo set
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A small demo set whose making is killed halfway and then taken up again."""
-    out = tmp_path_factory.mktemp("demo") / "set"
-    partial = out.with_name("set.unfinished")
-    command = [sys.executable, str(ROOT / "make_dataset.py"), *map(str, SMALL), "--out", str(out)]
-    process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 600
-    while len(arrays(partial)) < 20 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    made = {name: path.stat().st_mtime_ns for name, path in arrays(partial).items()}
-    assert 20 <= len(made) < 2 * 48, "was to be stopped halfway"
-    assert not out.exists(), "an unfinished set must not be taken for a finished one"
-    make_here(*SMALL, "--out", out)
-    return out, partial, made
-
-
-def test_an_interrupted_demo_goes_on_where_it_stopped(demo):
-    out, partial, made = demo
-    now = arrays(out)
-    assert len(now) == 2 * 48 and not partial.exists()
-    # The last pair may have been half done: its clip is computed again, all others are kept.
-    rewritten = [name for name, mtime in made.items() if now[name].stat().st_mtime_ns != mtime]
-    assert len({name.split("/")[-1] for name in rewritten}) <= os.cpu_count()
-    assert not list(out.rglob(".*.tmp")), "half-written files of the killed run"
-
-
-def test_the_same_arguments_again_do_nothing(demo, capsys):
-    out = demo[0]
-    before = {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
-    assert make_here(*SMALL, "--out", out)["clips"]["genre train"] == 20
-    assert "made already" in capsys.readouterr().out
-    assert before == {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
-    line = error_of(*SMALL[:-1], 8, "--out", out, capsys=capsys)
-    assert str(out) in line and "seed 7, now 8" in line
-
-
-def test_demo_layout_is_the_labs(demo):
-    out = demo[0]
-    assert {path.name for path in out.iterdir()} == {*FOLDERS, "DEMO.txt"}
-    text = (out / "DEMO.txt").read_text()
-    assert "ynthesised" in text
-    assert json.loads(text[text.index("{") :]) == {
-        "source": "demo",
-        "clips": 40,
-        "emotion_clips": 8,
-        "seconds": 3,
-        "seed": 7,
-    }
-    forms = {
-        "fma_genre_spectrograms/train": "fused.full", "fma_genre_spectrograms/test": "full.fused",
-        "fma_genre_spectrograms_beat/train": "beatsync.fused",
-        "fma_genre_spectrograms_beat/test": "beatsync.fused",
-    }  # fmt: skip
-    for place, form in forms.items():
-        header, rows = labels(out / f"{place}_labels.txt")
-        assert header == "Id\tGenre" and len(rows) == 20
-        for row in rows:
-            name, genre = row.split("\t")
-            clip_id, rest = name.split(".", 1)
-            assert clip_id.isdigit() and rest == f"{form}.npy.gz" and genre in GENRES
-            assert (out / place / f"{clip_id}.fused.full.npy").exists()
-        assert sorted(row.split("\t")[1] for row in rows) == sorted(GENRES)  # stratified
-    for folder in FOLDERS[2:]:
-        header, rows = labels(out / folder / "train_labels.txt")
-        assert header == "Id,valence,energy,danceability" and len(rows) == 6
-        assert all(row.split(",")[0].isdigit() for row in rows)
-        assert not (out / folder / "test_labels.txt").exists()
-        assert len(list((out / folder / "test").glob("*.fused.full.npy"))) == 2
-
-
-def test_demo_arrays_are_the_labs(demo):
-    out = demo[0]
-    for part in ("genre", "emotion"):
-        for split in ("train", "test"):
-            full, beat = (read_entries(out, part, split, beat) for beat in (False, True))
-            assert {e.clip_id: e.label for e in full} == {e.clip_id: e.label for e in beat}
-            beat_path = {entry.clip_id: entry.path for entry in beat}
-            for entry in full:
-                raw = np.load(entry.path)
-                assert raw.dtype == np.float64 and raw.shape == (140, 1 + 3 * SR // 512)
-                assert (
-                    read_array(beat_path[entry.clip_id]).shape[1] < raw.shape[1]
-                )  # read_array checks values too
-    parts = [ids(out, part, split) for part in ("genre", "emotion") for split in ("train", "test")]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == 48  # no id twice
-
-
-def test_the_same_seed_gives_the_same_bytes(demo):
-    """Computed here, in another process, clip by clip: neither order nor process matters."""
-    out = demo[0]
-    for part, split in (("genre", "train"), ("emotion", "test")):
-        entry = read_entries(out, part, split)[0]
-        genre = entry.label if part == "genre" else None
-        for seed, same in ((7, True), (8, False)):
-            waveform = make_dataset.demo_waveform(seed, int(entry.clip_id), genre, 3)
-            full, _ = make_dataset.extract_features(waveform)
-            assert np.array_equal(full, np.load(entry.path)) is same, (part, seed)
-
-
-def test_the_parts_of_a_demo_set_are_made_one_after_the_other(demo, tmp_path):
-    """And hold the very bytes of a set that was made at once; what is there is kept."""
-    out, both = tmp_path / "set", demo[0]
-    assert make_here(*SMALL, "--parts", "emotion", "--out", out)["clips"]["genre train"] == 0
-    assert {path.name for path in out.iterdir()} == {*FOLDERS[2:], "DEMO.txt"}
-    before = {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
-    make_here(*SMALL, "--parts", "genre", "emotion", "--out", out)
-    assert {path.name for path in out.iterdir()} == {*FOLDERS, "DEMO.txt"}
-    assert not out.with_name("set.unfinished").exists()
-    now = arrays(out)
-    assert before.items() <= {name: path.stat().st_mtime_ns for name, path in now.items()}.items()
-    texts = [path.relative_to(both) for path in both.rglob("*.txt")]
-    for name in [*map(str, texts), *now]:
-        assert (out / name).read_bytes() == (both / name).read_bytes(), name
-
-
-DEADLY = """import os, soundfile
-
-class SoundFile(soundfile.SoundFile):
-    def __init__(self, file, *args, **options):
-        if "bomb" in str(file):
-            os.kill(os.getpid(), 9)
-        super().__init__(file, *args, **options)
-
-soundfile.SoundFile = SoundFile
-"""
-
-
-@pytest.mark.parametrize("names, workers", [(["a bomb", "song 1", "z bomb"], 2), (["bomb"], 1)])
-def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path, names, workers):
-    """Twice: first beside others, then alone. One worker is the program itself: then it goes on
-    when it is called again."""
-    songs, out = tmp_path / "songs", tmp_path / "set"
-    (songs / "Rock").mkdir(parents=True)
-    for name in ("a song", *names):
-        soundfile.write(songs / "Rock" / f"{name}.wav", song(2, 200), SR)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)  # what every Python runs first
-    arguments = ("--audio-dir", songs, "--out", out, "--workers", workers)
-    site = {"PYTHONPATH": str(tmp_path / "site")}
-    if workers == 1:
-        killed = run_script("make_dataset.py", *arguments, check=False, **site)
-        assert killed.returncode == -signal.SIGKILL
-    result = run_script("make_dataset.py", *arguments, **site)
-    listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
-    bombs = {name for name in names if "bomb" in name}
-    assert set(listed) == {f"Rock/{name}.wav" for name in bombs}, listed
-    assert all("died twice" in reason for reason in listed.values())
-    assert len(arrays(out)) == 2 * (1 + len(names) - len(bombs)) and not (out / ".begun").exists()
-    assert "Traceback" not in result.stderr
-
-
-def test_every_genre_has_its_style():
-    assert set(make_dataset.STYLES) == set(MERGE) == set(GENRES)
-    assert {style.pattern for style in make_dataset.STYLES.values()} == set(make_dataset.PATTERNS)
-    assert all(len(strokes) == 16 for kit in make_dataset.PATTERNS.values() for strokes in kit)
-
-
-def test_emotions_follow_what_is_played():
-    drawn = [make_dataset.demo_emotion(make_dataset.clip_rng(0, i)) for i in range(300)]
-    values = np.array([emotions for _, emotions in drawn])
-    assert values.min() >= 0 and values.max() <= 1 and (values.std(0) > 0.1).all()
-    minor, drums, tilt = (
-        np.array([getattr(style, name) for style, _ in drawn])
-        for name in ("minor", "drums", "tilt")
-    )
-    assert np.corrcoef(values[:, 0], minor)[0, 1] < -0.4  # valence
-    assert np.corrcoef(values[:, 1], tilt)[0, 1] > 0.4  # energy
-    assert np.corrcoef(values[:, 2], drums)[0, 1] > 0.4  # danceability
-
-
-def test_a_tone_has_its_pitch_and_nothing_folded_back():
-    y = make_dataset.play_tone(3000.0, SR, 1.0, 1.0, 10.0, np.random.default_rng(0))
-    spectrum = np.abs(np.fft.rfft(y * np.hanning(len(y))))  # bins of 1 Hz
-    assert abs(spectrum.argmax() - 3000) <= 1
-    harmonics = np.abs(np.arange(len(spectrum))[:, None] - 3000 * np.arange(1, 4)).min(1) < 20
-    assert spectrum[~harmonics].max() < 0.01 * spectrum.max()
-
-
-# ---------------------------------------------------------------------------- own audio
+def mtimes(root):
+    return {name: path.stat().st_mtime_ns for name, path in arrays(root).items()}
 
 
 def song(seconds, f_hz=440.0, rate=SR, channels=1):
@@ -243,14 +58,169 @@ def song(seconds, f_hz=440.0, rate=SR, channels=1):
     return np.repeat(y[:, None], channels, axis=1) if channels > 1 else y
 
 
+def write_songs(root, *names, seconds=1):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(root / name, song(seconds, 200 + 50 * i), SR)
+    return root
+
+
+def read_csv(path):
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+
+
+def sources(out):
+    return {row["file"]: row for row in read_csv(out / "sources.csv")}
+
+
+# --- interruption and processes --------------------------------------------------------------
+
+
+@extracts
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys):
+    songs = write_songs(tmp_path / "songs", *(f"Rock/{i}.wav" for i in range(12)), seconds=3)
+    out = tmp_path / "set"
+    arguments = ("--audio-dir", songs, "--out", out)
+    command = [sys.executable, "-m", "tools.make_dataset", *map(str, arguments), "--workers", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 300
+    while len(arrays(out)) < 6 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = mtimes(out)
+    assert 6 <= len(made) < 24, "was to be stopped halfway"
+    assert not list(out.rglob("*_labels.txt")), "a step must not take an unfinished set"
+    make_here(*arguments)
+    now = mtimes(out)
+    # The last pairs may have been half done: their songs are computed again, all others are kept.
+    rewritten = {name.split("/")[-1] for name, mtime in made.items() if now[name] != mtime}
+    assert len(now) == 24 and len(rewritten) <= 2
+    assert not list(out.rglob(".*.tmp")) and not (out / ".begun").exists()
+    capsys.readouterr()
+    assert make_here(*arguments)["clips"]["genre train"] == 10
+    assert "made already" in capsys.readouterr().out and mtimes(out) == now
+    line = error_of(*arguments, "--seed", 8, capsys=capsys)
+    assert str(out) in line and "seed 42, now 8" in line
+
+
+def test_two_processes_do_not_make_one_set(tmp_path, capsys):
+    songs, out = write_songs(tmp_path / "songs", "Rock/a.wav"), tmp_path / "set"
+    out.mkdir()
+    code = f"import filelock; a = filelock.FileLock({str(out / '.lock')!r}); a.acquire()"
+    code += "; input('locked\\n')"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    other.stdout.readline()
+    line = error_of("--audio-dir", songs, "--out", out, capsys=capsys)
+    other.communicate(b"\n")
+    assert "another process is writing there" in line and not arrays(out)
+
+
+DEADLY = """import builtins, os
+
+def open(file, *args, kept=open, **options):
+    if "bomb" in str(file) and str(file).endswith(".wav"):
+        os.kill(os.getpid(), 9)
+    return kept(file, *args, **options)
+
+builtins.open = open
+"""
+
+
+def run_tool(*arguments, check=True, **env):
+    command = [sys.executable, "-m", "tools.make_dataset", *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0 or not check, result.stderr
+    return result
+
+
+@extracts
+@pytest.mark.parametrize("names, workers", [(["a bomb", "song 1", "z bomb"], 2), (["bomb"], 1)])
+def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path, names, workers):
+    """Twice: first beside others, then alone. One worker is the program itself: then it goes on
+    when it is called again."""
+    songs, out = tmp_path / "songs", tmp_path / "set"
+    write_songs(songs, *(f"Rock/{name}.wav" for name in ("a song", *names)))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)  # what every Python runs first
+    arguments = ("--audio-dir", songs, "--out", out, "--workers", workers)
+    site = {"PYTHONPATH": str(tmp_path / "site")}
+    if workers == 1:
+        killed = run_tool(*arguments, check=False, **site)
+        assert killed.returncode == -signal.SIGKILL
+    result = run_tool(*arguments, **site)
+    listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
+    bombs = {name for name in names if "bomb" in name}
+    assert set(listed) == {f"Rock/{name}.wav" for name in bombs}, listed
+    assert all("died twice" in reason for reason in listed.values())
+    assert len(arrays(out)) == 2 * (1 + len(names) - len(bombs)) and not (out / ".begun").exists()
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Address of a scheduler whose worker runs in a folder without the project."""
+    pytest.importorskip("distributed")
+    folder = tmp_path_factory.mktemp("dask")
+    processes, env = [], {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def begin(*words):
+        command = [sys.executable, "-m", "dask", *words, "--no-dashboard"]
+        with open(folder / "log", "a") as log:
+            options = {"cwd": folder, "stdout": log, "stderr": log, "start_new_session": True}
+            processes.append(subprocess.Popen(command, env=env, **options))
+
+    begin("scheduler", "--port", "0", "--scheduler-file", "scheduler.json")
+    deadline = time.monotonic() + 60
+    while not (folder / "scheduler.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    address = json.loads((folder / "scheduler.json").read_text())["address"]
+    begin("worker", address, "--nthreads", "1", "--nworkers", "1")
+    yield address
+    for process in processes[::-1]:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@extracts
+@pytest.mark.parametrize("inside", [True, False])
+def test_dask_workers_need_no_copy_of_the_project(tmp_path, cluster, inside):
+    """The same bytes as here, whether the tool is imported or runs as a program of its own; what
+    a worker raises comes back as what it is."""
+    songs = write_songs(tmp_path / "songs", "Rock/a.wav", "Rock/b.wav")
+    (songs / "Rock" / "c.wav").write_text("no sound")
+    arguments = ("--audio-dir", songs, "--out")
+    (make_here if inside else run_tool)(*arguments, tmp_path / "dask", "--dask", cluster)
+    make_here(*arguments, tmp_path / "here", "--workers", 1)
+    assert len(arrays(tmp_path / "here")) == 4
+    for name, path in arrays(tmp_path / "here").items():
+        assert path.read_bytes() == (tmp_path / "dask" / name).read_bytes()
+    assert read_csv(tmp_path / "dask/unreadable.csv") == read_csv(tmp_path / "here/unreadable.csv")
+    modules = pytest.importorskip("cloudpickle").list_registry_pickle_by_value()
+    assert not modules, "what travels by value is unregistered afterwards"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
+def test_an_address_without_a_scheduler_is_bad_input(tmp_path, capsys, address):
+    pytest.importorskip("distributed")
+    songs = write_songs(tmp_path / "songs", "Rock/a.wav")
+    arguments = ("--audio-dir", songs, "--out", tmp_path / "set", "--dask", address)
+    assert f"--dask {address}: no scheduler" in error_of(*arguments, capsys=capsys)
+
+
+# --- audio files --------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory):
     """Two genres of ordinary songs, one not of the lab's, and files of every odd kind."""
     root = tmp_path_factory.mktemp("songs")
-    for genre in ("Rock", "Sea Shanty"):
-        (root / genre).mkdir()
-        for i in range(5):
-            soundfile.write(root / genre / f"song {i}.wav", song(2, 200 + 50 * i), SR)
+    write_songs(root, *(f"{g}/song {i}.wav" for g in ("Rock", "Sea Shanty") for i in range(5)))
     odd = root / "Rock"
     soundfile.write(odd / "quadraphonic twice.wav", song(1.5, channels=8), 44_100)
     soundfile.write(odd / "telephone.flac", song(2, rate=8000), 8000)
@@ -265,6 +235,11 @@ def songs(tmp_path_factory):
     (odd / "empty.mp3").write_bytes(b"")
     (odd / "corrupt.mp3").write_bytes(b"\xff\xfb\x90" + bytes(range(256)) * 20)
     (odd / "cover.jpg").write_bytes(b"no audio, not looked at")
+    soundfile.write(odd / "cut.flac", song(4), SR)
+    whole = (odd / "cut.flac").read_bytes()
+    (odd / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    (odd / "Album").mkdir()
+    soundfile.write(odd / "Album" / "opposite.wav", song(1, channels=2) * [1, -1], SR)
     (odd / "._song 0.wav").write_bytes(b"what a Mac leaves on a stick")
     (root / "notes.txt").write_text("beside the genres")
     rows = ["file,danceability,valence,energy"]  # columns go by name, not by place
@@ -291,58 +266,78 @@ UNREADABLE = {
 @pytest.fixture(scope="module")
 def own(songs, tmp_path_factory):
     out = tmp_path_factory.mktemp("own") / "set"
-    result = run_forked(
-        "make_dataset.py",
-        "--audio-dir",
-        songs,
-        "--out",
-        out,
-        "--emotions",
-        songs / "emotions.csv",
-        "--test-fraction",
-        0.3,
-    )
+    arguments = ("--audio-dir", songs, "--out", out, "--emotions", songs / "emotions.csv")
+    result = run_tool(*arguments, "--test-fraction", 0.3)
     return out, result
 
 
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
+@extracts
 def test_odd_files_are_listed_and_the_rest_is_made(own, songs):
     out, result = own
     listed = {row["file"]: row["reason"] for row in read_csv(out / "unreadable.csv")}
-    assert {name.split("/")[1] for name in listed} == UNREADABLE
-    assert (
-        all(listed.values())
-        and "0.05" in listed["Rock/too short.wav"]
-        and "not finite" in listed["Rock/not a number.wav"]
-    )
-    assert (
-        "Traceback" not in result.stderr
-        and "7 of 22 files left out" in result.stderr
-        and "Warning" not in result.stderr
+    assert {name.split("/")[1] for name in listed} == UNREADABLE and all(listed.values())
+    assert "0.05" in listed["Rock/too short.wav"]
+    assert "not finite" in listed["Rock/not a number.wav"]
+    assert not any(str(songs) in reason for reason in listed.values())
+    lines = result.stderr.splitlines()
+    assert f"{len(UNREADABLE)} of 24 files left out" in lines[-1] and len(lines) == 2 + len(listed)
+    (cut,) = (line for line in lines if "cut.flac" in line)
+    assert cut.startswith("used as far as it goes: ") and "of 4.0 s could be decoded" in cut
+    assert "left out: 2 files that are no audio of a genre: Rock/cover.jpg, notes.txt" in (
+        result.stdout
     )
     assert "--no-merge" in result.stdout  # Sea Shanty is not one of the lab's classes
-    sources = {row["file"]: row for row in read_csv(out / "sources.csv")}
-    assert [row["id"] for row in sources.values()] == [str(i) for i in range(1, 23)] and list(
-        sources
-    ) == sorted(sources)
+    rows = sources(out)
+    assert [row["id"] for row in rows.values()] == [str(i) for i in range(1, 25)]
+    assert list(rows) == sorted(rows) and "Rock/Album/opposite.wav" in rows
     genre = {e.clip_id: e for split in ("train", "test") for e in read_entries(out, "genre", split)}
-    assert {sources[name]["id"] for name in sources if name not in listed} == set(genre)
-    for name, row in sources.items():
+    assert {rows[name]["id"] for name in rows if name not in listed} == set(genre)
+    for name, row in rows.items():
         if name not in listed:
             entry = genre[row["id"]]
             assert entry.label == name.split("/")[0] and entry.path.parent.name == row["split"]
-            for array in (
-                read_array(entry.path),
-                read_array(out / FOLDERS[1] / row["split"] / entry.path.name),
-            ):
-                assert array.shape[0] == 140
-    assert len(arrays(out)) == 2 * (15 + 10)
+            for folder in FOLDERS[:2]:  # read_array checks shape and values
+                read_array(out / folder / row["split"] / entry.path.name)
+    assert len(arrays(out)) == 2 * (17 + 10)
 
 
+@extracts
+def test_the_layout_is_the_labs(own):
+    out = own[0]
+    shown = {path.name for path in out.glob("[!.]*")}
+    assert shown == {*FOLDERS, "AUDIO.txt", "sources.csv", "unreadable.csv"}
+    forms = {
+        "fma_genre_spectrograms/train": "fused.full", "fma_genre_spectrograms/test": "full.fused",
+        "fma_genre_spectrograms_beat/train": "beatsync.fused",
+        "fma_genre_spectrograms_beat/test": "beatsync.fused",
+    }  # fmt: skip
+    orders = []
+    for place, form in forms.items():
+        header, rows = labels(out / f"{place}_labels.txt")
+        assert header == "Id\tGenre" and len(rows) > 1
+        assert all(row.split("\t")[0].split(".", 1)[1] == f"{form}.npy.gz" for row in rows)
+        names = [f"{row.split('.')[0]}.fused.full.npy" for row in rows]
+        assert all((out / place / name).exists() for name in names)
+        orders.append([row.split("\t")[1] for row in rows])
+    assert orders[0] != sorted(orders[0]), "the order must say nothing of the class"
+    for folder in FOLDERS[2:]:
+        header, rows = labels(out / folder / "train_labels.txt")
+        assert header == "Id,valence,energy,danceability" and all(r[0].isdigit() for r in rows)
+        assert not (out / folder / "test_labels.txt").exists()
+
+
+@extracts
+def test_the_arrays_are_those_of_the_labs_extractor(own, songs):
+    out = own[0]
+    entry = read_entries(out, "genre", "train")[0]
+    (name,) = (name for name, row in sources(out).items() if row["id"] == entry.clip_id)
+    full, beat = extract_features(make_dataset.read_clip(songs / name)[0])
+    assert np.array_equal(np.load(entry.path), full) and full.dtype == np.float64
+    beat_path = out / FOLDERS[1] / "train" / entry.path.name
+    assert np.array_equal(np.load(beat_path), beat) and beat.shape[1] < full.shape[1]
+
+
+@extracts
 def test_both_parts_share_one_stratified_split(own):
     out = own[0]
     train, test = ids(out, "genre", "train"), ids(out, "genre", "test")
@@ -353,62 +348,77 @@ def test_both_parts_share_one_stratified_split(own):
         and emotion_test <= test
         and len(emotion_train | emotion_test) == 10
     )
-    sources = read_csv(out / "sources.csv")
-    for genre, n_test in (("Rock", 5), ("Sea Shanty", 2)):  # .3 of 17 and of 5
-        assert (
-            sum(row["split"] == "test" for row in sources if row["file"].startswith(genre))
-            == n_test
-        )
-    name = {row["id"]: row["file"] for row in sources}
+    rows = sources(out)
+    for genre, n_test in (("Rock", 6), ("Sea Shanty", 2)):  # .3 of 19 and of 5
+        splits = [row["split"] for name, row in rows.items() if name.startswith(genre)]
+        assert splits.count("test") == n_test
+    name = {row["id"]: file for file, row in rows.items()}
     for entry in read_entries(out, "emotion", "train"):
         i = int(name[entry.clip_id].split()[-1][0])
         assert entry.label == pytest.approx((i / 10, (9 - i) / 10, i / 10 + 0.05))
-    assert not (out / FOLDERS[2] / "test_labels.txt").exists()
 
 
+@extracts
 def test_files_added_or_mended_later_join_the_set(tmp_path):
-    songs, out = tmp_path / "songs", tmp_path / "set"
-    for genre in ("Rock", "Sea Shanty"):
-        (songs / genre).mkdir(parents=True)
-        for i in range(3):
-            soundfile.write(songs / genre / f"song {i}.wav", song(1, 200 + 50 * i), SR)
-    for name in ("text.wav", "empty.mp3"):
-        (songs / "Rock" / name).write_text("")
-    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
-    before = {row["file"]: row for row in read_csv(out / "sources.csv")}
-    made = {name: path.stat().st_mtime_ns for name, path in arrays(out).items()}
+    names = [f"{genre}/song {i}.wav" for genre in ("Rock", "Sea Shanty") for i in range(3)]
+    songs, out = write_songs(tmp_path / "songs", *names), tmp_path / "set"
+    (songs / "Rock" / "text.wav").write_text("no sound")
+    make = functools.partial(make_here, "--audio-dir", songs, "--out", out, "--workers", 1)
+    make()
+    before, made = sources(out), mtimes(out)
     soundfile.write(songs / "Rock" / "text.wav", song(1), SR)
     soundfile.write(songs / "Rock" / "a new one.wav", song(1), SR)
-    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
-    after = {row["file"]: row for row in read_csv(out / "sources.csv")}
-    assert {name: after[name] for name in before} == before
-    assert (
-        set(after) - set(before) == {"Rock/a new one.wav"}
-        and after["Rock/a new one.wav"]["id"] == "9"
-    )
-    now = arrays(out)
-    assert (
-        all(now[name].stat().st_mtime_ns == mtime for name, mtime in made.items())
-        and len(now) == len(made) + 4
-    )
-    assert [row["file"] for row in read_csv(out / "unreadable.csv")] == ["Rock/empty.mp3"]
-    assert {"9", after["Rock/text.wav"]["id"]} <= ids(out, "genre", "train") | ids(
-        out, "genre", "test"
-    )
-    soundfile.write(songs / "Rock" / "empty.mp3", song(1), SR)  # the last one is mended
-    make_here("--audio-dir", songs, "--out", out, "--test-fraction", 0.3)
-    assert not (out / "unreadable.csv").exists()
+    make()
+    after, now = sources(out), mtimes(out)
+    for name in before:
+        assert [after[name][key] for key in ("id", "split")] == [
+            before[name][key] for key in ("id", "split")
+        ]
+    assert set(after) - set(before) == {"Rock/a new one.wav"}
+    assert after["Rock/a new one.wav"]["id"] == "8"
+    assert len(now) == len(made) + 4 and made.items() <= now.items()
+    everything = ids(out, "genre", "train") | ids(out, "genre", "test")
+    assert everything == {str(i) for i in range(1, 9)} and not (out / "unreadable.csv").exists()
 
 
+@extracts
+def test_a_changed_file_is_made_again_and_a_deleted_one_leaves(tmp_path, capsys):
+    songs = write_songs(tmp_path / "songs", *(f"Rock/{i}.wav" for i in range(5)))
+    out = tmp_path / "set"
+    make = functools.partial(make_here, "--audio-dir", songs, "--out", out, "--workers", 1)
+    make()
+    before, made = sources(out), mtimes(out)
+    soundfile.write(songs / "Rock" / "1.wav", song(2, 900), SR)
+    (songs / "Rock" / "3.wav").unlink()
+    (out / ".DS_Store").touch()  # the Finder looked in
+    (out / FOLDERS[0] / "train" / "._1.fused.full.npy").write_bytes(b"what a Mac leaves")
+    capsys.readouterr()
+    counts = make()["clips"]
+    said = capsys.readouterr().out
+    assert "1 files changed, made again: Rock/1.wav" in said
+    assert "1 files gone, left out of the set: Rock/3.wav" in said
+    after, now = sources(out), mtimes(out)
+    changed, gone = before["Rock/1.wav"]["id"], before["Rock/3.wav"]["id"]
+    assert set(after) == set(before) - {"Rock/3.wav"}
+    anew = {name.split("/")[-1].split(".")[0] for name in made if made[name] != now.get(name)}
+    assert anew == {changed, gone} and not any(f"/{gone}." in name for name in now)
+    left = ids(out, "genre", "train") | ids(out, "genre", "test")
+    assert left == {row["id"] for row in after.values()} and gone not in left
+    assert sum(counts.values()) == 4
+    make()
+    assert "made already" in capsys.readouterr().out
+
+
+@extracts
 def test_a_class_without_training_clips_is_not_asked_for(tmp_path, capsys):
     """Or step 5 would refuse the set: a test clip of a class that was not trained."""
     songs, out = tmp_path / "songs", tmp_path / "set"
     names = [f"{genre}/{i}.wav" for genre in ("Jazz", "Rock") for i in range(2)]
-    for name, (_, split) in make_dataset.plan_audio(names, {}, 0.2, 42).items():
-        (songs / name).parent.mkdir(parents=True, exist_ok=True)
-        broken = name.startswith("Jazz") and split == "train"
-        soundfile.write(songs / name, np.zeros(SR) if broken else song(1), SR)
-    make_here("--audio-dir", songs, "--out", out)
+    for name, (_, split) in make_dataset.plan_split(names, {}, 0.2, 42).items():
+        write_songs(songs, name)
+        if name.startswith("Jazz") and split == "train":
+            soundfile.write(songs / name, np.zeros(SR), SR)
+    make_here("--audio-dir", songs, "--out", out, "--workers", 1)
     for split in ("train", "test"):
         assert {entry.label for entry in read_entries(out, "genre", split)} == {"Rock"}
     assert "class Jazz left out" in capsys.readouterr().err
@@ -417,37 +427,41 @@ def test_a_class_without_training_clips_is_not_asked_for(tmp_path, capsys):
 def test_workers_and_dask_are_those_asked_for(tmp_path, monkeypatch):
     asked = []
 
-    def make_all(root, clips, workers=None, dask=None):
+    def make_all(root, audio_dir, songs, workers=None, dask=None):
         asked.append((workers, dask))
         raise StepFailed("enough seen")
 
     monkeypatch.setattr(make_dataset, "make_all", make_all)
-    (tmp_path / "songs" / "Rock").mkdir(parents=True)
-    soundfile.write(tmp_path / "songs" / "Rock" / "a.wav", song(1), SR)
-    for source in (("--demo",), ("--audio-dir", tmp_path / "songs")):
-        where = ("--out", tmp_path / f"set{len(asked)}")
-        with pytest.raises(StepFailed):
-            make_here(*source, *where, "--workers", 3, "--dask", "tcp://there:8786")
-    assert asked == [(3, "tcp://there:8786")] * 2
+    songs = write_songs(tmp_path / "songs", "Rock/a.wav")
+    with pytest.raises(StepFailed):
+        where = ("--audio-dir", songs, "--out", tmp_path / "set")
+        make_here(*where, "--workers", 3, "--dask", "tcp://there:8786")
+    assert asked == [(3, "tcp://there:8786")]
 
 
-def test_read_audio_takes_the_middle_30_s_of_all_channels_at_the_labs_rate(tmp_path):
-    rate = 16_000
-    left = np.zeros(40 * rate)
-    left[5 * rate : 35 * rate] = 0.5  # the middle 30 of 40 s
-    soundfile.write(tmp_path / "long.wav", np.stack([left, 0 * left], axis=1), rate)
-    y = make_dataset.read_audio(tmp_path / "long.wav")
-    assert y.shape == (30 * SR,) and y.dtype == np.float32
-    assert (
-        np.abs(y[SR:-SR] - 0.25).max() < 0.01
-    )  # mean of both channels, nothing of the silence outside
-    soundfile.write(tmp_path / "short.wav", song(1, rate=8000), 8000)
-    y = make_dataset.read_audio(tmp_path / "short.wav")
-    assert abs(len(y) - SR) <= 1
-    assert abs(np.abs(np.fft.rfft(y)).argmax() * SR / len(y) - 440) < 3  # the pitch stays
+@extracts
+def test_the_set_may_lie_around_the_demo_set(tmp_path, monkeypatch):
+    """README's order: the first command makes data/demo, then --out data. ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_songs(tmp_path / "songs", "Rock/a.wav", "Rock/b.wav")
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "data" / "demo" / "DEMO.txt").touch()
+    make_here("--audio-dir=~/songs", "--out=~/data", "--workers", 1)
+    assert len(arrays(tmp_path / "data")) == 4 and (tmp_path / "data/demo/DEMO.txt").exists()
 
 
-# ---------------------------------------------------------------------------- wrong input
+def test_emotions_are_found_however_accents_are_written(tmp_path):
+    """macOS takes a letter with an accent apart, an editor writes it as one character."""
+    files = ["Ρεμπε\u0301τικο/a.wav"]
+    (tmp_path / "emotions.csv").write_text(
+        "file,valence,energy,danceability\nΡεμπ\u03adτικο/a.wav,0,1,.5\n"
+    )
+    found = make_dataset.read_emotions(tmp_path / "emotions.csv", files)
+    assert found == {files[0]: (0, 1, 0.5)}
+    assert make_dataset.genre_of(files[0]) == "Ρεμπ\u03adτικο"
+
+
+# --- wrong input ------------------------------------------------------------------------
 
 
 def error_of(*arguments, capsys):
@@ -463,36 +477,32 @@ def error_of(*arguments, capsys):
 
 
 def test_wrong_folders_are_one_line(tmp_path, capsys):
-    assert_clean_error(
-        make("--audio-dir", tmp_path / "nowhere", "--out", tmp_path / "out", check=False),
-        "nowhere",
-        "no such folder",
-    )
-    error = functools.partial(error_of, capsys=capsys)
+    def error(folder, *more):
+        return error_of("--audio-dir", tmp_path / folder, *more, capsys=capsys)
+
+    out = ("--out", tmp_path / "out")
+    assert "nowhere: no such folder" in error("nowhere", *out)
     (tmp_path / "empty" / "music").mkdir(parents=True)
-    assert "no genre folders" in error(
-        "--audio-dir", tmp_path / "empty" / "music", "--out", tmp_path / "out"
-    )
-    assert "no .wav .mp3 .flac .ogg files" in error(
-        "--audio-dir", tmp_path / "empty", "--out", tmp_path / "out"
-    )
-    assert "--out" in error("--audio-dir", tmp_path / "empty")
+    assert "no genre folders" in error("empty/music", *out)
+    assert "no audio files (.wav .mp3" in error("empty", *out)
+    assert "--out" in error("empty")
+    write_songs(tmp_path / "fma", "000/000002.wav", "155/155066.wav")
+    (tmp_path / "fma" / ".hidden").mkdir()
+    line = error("fma", *out)
+    assert "numbered folders (000, ...) are no genres" in line and "genre_top" in line
     (tmp_path / "tab" / "Rock").mkdir(parents=True)
     (tmp_path / "tab" / "Rock" / "a\tb.wav").touch()
-    assert "rename" in error("--audio-dir", tmp_path / "tab", "--out", tmp_path / "out")
-    assert "--demo or --audio-dir" in error("--out", tmp_path / "out")
-    assert "--clips 3" in error("--demo", "--clips", 3, "--out", tmp_path / "out")
+    assert "rename" in error("tab", *out)
     assert not (tmp_path / "out").exists()
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path, data_dir, songs, capsys):
     error = functools.partial(error_of, capsys=capsys)
-    before = {name: path.stat().st_mtime_ns for name, path in arrays(data_dir).items()}
-    assert "did not make" in error("--demo", "--out", data_dir)
+    before = mtimes(data_dir)
     assert "did not make" in error("--audio-dir", songs, "--out", data_dir)
-    assert before == {name: path.stat().st_mtime_ns for name, path in arrays(data_dir).items()}
+    assert before == mtimes(data_dir)
     (tmp_path / "file").write_text("")
-    assert "is a file" in error("--demo", "--out", tmp_path / "file")
+    assert "is a file" in error("--audio-dir", songs, "--out", tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -504,7 +514,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path, data_dir, songs, capsys)
         ("file,valence,energy,danceability\nRock/song 0.wav,0.1,0.2\n", "line 2"),
         ("file,valence,energy,danceability\nRock/song 0.wav,0.1,high,0.3\n", "no number"),
         ("file,valence,energy,danceability\nRock/song 0.wav,0.1,55,0.3\n", "outside [0, 1]"),
-        ("file,valence,energy,danceability\nRock/song 0.wav,nan,0.5,0.3\n", "outside [0, 1]"),
+        ("file,valence,energy,danceability\nRock/song 0.wav,nan,0.5,0.3\n", "no number"),
         ("file,valence,energy,danceability\nsong 0.wav,0.1,0.5,0.3\n", "relative to --audio-dir"),
         (
             "file,valence,energy,danceability\nRock/song 0.wav,0,0,0\nRock\\song 0.wav,0,0,0\n",
@@ -523,28 +533,23 @@ def test_a_bad_csv_is_one_line(text, complaint, songs, tmp_path, capsys):
 
 
 def test_a_missing_csv_is_one_line(songs, tmp_path, capsys):
-    assert "No such file" in error_of(
-        "--audio-dir",
-        songs,
-        "--out",
-        tmp_path / "out",
-        "--emotions",
-        tmp_path / "none.csv",
-        capsys=capsys,
-    )
+    arguments = ("--audio-dir", songs, "--out", tmp_path / "out", "--emotions", tmp_path / "none")
+    assert "No such file" in error_of(*arguments, capsys=capsys)
 
 
+@extracts
 def test_nothing_but_broken_files(tmp_path, capsys):
     (tmp_path / "music" / "Rock").mkdir(parents=True)
     (tmp_path / "music" / "Rock" / "a.wav").write_text("no sound")
-    line = error_of("--audio-dir", tmp_path / "music", "--out", tmp_path / "out", capsys=capsys)
+    arguments = ("--audio-dir", tmp_path / "music", "--out", tmp_path / "out", "--workers", 1)
+    line = error_of(*arguments, capsys=capsys)
     assert "not one file" in line and "unreadable.csv" in line
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").rglob("*_labels.txt"))
 
 
 def test_files_added_later_bring_the_test_part_to_its_share():
     known = {f"Rock/{i}": (i, "test" if i < 4 else "train") for i in range(1, 11)}  # 3 of 10
     files = [*known, *(f"Rock/{i}" for i in range(11, 21))]
-    plan = make_dataset.plan_audio(files, known, 0.3, 0)
+    plan = make_dataset.plan_split(files, known, 0.3, 0)
     assert [split for _, split in plan.values()].count("test") == 6
     assert {name: plan[name] for name in known} == known

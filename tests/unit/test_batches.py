@@ -1,10 +1,12 @@
 """Augmentation and windows, against what was worked out by hand."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
-from patrec.batches import Augment, cut_windows
+from patrec.batches import Augment, cut_windows, to_resident
 
 OFF = {"mixup": 0, "shift_bands": 0, "mask_bands": 0, "mask_frames": 0}
 
@@ -125,3 +127,15 @@ def test_windows_by_hand():
     assert cut[5:, 0, 0].tolist() == [100] * 5 and lengths.tolist() == [4] * 5 + [3] * 5
     cut, _ = cut_windows(torch.arange(50.0)[None, :, None], torch.tensor([50]), 16)
     assert set(cut.flatten().tolist()) == set(range(50))  # windows cover the clip
+
+
+@pytest.mark.parametrize(
+    "device, nbytes, moved",
+    [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False), ("mps", 1, False)],
+)
+def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
+    monkeypatch, device, nbytes, moved
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 8000))
+    frames = types.SimpleNamespace(nbytes=nbytes, to=lambda device: device.type)
+    assert to_resident(frames, device) == (device if moved else frames)

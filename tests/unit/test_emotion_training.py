@@ -34,7 +34,7 @@ def test_each_head_learns_from_its_own_axis_and_the_backbone_from_all():
             assert weights.grad.abs().sum() > 0, name
 
 
-def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(tmp_path):
+def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
     """At the lower rate that is asked for."""
     source = Source(write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20))
     training = TrainingOptions(source, tmp_path, tmp_path / "out", epochs=1)
@@ -50,9 +50,9 @@ def test_each_fold_is_answered_by_the_network_that_did_not_hear_it(tmp_path):
     result = common.train_all(training, [run])["run"]
     for fold, member in enumerate(result.members):
         data = common.load_data(source, "mel", True, "emotion", fold=fold, n_folds=2)
-        answers = common.predict_clips(member.model, data.held_out, member.settings)
-        pd.testing.assert_frame_equal(result.predictions.loc[answers.index], answers)
-        assert set(result.folds[result.folds == fold + 1].index) == set(answers.index)
+        predictions = common.predict_clips(member.model, data.held_out, member.settings)
+        pd.testing.assert_frame_equal(result.predictions.loc[predictions.index], predictions)
+        assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
         assert member.facts["lr"] == 0.5 * training.lr
 
 
