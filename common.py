@@ -671,16 +671,12 @@ class RegressionLoss(nn.Module):
     """Sum of the regression losses of K emotions (lab, step 8a for one, step 10b for three).
 
     Each squared error is divided by the variance of that emotion's training labels, which
-    brings the losses into one order of magnitude. With `learned`, each loss L has a weight
-    too, and L exp(-s) / 2 + s / 2 is minimised over s as well. At the minimum exp(s) = L,
-    so an emotion that is predicted worse counts less (after Kendall et al., 2018, eq. 7,
-    who derive it for squared errors).
+    brings the losses into one order of magnitude.
     """
 
-    def __init__(self, std, learned=False):
+    def __init__(self, std):
         super().__init__()
         self.std = [float(value) for value in std]
-        self.log_var = nn.Parameter(torch.zeros(len(self.std)), requires_grad=learned)
 
     def terms(self, outputs, targets):
         """outputs, targets (B, K) -> (K,) losses, one per emotion, before they are summed."""
@@ -690,10 +686,7 @@ class RegressionLoss(nn.Module):
 
     def forward(self, outputs, targets):
         """outputs, targets (B, K) -> scalar."""
-        losses = self.terms(outputs, targets)
-        if self.log_var.requires_grad:
-            losses = (torch.exp(-self.log_var) * losses + self.log_var) / 2
-        return losses.sum()
+        return self.terms(outputs, targets).sum()
 
 
 def make_backbone(network) -> nn.Module:

@@ -16,8 +16,9 @@ for the clips without labels.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
+import itertools
+
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 
@@ -52,23 +53,17 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 
 # %% 8a. From classifier to regressor, by another loss
 # The lab: adjust the best model of step 5 and the one of step 7 for regression by changing
-# the loss. The best LSTM is chosen by its validation score: a choice by the test score would
-# make the test score optimistic.
+# the loss. The best LSTM is chosen by its validation score, so that no test score has a say.
 step.heading("8a. From classifier to regressor")
 genre_val = genre_val_scores(step.training)
 lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]]
 networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
-reason = "the highest validation macro-F1 of the LSTMs of step 5"
-if not len(lstms):
-    reason = "the simplest input, because step 5 has saved no LSTM for these clips"
-step.text(f"""
-    We use two networks: the LSTM `{networks["lstm"]}`, which has {reason}, and the CNN of step 7.
-    Their layers are listed in steps 5 and 7. Both start from random weights.
-""")
 if len(lstms):
-    step.table(lstms, "The LSTMs of step 5, the best one first")
-step.text("""
-    The backbone and its input stay the same. The head gives one number per clip, in the unit of
+    step.table(lstms, "The LSTMs that step 5 has saved for these clips")
+step.text(f"""
+    We use the LSTM with the highest validation macro-F1 (`mel`, if step 5 has saved none), here
+    `{networks["lstm"]}`, and the CNN of step 7. Both start from random weights. The layers up to
+    the head stay the same, see steps 5 and 7. The head gives one number per clip, in the unit of
     the labels, instead of one number per class.
 
     Cross-entropy treats every wrong class as equally wrong. Here the labels are real numbers, so
@@ -78,69 +73,58 @@ step.text("""
     - *The squared error*, in units of the labels' standard deviation. It makes the predicted
       values fit the labels.
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
-      batch. The lab's metric is Spearman's correlation, which is Pearson's correlation of the
-      ranks. Ranks have no useful gradient, so Spearman's correlation cannot be a loss. Pearson's
-      correlation of the values has a gradient, and it also rewards predictions that rise with the
-      labels.
+      batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. Ranks
+      have no useful gradient, so it cannot be a loss. Pearson's correlation of the values has a
+      gradient, and it too rewards predictions that rise with the labels.
 
-    The loss refuses outputs and labels of different shapes. PyTorch would broadcast (B, 1) and (B,)
-    to a B x B matrix of differences without an error message.
+    The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
 """)
 step.show_source(Regressor.forward, regression_loss)
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
-    first = EMOTIONS[0]
-    pair = {f"{kind}_{first}": (GENRE_NETWORKS[name], first) for kind, name in networks.items()}
+    pair = {f"{kind}_valence": (GENRE_NETWORKS[n], "valence") for kind, n in networks.items()}
     overfit_emotions(step, pair)
+
 
 # %% 8b-d. One model of each network per emotion
 # The lab: train for valence, for energy and for danceability. A fifth of the labelled clips is
-# held out (with --folds K every clip once, by the network that was not trained on it). Steps
-# 8, 9 and 10 hold out the same clips and make every choice on the validation clips.
-
-
+# held out, with --folds K each clip once. Steps 8, 9 and 10 hold out the same clips and make
+# every choice on the validation clips.
 def regressor(network, data):
     """The backbone of a genre network, with random weights and one head per emotion."""
     return Regressor(make_backbone(network), data.names, data.mean, data.std)
 
 
 recipe = {
-    "make_model": regressor,
     "make_loss": lambda data: RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "n_folds": step.args.folds,
 }
-runs = train_all(
-    step.training,
-    [
-        Experiment(f"{kind}_{emotion}", GENRE_NETWORKS[name], **recipe, target=emotion)
-        for emotion in EMOTIONS
-        for kind, name in networks.items()
-    ],
-)
+trainings = [
+    Experiment(f"{kind}_{emotion}", GENRE_NETWORKS[name], regressor, target=emotion, **recipe)
+    for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items())
+]
+runs = train_all(step.training, trainings)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
-    pair = {name: run for name, run in runs.items() if name.endswith(emotion)}
+    pair = {name: runs[f"{kind}_{emotion}"] for kind, name in networks.items()}
     if letter == "b":
         step.text(f"""
             The six models are trained with the loss of 8a and otherwise like the networks of steps
             5 and 7: AdamW (Adam with decoupled weight decay of .01), a one-cycle learning rate,
             averaged weights and the same augmentation. The CNN's mixup averages the labels too.
 
-            We keep the epoch with the highest Spearman's correlation on the validation clips, among
-            the last 20% of the epochs. With {pair[f"cnn_{emotion}"].facts["n_val"]} validation
-            clips this score is noisy. As the highest of several noisy scores it is also optimistic.
-            The scores in 8e are of clips that play no part in any choice.
+            We keep the epoch with the highest validation Spearman among the last 20% of the epochs.
+            With {pair["cnn_mel"].facts["n_val"]} validation clips this score is noisy, and as the
+            highest of several it is optimistic. The clips of 8e play no part in this choice.
 
-            In the tables, seconds are wall-clock time, with other trainings running in parallel. In
-            the figures, the training loss is measured on augmented crops with dropout, the
-            validation loss on whole clips with averaged weights. With several folds, the curves are
-            those of the first fold. CNN and LSTM differ in the number of training examples and in
-            augmentation too, so their comparison is not one of architectures alone.
+            Seconds are wall-clock time, with other trainings running in parallel. The training loss
+            is measured on augmented crops with dropout, the validation loss on whole clips with
+            averaged weights. With several folds, the curves are those of the first. CNN and LSTM
+            differ in the number of examples and in augmentation too, not in architecture alone.
         """)
     table = {
-        name: {
-            "genre network": networks[name.split("_")[0]],
+        run_title(name): {
             "training clips": run.facts["n_train"],
             "weights": run.facts["weights"],
             "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
@@ -150,10 +134,9 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
         }
         for name, run in pair.items()
     }
-    step.table(pd.DataFrame(table).T.rename_axis("run"))
-    curves = {networks[name.split("_")[0]]: run.history for name, run in pair.items()}
+    step.table(pd.DataFrame(table).T.rename_axis("network"))
     step.figure(
-        plot_histories(curves, "Spearman"),
+        plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
         f"{emotion.capitalize()}: loss and validation score against the epoch. The dot marks the "
         "epoch that is kept, the shaded area the epochs among which it is chosen.",
@@ -171,36 +154,32 @@ true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
 predictions |= emotion_baselines(step.source, step.args.folds)
 scores = {name: emotion_scores(true, table) for name, table in predictions.items()}
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
-mean_rmse = {name: float(errors.mean()) for name, errors in rmse.items()}
 step.table(
-    tables.emotion_table(scores).assign(**{"RMSE, mean of the three": mean_rmse}),
+    tables.emotion_table(scores).assign(**{"RMSE, mean of the three": pd.DataFrame(rmse).mean()}),
     f"Spearman's correlation on {len(true)} held-out clips, with 95% intervals over these clips",
 )
 step.text(BASELINES)
 step.text("""
     Spearman's correlation compares ranks. It is 1 if the predictions put the clips into the right
-    order, and about 0 if their order has nothing to do with the labels. A constant prediction has
-    no order: its correlation is undefined and counts as 0 here. The root of the mean squared error
-    (RMSE) compares the values. A model can rank the clips well and still predict values that are
-    too close to the mean. With several folds, the predictions of all folds are ranked together.
-    This tends to lower the score, because each fold's network has its own mean. The clips are held
-    out at random. If some are by the same artist, the scores are optimistic for other artists.
+    order, and about 0 if their order has nothing to do with the labels. A constant has no order and
+    counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
+    rank the clips well and still predict values too close to the mean. Predictions of several folds
+    are ranked together. This tends to lower the score, because each fold's network has its own
+    mean. If several clips are by the same artist, the scores are optimistic for other artists.
 
-    The differences below are of the mean over the three axes, on the same clips. The intervals show
-    how much depends on the choice of the held-out clips. They do not show how much depends on the
-    random seed of the training.
+    The differences are of the mean over the three axes, on the same clips. The intervals show how
+    much depends on the choice of the held-out clips, but not on the seed of the training.
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
 differences = {
     pair: paired_difference(true, *(predictions[name] for name in pair)) for pair in pairs
 }
 step.text("\n".join(f"- {tables.difference_line(*pair, d)}" for pair, d in differences.items()))
-caption = "Spearman's correlation on the held-out clips. The lines are 95% intervals."
+caption = "Spearman's correlation on the held-out clips, with 95% intervals"
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
 fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained", sharey=True)
-for (row, column), ax in np.ndenumerate(axes):
-    kind, emotion = list(networks)[row], EMOTIONS[column]
+for (kind, emotion), ax in zip(itertools.product(networks, EMOTIONS), axes.flat, strict=True):
     x, y = true[emotion], predictions[kind].loc[true.index, emotion]
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect prediction")
     ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean of the labels")
@@ -209,16 +188,12 @@ for (row, column), ax in np.ndenumerate(axes):
     numbers = f"Spearman {scores[kind][emotion]:.2f}, RMSE {rmse[kind][emotion]:.2f}"
     ax.set_title(f"{run_title(networks[kind])}: {numbers}", fontsize="medium")
 axes[0, 0].legend(fontsize="small", loc="upper left")
-caption = "Predicted against true values. Each dot is a held-out clip."
-step.figure(fig, "scatter", caption)
+step.figure(fig, "scatter", "Predicted against true values. Each dot is a held-out clip.")
 
 # %% Predictions for the clips without labels, in the competition's format
-# By the network with the higher mean Spearman on the validation clips. With several folds, the
-# predictions of its networks are averaged.
-facts = {
-    name: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
-    for name, run in runs.items()
-}
+# By the network with the higher validation score; of several folds, the average.
+test = {name: emotion_scores(run.truth, run.predictions) for name, run in runs.items()}
+facts = {name: run.facts | {"test": test[name]} for name, run in runs.items()}
 for kind, name in networks.items():
     parts = {emotion: facts[f"{kind}_{emotion}"] for emotion in EMOTIONS}
     facts[kind] = combine_emotions(parts, scores[kind]) | {"network": name}

@@ -5,15 +5,15 @@ reason for it; c) its training on the genre data and the weights of its best epo
 metric, on which set, why; d) an emotion model that starts from these weights and is trained
 for few epochs on one axis; e) a comparison with step 8.
 
-    python step09_transfer.py                    # valence, from the genre model
-    python step09_transfer.py --axis all         # each of the three axes, one after another
-    python step09_transfer.py --freeze 2         # the first two blocks keep the genre weights
-    python step09_transfer.py --compare-depths   # one fine-tuning per number of frozen blocks
+    python step09_transfer.py                   # valence
+    python step09_transfer.py --axis all        # each of the three axes
+    python step09_transfer.py --freeze 2        # the first two blocks keep the genre weights
+    python step09_transfer.py --compare-depths  # one fine-tuning per number of frozen blocks
 
 Input: both data sets; the networks of steps 5 and 7 and the scores of step 8, if they were run.
 Output, in outputs/step09_transfer/: a checkpoint and a history per run, learning curves, scores
-(summary.md, metrics.json) and predictions.csv for the held-out clips. --epochs is the number of
-epochs of a training from scratch; a fine-tuning gets a share of it.
+(summary.md, metrics.json) and predictions.csv for the held-out clips. --epochs is that of a
+training from scratch; a fine-tuning gets a share of it.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--axis all --freeze 2").
@@ -21,7 +21,6 @@ import functools
 import itertools
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 
@@ -55,8 +54,7 @@ def add_flags(parser):
     parser.flag("--axis", "emotion to learn", choices=[*EMOTIONS, "all"], default="valence")
     frozen = "blocks that keep the weights of genre training"
     parser.flag("--freeze", frozen, type=bounded(int, 0, 4), default=0, metavar="N")
-    depths = "fine-tune once per number of frozen blocks"
-    parser.flag("--compare-depths", depths, action="store_true")
+    parser.flag("--compare-depths", "fine-tune with every number of blocks", action="store_true")
 
 
 step = Step("step09_transfer", __doc__, training=True, add_flags=add_flags)
@@ -66,22 +64,20 @@ emotions = EMOTIONS if step.args.axis == "all" else (step.args.axis,)
 # The lab: describe the basic conclusions of the paper in short.
 step.heading("9a. Yosinski et al. (2014), How transferable are features in deep neural networks?")
 step.text("""
-The authors trained networks on one half of the classes of ImageNet. They copied the first n layers
-into a network for the other half, and then froze or fine-tuned them. They conclude:
+The authors trained networks on half of the classes of ImageNet. They copied the first n layers into
+a network for the other half, and then froze or fine-tuned them. They conclude:
 
 1. The first layers learn general features, the last layers learn features of their task.
-2. Copied and frozen layers lower the score for two reasons. Their features can be too specific to
-   the old task. Or layers that had adapted to each other are separated, mostly in the middle of the
-   network.
-3. The more the two tasks differ, the less the copied features help. But features of a distant task
-   are still better than random ones.
+2. Copied and frozen layers lower the score for two reasons: their features are specific to the old
+   task, or layers that had adapted to each other are separated, mostly in the middle.
+3. The more the two tasks differ, the less the copied features help. They are still better than
+   random ones.
 4. Copied and then fine-tuned layers generalise better than training from scratch, even if the new
    task has much data.
 
-This step measures the fourth conclusion: fine-tuning against training from scratch. With
-`--compare-depths` it also measures the score against the number of frozen blocks. This cannot tell
-the two reasons of the second conclusion apart. The paper does so with networks copied to their
-*own* task.
+This step compares fine-tuning with training from scratch (4). With `--compare-depths` it also
+compares numbers of frozen blocks, but it cannot tell the two reasons of (2) apart. The paper does
+so with networks that are copied to their *own* task.
 """)
 
 # %% 9b. The model that is transferred
@@ -94,10 +90,10 @@ genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_NETWORKS[genre_name]
 n_blocks = len(make_backbone(network).blocks)
 if len(val):
-    step.table(val, "The networks on full spectrograms that steps 5 and 7 have saved")
+    step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
 step.text(f"""
-    We transfer `{genre_name}`: the network on full spectrograms with the highest validation
-    macro-F1 (`cnn_mel`, if steps 5 and 7 have saved none). We expect that features that recognise
+    We transfer `{genre_name}`, the network with the highest validation macro-F1 (`cnn_mel`, if
+    steps 5 and 7 have saved none). We expect that features that recognise
     the genre of new clips also help with emotions. The score of so few validation clips is noisy,
     so a difference of a few hundredths can be due to chance. Test clips play no part in the choice.
 """)
@@ -105,8 +101,7 @@ if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
     raise InputError(f"--freeze {step.args.freeze}: {fault}")
 
-# The held-out clips are those of step 8. A genre network that was trained on some of them would
-# know them, so we check this before training.
+# The held-out clips are those of step 8. The genre network must not have been trained on them.
 data = load_data(step.source, network.features, target="emotion", crop=window_size(network))
 true = true_labels(data.held_out, data.settings)
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
@@ -116,27 +111,24 @@ if leak := find_emotion_leak(step.source, data.held_out):
 
 # %% 9c. Genre training, and the epoch whose weights are kept
 # The lab: train the model on fma_genre_spectrograms and save the weights of its best epoch;
-# explain the metric and the set. The network of steps 5 and 7 is used if it is there. If not,
-# it is trained here in the same way.
+# explain the metric and the set. If steps 5 and 7 have not trained it, it is trained here.
 step.heading("9c. Genre training, and the epoch that is kept")
 genre = genre_models(step.training, [genre_name])[genre_name]
 step.text(f"""
-We transfer the weights of epoch {genre.facts["best_epoch"]}. The training had
-{genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs. In this epoch the
-macro-F1 on the {genre.facts["n_val"]} validation clips was {genre.facts["val"]["macro_f1"]:.3f}.
+{genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs were trained. We transfer
+the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
+{genre.facts["val"]["macro_f1"]:.3f} on {genre.facts["n_val"]} validation clips.
 
-- *The metric is macro-F1.* Some genres are rarer than others. Macro-F1 counts every genre equally,
-  while a network that ignores the rare genres can have a high accuracy. The loss also depends on
-  how confident the network is, which the lab's scores do not measure.
+- *The metric is macro-F1.* It counts every genre equally. A network that ignores the rare genres
+  can still have a high accuracy. The loss also depends on how confident the network is, which the
+  lab's scores do not measure.
 - *The set is the validation set.* On training clips, later epochs look better even if the network
-  overfits. On test clips, the choice of the epoch would make the test score optimistic.
-- *The epoch is one of the last 20%* (of a training that was cut short: any epoch). Earlier peaks
-  can be due to chance, because the learning rate is still high. The kept score is the highest of
-  several noisy ones, so it is optimistic.
+  overfits. On test clips, the choice would make the test score optimistic.
+- *The epoch is one of the last 20%*, if the training was not cut short before. Earlier peaks can be
+  due to chance, because the learning rate is still high.
 """)
 if "val_score" in genre.history:
-    caption = "Loss and validation macro-F1 of the genre network. The dot marks the epoch that is "
-    caption += "transferred, the shaded area the epochs among which it is chosen."
+    caption = "Genre training: the dot marks the transferred epoch, the shaded area the candidates"
     step.figure(plot_histories({genre_name: genre.history}, "macro-F1"), "genre_training", caption)
 
 # %% 9d. A short fine-tuning
@@ -147,18 +139,14 @@ TUNE = {"share": 0.25, "lr_factor": 0.3}
 step.heading("9d. A short fine-tuning")
 step.show_source(load_backbone)
 step.text(f"""
-The fine-tuning has two phases:
+1. Only the new head is trained, for {HEAD["share"]:.0%} of the examples of a training from scratch.
+   The gradients of a random head would distort the copied features (Kumar et al., 2022,
+   Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution).
+2. Everything that is not frozen is trained, for {TUNE["share"]:.0%} of the examples, at
+   {TUNE["lr_factor"]:g} times the learning rate.
 
-1. The backbone is frozen and only the new head is trained, for {HEAD["share"]:.0%} of the epochs of
-   a training from scratch. A new head is random at first. Its gradients would distort the copied
-   features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained Features and Underperform
-   Out-of-Distribution).
-2. Head and backbone are trained, except for the blocks that `--freeze` names. This phase has
-   {TUNE["share"]:.0%} of the epochs, at {TUNE["lr_factor"]:g} times the learning rate.
-
-Both phases use AdamW and a one-cycle learning rate. The length and the rate of the second phase
-were chosen by cross-validation (docs/experiments.md). Those of the first phase and of `scratch`
-below were not, which can favour the fine-tuning.
+Both phases use AdamW and a one-cycle learning rate. Length and rate of the second phase were chosen
+by cross-validation (docs/experiments.md). Those of the first phase and of `scratch` below were not.
 """)
 
 
@@ -186,9 +174,8 @@ def is_twin(kind):
     return same_recipe and step8.runs[kind].get("network") == genre_name
 
 
-# Two trainings from scratch to compare with. `scratch` has the epochs of both phases together.
-# `scratch_full` has all of them: it is the model of step 8 (same network, clips, seed and
-# recipe), whose predictions are used if step 8 was run so. If not, it is trained here.
+# Two trainings from scratch to compare with: `scratch` has as many examples as both phases,
+# `scratch_full` as many as step 8. If step 8 has trained this network, it is not trained again.
 step8 = tables.earlier_predictions(step.training, "step08_regression", clip_ids(data.held_out))
 step.text(step8.note)
 twin = next(filter(is_twin, step8.predictions), None)
@@ -201,14 +188,14 @@ both = {"share": HEAD["share"] + TUNE["share"]}
 new_head = functools.partial(copied, frozen=n_blocks)
 
 # First phase, and the trainings from scratch.
-first = {}  # (model, emotion) -> Experiment
-for emotion in emotions:
-    kinds = {"head": (new_head, from_genre | HEAD), "scratch": (untrained, recipe | both)}
-    if twin is None:
-        kinds["scratch_full"] = untrained, recipe
-    for kind, (make, options) in kinds.items():
-        name = f"{kind}_{emotion}"
-        first[kind, emotion] = Experiment(name, network, make, target=emotion, **options)
+kinds = {"head": (new_head, from_genre | HEAD), "scratch": (untrained, recipe | both)}
+if twin is None:
+    kinds["scratch_full"] = untrained, recipe
+first = {  # (model, emotion) -> Experiment
+    (kind, emotion): Experiment(f"{kind}_{emotion}", network, make, target=emotion, **options)
+    for emotion in emotions
+    for kind, (make, options) in kinds.items()
+}
 done = train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
 
 # Second phase, with the head of the first one.
@@ -229,7 +216,6 @@ table = {
         "trained weights": run.facts["trained_weights"],
         "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
         "epochs (kept)": tables.epochs_kept(run),
-        "highest learning rate": f"{run.facts['lr']:.1e}",
         "seconds": round(run.facts["train_seconds"]),
         "validation Spearman": run.facts["val"][emotion],
     }
@@ -238,54 +224,40 @@ table = {
 caption = f"{len(data.train)} training clips. Seconds are wall-clock time, with other trainings "
 step.table(pd.DataFrame(table).T.rename_axis("run"), caption + "running in parallel.")
 step.text("""
-    - `head` is the first phase, `transfer` the second one, which continues from it.
-    - `scratch` starts from random weights. It has the epochs of both phases together, up to
-      rounding, at the full learning rate.
-    - `scratch_full` starts from random weights and has all epochs, like the models of step 8. If
-      step 8 has trained this network by this recipe, its predictions are used.
-
-    The input is standardised by the genre training clips for the copied network, and by the emotion
-    training clips for the networks from scratch.
+    `head` is the first phase, `transfer` the second one. The others start from random weights, with
+    the full learning rate. `scratch` has about the examples of both phases, `scratch_full` those of
+    step 8, whose predictions are used if step 8 has trained this network. The input of the copied
+    network is standardised as in genre training, that of the others by the emotion training clips.
 """)
-
-
-def examples_shown(run):
-    """Training examples shown by the end of each epoch."""
-    return run.facts["examples_per_epoch"] * run.history["epoch"].to_numpy()
-
-
 size = (5 * len(emotions) + 2, 4)
 fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
 for ax, emotion in zip(panels.flat, emotions, strict=True):
-    head, tuned, scratch = (runs[kind, emotion] for kind in ("head", "transfer", "scratch"))
-    end = examples_shown(head)[-1]
-    x = np.concatenate([examples_shown(head), end + examples_shown(tuned)])
-    y = np.concatenate([run.history["val_score"] for run in (head, tuned)])
-    ax.plot(x, y, ".-", color=COLORS[0], label="from the genre model")
-    y = scratch.history["val_score"]
-    ax.plot(examples_shown(scratch), y, ".--", color=COLORS[3], label="from scratch")
-    ax.axvline(end, color="grey", linestyle=":", label="end of the first phase")
+    head, tuned, scratch = (
+        run.history.set_index(run.facts["examples_per_epoch"] * run.history["epoch"])["val_score"]
+        for run in (runs[kind, emotion] for kind in ("head", "transfer", "scratch"))
+    )
+    end = head.index[-1]
+    tuned.index += end
+    pd.concat([head, tuned]).plot(ax=ax, style=".-", color=COLORS[0], label="from genre weights")
+    scratch.plot(ax=ax, style=".--", color=COLORS[3], label="from random weights (scratch)")
+    ax.axvline(end, color="grey", linestyle=":", label="end of the first phase (head alone)")
     ax.set(xlabel="Training examples shown", ylabel="Validation Spearman", title=emotion)
-panels[0, 0].legend(fontsize="small")
-caption = (
-    "Spearman's correlation on the validation clips against the training examples shown so far"
-)
-step.figure(fig, "epochs", f"{caption} ({len(data.val)} validation clips)")
+fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+step.figure(fig, "epochs", f"Spearman's correlation on {len(data.val)} validation clips")
 
 # %% 9e. Against step 8
-# The lab: compare with step 8. There are two questions. Do the genre weights help if both
-# starts are trained equally long (`scratch`)? Is the short fine-tuning as good as the whole
-# training of step 8 (`scratch_full`)?
+# The lab: compare with step 8. Do the genre weights help if both are trained equally long
+# (`scratch`)? Is the short fine-tuning as good as a whole training (`scratch_full`)?
 step.heading("9e. Comparison with step 8")
+test = {key: emotion_scores(run.truth, run.predictions) for key, run in runs.items()}
 predictions = {
     kind: pd.concat([runs[kind, emotion].predictions for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
 }
-kinds = ("transfer", "head", "scratch", "scratch_full")
-shown = {kind: predictions[kind] for kind in kinds if kind in predictions}
-titles = {twin: f"scratch_full = {twin} (step 8)"}
+shown = {kind: table for kind, table in predictions.items() if "frozen" not in kind}
 for kind, table in step8.predictions.items():
-    shown[titles.get(kind, f"{kind} (step 8)")] = table[list(emotions)]
+    title = f"scratch_full = {kind} (step 8)" if kind == twin else f"{kind} (step 8)"
+    shown[title] = table[list(emotions)]
 scores = {name: emotion_scores(true, table) for name, table in shown.items()}
 step.table(
     tables.emotion_table(scores),
@@ -293,51 +265,36 @@ step.table(
 )
 if step8.predictions:
     step.text(BASELINES)
-differences = {
-    name: paired_difference(true, shown["transfer"], table)
-    for name, table in shown.items()
-    if name != "transfer" and not name.startswith("constant")  # less 0 it is the score itself
-}
-lines = [tables.difference_line("transfer", name, d) for name, d in differences.items()]
-step.text("\n".join(f"- {line}" for line in lines))
+others = [name for name in shown if name not in ("transfer", "constant (step 8)")]
+differences = {name: paired_difference(true, shown["transfer"], shown[name]) for name in others}
+step.text("\n".join(f"- {tables.difference_line('transfer', *d)}" for d in differences.items()))
 step.text("""
-    The intervals show how much depends on the choice of the held-out clips. They do not show how
-    much depends on the seed of the training. Of several 95% intervals, one may exclude 0 by chance.
+    The intervals show how much depends on the choice of the held-out clips, but not on the seed of
+    the training. Of several 95% intervals, one may exclude 0 by chance.
 """)
 
-# %% 9e. How many blocks to freeze (--compare-depths)
-# One fine-tuning per number of frozen blocks. All of them start with the head of phase one.
+# %% 9e. How many blocks to freeze (--compare-depths): one fine-tuning per number of blocks
 if step.args.compare_depths:
     step.heading("9e. Frozen blocks")
     fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
     for ax, emotion in zip(panels.flat, emotions, strict=True):
-        tried = [runs[kind, emotion] for kind in tunings.values()]
-        test = [emotion_scores(run.truth, run.predictions) for run in tried]
-        ax.plot([t[emotion] for t in test], "o-", color=COLORS[0], label="held-out clips")
-        low, high = np.array([t[f"{emotion}_ci95"] for t in test]).T
+        tried = pd.DataFrame([test[kind, emotion] for kind in tunings.values()], depths)
+        ax.plot(tried[emotion], "o-", color=COLORS[0], label="held-out clips")
+        low, high = zip(*tried[f"{emotion}_ci95"], strict=True)
         ax.fill_between(depths, low, high, color=COLORS[0], alpha=0.15, label="95% interval")
-        on_val = [run.facts["val"][emotion] for run in tried]
-        ax.plot(on_val, "s--", color=COLORS[2], label="validation clips")
+        val = [runs[kind, emotion].facts["val"][emotion] for kind in tunings.values()]
+        ax.plot(depths, val, "s--", color=COLORS[2], label="validation clips")
         ax.axhline(scores["scratch"][emotion], color=COLORS[3], linestyle=":", label="scratch")
         ax.set(xlabel="Frozen blocks", ylabel="Spearman", title=emotion, xticks=list(depths))
-    panels[0, 0].legend(fontsize="small")
-    caption = "Spearman's correlation against the number of frozen blocks. The dotted line is "
-    step.figure(fig, "depths", caption + "`scratch` on the held-out clips.")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    step.figure(fig, "depths", "Spearman's correlation against the number of frozen blocks")
 
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)
 tables.write_predictions(step.folder, rows)
-facts = {
-    names[key]: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
-    for key, run in runs.items()
-}
+facts = {names[key]: run.facts | {"test": test[key]} for key, run in runs.items()}
 if len(emotions) == len(EMOTIONS):
     for kind, table in predictions.items():
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
         facts[kind] = combine_emotions(parts, emotion_scores(true, table))
-step.finish(
-    facts,
-    genre_model=genre_name,
-    frozen_blocks=step.args.freeze,
-    fine_tuning={"head": HEAD, "tune": TUNE},
-    differences=differences,
-)
+record = {"genre_model": genre_name, "frozen_blocks": step.args.freeze}
+step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE}, differences=differences)

@@ -54,7 +54,7 @@ SHORTEST_S, EVERY_S = 1.0, 3.0  # shortest song; from window to window
 NETWORKS = {
     "cnn": ("step07_cnn", "cnn_mel"),
     "lstm": ("step05_lstm", "mel"),
-    "emotion": ("step10_multitask", "multitask"),
+    "emotion": ("step10_multitask", "multitask_from_genre"),
     "emotion_lstm": ("step10_multitask", "multitask_lstm"),
 }
 

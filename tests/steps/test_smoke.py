@@ -23,7 +23,7 @@ STEPS = {
     "step08_regression": ((), "abcde", SINGLE, ["lstm", "cnn", "constant", "ridge", "svr"]),
     "step09_transfer": (("--axis", "energy"), "abcde",
                         ["head_energy", "transfer_energy", "scratch_energy"], []),
-    "step10_multitask": ((), "abcd", ["multitask", "multitask_scratch", "multitask_lstm"],
+    "step10_multitask": ((), "abcd", ["multitask", "multitask_from_genre", "multitask_lstm"],
                          ["multitask_average", "constant", "ridge", "svr"]),
 }  # fmt: skip
 

@@ -153,7 +153,7 @@ def prepare(device, data_dir, name, head, quiet=False):
         mean, std = [0.5, 0.4, 0.5][: len(names)], [0.3, 0.2, 0.3][: len(names)]
         data = dataclasses.replace(data, names=names, mean=mean, std=std, settings=settings)
         model = common.Regressor(backbone, names, mean, std)
-        loss_fn = common.RegressionLoss(std, learned=head == "multitask")
+        loss_fn = common.RegressionLoss(std)
     if quiet:
         augment = None
         for module in model.modules():
@@ -168,10 +168,9 @@ def prepare(device, data_dir, name, head, quiet=False):
 def train_on(device, data_dir, folder, name, head, quiet=False, **options):
     """Two epochs and a prediction, all as the steps do it; the losses and what is predicted."""
     model, data, loss_fn, recipe = prepare(device, data_dir, name, head, quiet)
-    model, loss_fn = model.to(device), loss_fn.to(device)
-    weights = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
+    model = model.to(device)
     fused = device.type != CARD.type  # torch has no fused optimiser for the stand-in
-    optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=fused)
     result = common.train(model, data, loss_fn, optimizer, recipe, folder, device=device, **options)
     if options.get("overfit_batch"):
         return result

@@ -146,7 +146,7 @@ STOPS = [
     ("step07_cnn", (), "cnn_mel", 5, 0),
     ("step08_regression", (), "cnn_energy", 4, 3 * EPOCHS),
     ("step09_transfer", (), "transfer_valence", 1, 1 + round(0.3 * EPOCHS) + EPOCHS),
-    ("step10_multitask", ("--learned-weights",), "multitask_learned", 4, 3 * EPOCHS),
+    ("step10_multitask", (), "multitask_lstm", 4, 2 * EPOCHS),
 ]
 
 

@@ -143,7 +143,7 @@ def test_songs_of_one_name_have_a_row_and_a_page_each(listened):
 
 def test_only_finished_networks_are_taken(outputs, data, tmp_path):
     out = shutil.copytree(outputs, tmp_path / "out")
-    for run in ("multitask", "multitask_lstm"):  # as step 10 leaves them with --folds 5
+    for run in ("multitask_from_genre", "multitask_lstm"):  # as step 10 leaves them with --folds 5
         (out / "step10_multitask" / run).rename(out / "step10_multitask" / f"{run}_fold1of5")
     assert set(networks_of(out)) == set(listen.NETWORKS)
     (out / "step07_cnn" / "cnn_mel" / common.UNFINISHED).touch()
