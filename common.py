@@ -374,7 +374,9 @@ class LSTMBackbone(Backbone):
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
-        describe = frame_statistics if self.config["frames_per_step"] > 1 else average_frames
+        # Beats given to an LSTM of frames are single columns, without deviation (`StepNorm`).
+        n = min(self.frames_per_step, self.config["frames_per_step"])
+        describe = frame_statistics if n > 1 else average_frames
         x, lengths = describe(x, lengths, self.frames_per_step)  # (B, S, 3 F) or (B, S, F)
         x = self.stem(x)
         for index, layer in enumerate(self.blocks):
@@ -393,9 +395,16 @@ class LSTMBackbone(Backbone):
 
 
 class StepNorm(nn.BatchNorm1d):
-    """Batch normalisation of (B, S, F): every feature over all steps of the batch."""
+    """Batch normalisation of (B, S, F): every feature over all steps of the batch.
+
+    A beat has no deviation and no change within the step. Where an LSTM of frames gets beats
+    (step 6), these features are set to their training mean, which is 0 after standardising.
+    """
 
     def forward(self, x):
+        if x.shape[2] < self.num_features:
+            absent = self.running_mean[x.shape[2] :].to(x)
+            x = torch.cat([x, absent.expand(*x.shape[:2], -1)], dim=2)
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 

@@ -85,13 +85,21 @@ def emotion_table(scores) -> pd.DataFrame:
 
 
 def difference_line(first, second, difference) -> str:
-    """One line: what `paired_difference` measured between two named models."""
+    """One line: what `paired_difference` measured between two named models, and what it shows."""
     titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
-    values = []
+    values, places = [], {}
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
         values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return f"`{first}` minus `{second}`: {', '.join(values)}; {difference['n_clips']} clips"
+        place = "lies above 0" if low > 0 else "lies below 0" if high < 0 else "contains 0"
+        places[f"the {titles[key]} interval"] = place
+    if len(set(places.values())) > 1:
+        shown = ", ".join(f"{interval} {place}" for interval, place in places.items())
+    else:
+        shown = f"{'each' if len(places) > 1 else 'the'} interval {place}"
+        shown += ": no difference is shown on these clips" if place == "contains 0" else ""
+    measured = f"{', '.join(values)} on {difference['n_clips']} clips"
+    return f"`{first}` minus `{second}`: {measured}; {shown}"
 
 
 def with_interval(scores, key) -> str:

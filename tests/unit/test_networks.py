@@ -196,6 +196,19 @@ def test_every_feature_of_a_step_reaches_the_lstm_standardised():
     assert normed.mean(0).abs().max() < 1e-3 and (normed.std(0) - 1).abs().max() < 0.01
 
 
+def test_an_lstm_of_frames_gets_the_training_mean_of_what_a_beat_does_not_have():
+    """Deviation and change are 0 after standardising; the mean is standardised as in training."""
+    network = LSTMBackbone(6, frames_per_step=4, projection=5)
+    network(30 + 7 * torch.randn(64, 40, 6), torch.full((64,), 40))  # running statistics
+    network.eval().frames_per_step = 1
+    inputs, beats = [], 30 + 7 * torch.randn(2, 9, 6)
+    network.stem[1].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    assert network(beats, torch.tensor([9, 7])).isfinite().all()
+    norm = network.stem[0]
+    mean = (beats - norm.running_mean[:6]) / (norm.running_var[:6] + norm.eps).sqrt()
+    torch.testing.assert_close(inputs[0], torch.cat([mean, torch.zeros(2, 9, 12)], dim=2))
+
+
 # --- by hand ----------------------------------------------------------------------------
 
 
