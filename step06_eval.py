@@ -53,9 +53,10 @@ step.heading("The models and the baselines")
 models = genre_models(step.training, LSTM_NAMES)
 classes = models["mel"].settings["names"]
 own_set = {name: "beat" if model.settings["beat"] else "full" for name, model in models.items()}
-lstm_val = pd.Series({name: model.facts["val"]["macro_f1"] for name, model in models.items()})
-best, facts = lstm_val.idxmax(), models[lstm_val.idxmax()].facts
-trained, svms = {}, {}  # per test set: the training clips of the same form; the baseline
+val = {name: model.facts["val"]["macro_f1"] for name, model in models.items()}
+best = max(val, key=val.get)
+n_val = models[best].facts["n_val"]
+trained, svms = {}, {}
 grid = {"svc__C": [1, 3, 10], "svc__class_weight": [None, "balanced"]}
 for set_name, beat in SETS.items():
     entries = read_entries(step.source.root, "genre", "train", beat, step.source.merge)
@@ -66,33 +67,29 @@ for set_name, beat in SETS.items():
     pipeline = make_pipeline(StandardScaler(), SVC())
     search = GridSearchCV(pipeline, grid, cv=folds, scoring="f1_macro")
     svms[SVMS[set_name]] = search.fit(band_features(trained[set_name]), targets)
+    val[SVMS[set_name]] = search.best_score_
 commonest = pd.Series([entry.label for entry in trained["full"].entries]).mode()[0]
-step.text("""
-The LSTMs are those of step 5: the ones named `beat_...` were trained on beats, the others on
-frames. There are three baselines. `majority` always predicts the most frequent training class.
-`svm` (for frames) and `beat_svm` (for beats) are support vector machines. Their input is the mean,
-standard deviation, percentiles and mean change of each mel band over the clip. Their C and class
-weights are chosen by cross-validation. With `--ensemble`, `lstm_ensemble` is the mean of the
-log-probabilities of all LSTMs, each on its own kind of input.
+step.text(f"""
+    The LSTMs are those of step 5: the ones named `beat_...` were trained on beats, the others on
+    frames. There are three baselines. `majority` always predicts the most frequent training class,
+    {commonest}. `svm` (for frames) and `beat_svm` (for beats) are support vector machines. Their
+    input is the mean, standard deviation, percentiles and mean change of each mel band over the
+    clip. Their C and class weights are chosen by cross-validation. With `--ensemble`,
+    `lstm_ensemble` is the mean of the log-probabilities of all LSTMs, each on its own input.
 """)
-val = lstm_val.to_dict() | {name: search.best_score_ for name, search in svms.items()}
 step.table(
     pd.DataFrame({"val macro-F1": val}).rename_axis("model"),
-    f"Before testing. LSTMs: the kept epoch on {facts['n_val']} validation clips, which is an "
-    f"optimistic estimate ({facts['n_train']} training clips). SVMs: cross-validation on all of these "
-    "clips. The two kinds of score cannot be compared with each other",
+    f"Before testing. LSTMs: the kept epoch on {n_val} validation clips, an optimistic "
+    "estimate. SVMs: cross-validation on training and validation clips. The two cannot be compared",
 )
 step.text(f"""
-    The best LSTM by validation macro-F1 is `{best}`. This choice is noisy: one validation clip
-    changes the accuracy by {1 / facts["n_val"]:.3f}. The most frequent training class is
-    {commonest}.
+    The best LSTM by validation macro-F1 is `{best}`. This choice is noisy: a single clip changes
+    the validation accuracy by {1 / n_val:.3f}.
 """)
 
 # %% Predictions for both test sets
-# The lab names two test sets, so every LSTM is scored on both: on the one of its own kind of
-# input, and on the other one. The other one is standardised by the training clips of that form.
-# An LSTM of beats gets means of as many frames as a beat has. An LSTM of frames gets one beat
-# per time step; what a beat does not have, deviation and change, is set to its training mean.
+# The lab names two test sets, so every LSTM is scored on both. The set of the other kind of input
+# is standardised by the training clips of that form, and a time step is about as long as usual.
 frames, beats = (trained[set_name].lengths.float().median() for set_name in SETS)
 frames_per_beat = round(float(frames / beats))
 tests, true, predictions = {}, {}, {}
@@ -161,11 +158,9 @@ step.text(f"""
     one beat per time step. A beat has no deviation and no change within the step, so both are set
     to their training means.
 """)
-intervals_say = "95% intervals over test clips, for one training seed"
-step.table(
-    both_sets(lambda s: {"accuracy": with_interval(s, "accuracy")}),
-    f"Accuracy on the test sets, with {intervals_say}",
-)
+intervals = "95% intervals over test clips, for one training seed"
+table = both_sets(lambda s: {"accuracy": with_interval(s, "accuracy")})
+step.table(table, f"Accuracy on the test sets, with {intervals}")
 pale = "Pale bars: LSTMs on the kind of input that they were not trained on"
 step.figure(plot_both_sets("accuracy", "Accuracy"), "accuracy", f"Accuracy of every model. {pale}")
 
@@ -197,12 +192,11 @@ caption = "Confusion matrices. The numbers are clips, the colour is the share of
 step.figure(fig, "confusion", caption)
 
 # %% 6c. Macro averages
-# The mean over the classes, and paired differences: do two models differ by more than the choice
-# of test clips?
+# The mean over the classes. Paired differences compare two models on the same clips.
 step.heading("6c. Macro-averaged precision, recall and F1")
 step.text("A macro average is the mean over the classes. Each class counts the same.")
 step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
-caption = f"Macro-F1 of every model, with {intervals_say}. {pale}"
+caption = f"Macro-F1 of every model, with {intervals}. {pale}"
 step.figure(plot_both_sets("macro_f1", "Macro-F1"), "macro_f1", caption)
 own_f1 = {name: scores[name, set_name]["macro_f1"] for name, set_name in own_set.items()}
 pairs = [(best, name) for name in models if name != best]
@@ -215,9 +209,9 @@ for set_name, svm in SVMS.items():
         that of {lower} of the {len(lstms)} LSTMs that were trained on this kind of input.
     """)
 step.text("""
-Paired differences on the same clips, each model on its own kind of input. Each SVM is compared with
-the best LSTM (by validation) of its kind of input. The 95% intervals cover the choice of test clips
-only, for one training seed. Of many such intervals, some exclude 0 by chance.
+Paired differences on the same clips, each model on its own kind of input, with 95% intervals over
+test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. Of many
+such intervals, some exclude 0 by chance.
 """)
 lines = []
 for pair in pairs:
@@ -227,12 +221,12 @@ for pair in pairs:
 step.text("\n".join(lines))
 
 # %% 6d. Micro averages
-# All predictions are pooled before dividing, so each clip counts the same.
+# The lab: the same three, averaged over clips.
 step.heading("6d. Micro-averaged precision, recall and F1")
 step.text("""
-A micro average pools the predictions of all classes before dividing. Each clip counts the same. A
-clip has one label and one predicted class, so every false positive of one class is a false negative
-of another. Therefore micro precision, recall and F1 are all equal to the accuracy.
+A micro average pools all predictions before dividing. Each clip counts the same. A clip has one
+true and one predicted class, so every false positive of one class is a false negative of another.
+Therefore micro precision, recall and F1 are all equal to the accuracy.
 """)
 step.table(both_sets(lambda s: {name: s[f"micro_{name}"] for name in METRICS}), "Micro averages")
 
@@ -278,8 +272,7 @@ clips) and the F1 depends on the class. Micro minus macro F1 is
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre
 needs precision: a metal song among lullabies is worse than a missing lullaby. A search for an
 illness needs recall: a missed case does the harm. Accuracy and F1 do not tell these errors apart.
-We require a value of the metric that matters (for example recall of at least .9) and compare the
-other one.
+We then require, for example, a recall of at least .9 and compare the precision.
 
 **Which one for this task?** We choose by macro-F1. All genres matter equally, but their sizes
 differ, and macro-F1 shows when a model recognises only the frequent classes.
