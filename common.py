@@ -1152,7 +1152,7 @@ class Experiment:
 
 @dataclasses.dataclass
 class Result:
-    """A run that is done: one Fit per fold.
+    """A run that is done: one TrainedModel per fold.
 
     facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
         averaged, all else is the first fold's

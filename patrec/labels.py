@@ -42,7 +42,7 @@ def read_labels(path) -> list[tuple[str, str | tuple[float, float, float]]]:
     """
     rows = read_rows(path)
     ids = rows["Id"].str.partition(".")[0]  # what stands before the first dot
-    bad_id = (ids == "") | rows["Id"].str.contains(r"[/\\:\0]")  # none leaves its folder
+    bad_id = (ids == "") | rows["Id"].str.contains(r"[/\\:]")  # none leaves its folder
     faults = {
         f"does not have {rows.shape[1]} filled columns": (rows == "").any(axis=1),
         "has no clip id such as 104085.fused.full.npy.gz": bad_id,
@@ -71,6 +71,8 @@ def read_rows(path) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)
         raise InputError(f"{path}: {reason}; expected a label file in UTF-8") from None
+    if "\0" in text:  # UTF-16 without its mark; pandas would end a cell there
+        raise InputError(f"{path}: holds NUL characters; expected a label file in UTF-8")
     n_blank = len(text) - len(text.lstrip("\n"))
     header = text[n_blank:].partition("\n")[0]
     separator = "\t" if "\t" in header else ","

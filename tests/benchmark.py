@@ -12,6 +12,7 @@ the same clips; training counts the clips shown per second. Run by hand, not by 
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -213,30 +214,17 @@ def measure(side, args) -> dict:
 def ours_epoch(model, fetch, recipe, device, batch_size):
     """One epoch of common's own loop as a closure, so that the rate is that of the steps."""
     loader = DataLoader(fetch, batch_size, shuffle=True)
-    parts = training_parts(model, recipe.lr, 99 * len(loader), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
+    recipe = dataclasses.replace(recipe, epochs=99)
+    state = common.TrainingState(
+        model, nn.CrossEntropyLoss(), optimizer, recipe, len(loader), device
+    )
 
     def epoch():
-        common.train_epoch(loader, parts, recipe, device, 1)
+        common.train_epoch(loader, state, recipe, device, 1)
         return len(fetch)
 
     return epoch
-
-
-def training_parts(model, lr, n_steps, device) -> dict:
-    """What common.train_epoch works with, as common.train makes it."""
-    swa, kind = torch.optim.swa_utils, torch.device(device).type
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    half = patrec.machine.fast_dtype(kind) == torch.float16
-    return {
-        "model": model,
-        "average": swa.AveragedModel(
-            model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.99), use_buffers=True
-        ),
-        "loss": nn.CrossEntropyLoss(),
-        "optimizer": optimizer,
-        "schedule": torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps),
-        "scaler": torch.amp.GradScaler(kind, enabled=half),
-    }
 
 
 def cnn_multiplications(backbone, n_frames) -> int:

@@ -90,6 +90,9 @@ def test_the_temperature_is_fitted_on_the_validation_clips(outputs, judged):
         row = found[f"{split} ({len(targets)} clips)"]
         for key, scale in (("calibration error", 1), ("calibration error, scaled", temperature)):
             assert row[key] == pytest.approx(calibration_error(z / scale, targets), abs=0.02)
+        for key, scale in (("mean confidence", 1), ("confidence, scaled", temperature)):
+            confidence = float((z / scale).softmax(1).amax(1).mean())
+            assert row[key] == pytest.approx(confidence, abs=0.005)
     assert listen.temperature_of(outputs) == temperature
     assert listen.temperature_of(outputs / "elsewhere") == 1
 

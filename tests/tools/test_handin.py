@@ -202,6 +202,22 @@ def test_draft_says_what_is_missing_and_what_is_no_result(outputs):
     assert "forbidden" in title
 
 
+def test_a_check_beside_a_full_run_is_not_shown_and_alone_it_is(outputs):
+    """--overfit-batch leaves its own folder in the step's; the full run holds the check too."""
+    full = outputs / "step06_eval"
+    check = full / "overfit_batch"
+    check.mkdir()
+    for name in ("metrics.json", "args.json", "summary.md"):
+        (check / name).write_bytes((full / name).read_bytes())
+    (check / "args.json").write_text(json.dumps({"smoke": True, "subset": None}))
+    told = ("step06_eval/overfit_batch/summary.md", "Step 6: ran with --smoke")
+    text = draft("a.md").read_text()
+    assert not any(words in text for words in told)
+    (full / "summary.md").unlink()
+    text = draft("b.md").read_text()
+    assert all(words in text for words in told)
+
+
 def test_title_page_has_the_names_and_room_for_those_not_given(outputs):
     text = draft("a.md", "--name1", "Άννα Ω. Παπα-Νίκα", "--id1", "03100001").read_text()
     title = text.split("\n---\n")[0]

@@ -178,6 +178,8 @@ def test_bad_input_ends_the_lab_before_any_step(project, data, flags):
         (("--no-merge",), False),
         (("--allow-leak",), False),
         (("--subset", "9"), False),
+        (("--seed", "7"), False),
+        (("--epochs", "3"), False),
     ],
 )
 def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, same):

@@ -3,9 +3,13 @@
 import types
 
 import numpy as np
+import pytest
 import torch
+from conftest import EMOTIONS, labels_of, patch_everywhere
 
+import common
 from patrec.baselines import band_features, regression_baselines
+from patrec.flags import Source
 
 
 def test_band_features_are_numpys():
@@ -43,3 +47,20 @@ def test_baselines_predict_held_out_clips_from_the_known_ones():
             else:
                 for column, truth in zip(part.T, targets[held_out].T, strict=True):
                     assert np.corrcoef(column, truth)[0, 1] > 0.8
+
+
+def test_emotion_baselines_know_all_clips_but_those_held_out(own_data, monkeypatch):
+    """BASELINES says so: training and validation clips together. Each clip under its own id."""
+    cuts, labels = [], labels_of(own_data, "emotion")
+
+    def baselines(features, targets, folds, seed):
+        cuts.extend(folds)
+        return {"svr": [targets[held_out] for _, held_out in folds]}
+
+    patch_everywhere(monkeypatch, "regression_baselines", baselines)
+    table = common.emotion_baselines(Source(own_data), n_folds=2)["svr"]
+    assert table.columns.tolist() == list(EMOTIONS) and sorted(table.index) == sorted(labels)
+    for clip_id, row in table.iterrows():
+        assert row.tolist() == pytest.approx(labels[clip_id])
+    for known, held_out in cuts:
+        assert sorted([*known, *held_out]) == list(range(len(labels)))

@@ -315,6 +315,16 @@ def test_a_subset_has_every_class_and_no_validation_clip(data_dir):
     assert {int(data.train.dataset.targets[i]) for i in data.train.indices} == set(range(10))
 
 
+def test_a_subset_of_emotion_clips_leaves_the_other_parts_whole(own_data):
+    few, whole = (
+        load_data(Source(own_data, subset=n), target="emotion", n_folds=2) for n in (2, None)
+    )
+    assert len(few.train) == 2 < len(whole.train)
+    assert set(few.train.indices) < set(whole.train.indices)
+    for part in ("val", "held_out"):
+        assert getattr(few, part).indices == getattr(whole, part).indices
+
+
 @pytest.mark.parametrize("n_folds", [2, 3, 4])
 def test_folds_hold_every_clip_out_once(tmp_path, n_folds):
     labels = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5))
@@ -328,6 +338,17 @@ def test_folds_hold_every_clip_out_once(tmp_path, n_folds):
     few = dict(list(labels.items())[: 4 * n_folds - 1])
     with pytest.raises(InputError, match="too few for"):
         split_ids(source, "emotion", few, 0, n_folds)
+
+
+def test_validation_clips_of_emotion_follow_the_seed(tmp_path):
+    """Their places among the clips that are not held out, which change with the seed anyway."""
+    labels, places = dict.fromkeys(map(str, range(40)), (0.5, 0.5, 0.5)), set()
+    for seed in range(4):
+        source = Source(tmp_path / "nowhere", seed=seed)
+        _, val, held_out = split_ids(source, "emotion", labels)
+        known = [clip_id for clip_id in labels if clip_id not in held_out]
+        places.add(tuple(known.index(clip_id) for clip_id in val))
+    assert len(places) == 4
 
 
 def test_parts_without_a_readable_clip_are_one_error(own_data):

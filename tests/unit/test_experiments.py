@@ -68,6 +68,20 @@ def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monke
         common.train_fold(options(tmp_path), run, 0, 1)
 
 
+def test_a_fine_tuning_has_the_budget_the_rate_and_the_statistics_asked_for(tiny_data, monkeypatch):
+    def train(model, data, loss_fn, optimizer, recipe, folder, **options):
+        rate = optimizer.param_groups[0]["lr"]
+        same = data.settings["stats"] is stats
+        raise StepFailed(f"{recipe.epochs} epochs at {recipe.lr:g} and {rate:g}, {same}")
+
+    patch_everywhere(monkeypatch, "train", train)
+    stats = torch.full((128,), -40.0), torch.full((128,), 9.0)
+    changes = {"share": 0.3, "lr_factor": 0.5, "stats": stats}
+    run = dataclasses.replace(common.genre_experiment("mel"), **changes)
+    with pytest.raises(StepFailed, match="^3 epochs at 0.002 and 0.002, True$"):
+        common.train_fold(options(tiny_data, epochs=10, lr=0.004), run, 0, 1)
+
+
 # --- folds ------------------------------------------------------------------------------
 
 

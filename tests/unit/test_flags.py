@@ -1,5 +1,7 @@
 """The command line that the steps share."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import assert_clean_error, run_forked
@@ -47,3 +49,33 @@ def test_a_step_that_does_not_train_has_the_flags_of_a_training_at_their_default
     monkeypatch.setattr("sys.argv", ["step", "--seed", "7"])
     args = patrec.flags.parse_flags("x")
     assert (args.seed, args.batch_size, args.epochs, args.resume) == (7, 32, None, False)
+
+
+@pytest.mark.parametrize(
+    "flags, changed",
+    [
+        (["--seed", "7"], {"seed": 7}),
+        (["--no-merge"], {"merge": False}),
+        (["--skip-bad"], {"skip_bad": True}),
+        (["--allow-leak"], {"allow_leak": True}),
+        (["--subset", "9"], {"subset": 9}),
+        (["--smoke"], {"smoke": True, "subset": 64}),
+        (["--smoke", "--subset", "9"], {"smoke": True, "subset": 9}),
+        (["--epochs", "3"], {"epochs": 3}),
+        (["--batch-size", "5"], {"batch_size": 5}),
+        (["--lr", "0.004"], {"lr": 0.004}),
+        (["--resume"], {"resume": True}),
+        (["--workers", "2"], {"workers": 2}),
+    ],
+)
+def test_a_flag_changes_what_it_says_and_nothing_else(tmp_path, flags, changed):
+    (tmp_path / "fma_genre_spectrograms").mkdir()
+
+    def options(*flags):
+        parser = patrec.flags.make_parser("", training=True)
+        args = parser.parse_args(["--data-dir", str(tmp_path), "--device", "cpu", *flags])
+        source = patrec.flags.source_from(args)
+        facts = dataclasses.asdict(patrec.flags.options_from(args, source, tmp_path))
+        return facts | facts.pop("source")
+
+    assert options(*flags) == options() | changed

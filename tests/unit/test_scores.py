@@ -13,7 +13,9 @@ from patrec.scores import (
     average_predictions,
     bootstrap,
     classification_scores,
+    combine_emotions,
     emotion_scores,
+    genre_scores,
     macro_f1,
     paired_difference,
     spearman,
@@ -136,6 +138,25 @@ def genre_table(classes, rows):
     """{clip: class that is predicted} as a table of log-probabilities."""
     table = [[0.8 if name == predicted else 0.1 for name in classes] for predicted in rows.values()]
     return pd.DataFrame(np.log(table), list(rows), classes)
+
+
+def test_genres_are_scored_by_id():
+    """By position, every one of these would be wrong."""
+    true = pd.Series({"4": "a", "30": "b", "2": "b"})
+    scores = genre_scores(true, genre_table(["a", "b"], {"2": "b", "30": "b", "4": "a"}))
+    assert scores["accuracy"] == 1 and scores["confusion"] == [[1, 0], [0, 2]]
+
+
+def test_three_networks_of_one_emotion_each_are_summed_up_as_one():
+    parts = {
+        name: {"val": {name: 0.1 * n}, "epochs": n, "train_seconds": 2.0 * n, "weights": 10 * n}
+        for n, name in enumerate(EMOTIONS, start=1)
+    }
+    found = combine_emotions(parts, {"mean_spearman": 0.5})
+    val = dict(zip(EMOTIONS, (0.1, 0.2, 0.3), strict=True)) | {"mean_spearman": 0.2}
+    assert found.pop("val") == pytest.approx(val)
+    totals = {"epochs": 6, "train_seconds": 12.0, "weights": 60}
+    assert found == totals | {"test": {"mean_spearman": 0.5}}
 
 
 def test_paired_difference_of_genres_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from patrec.labels import EMOTIONS, fingerprint
 from patrec.tables import (
     difference_line,
     earlier_predictions,
+    epochs_kept,
     held_out_rows,
     markdown_table,
     prediction_rows,
@@ -42,6 +44,12 @@ def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
     found = {"spearman": 0.1, "spearman_ci95": [low, high], "n_clips": 5}
     line = f"`a` minus `b`: Spearman +0.100 [{low:+.3f}, {high:+.3f}] on 5 clips; {shown}"
     assert difference_line("a", "b", found) == line
+
+
+def test_epochs_of_every_fold_and_the_one_that_was_kept():
+    facts = [{"epochs": 12, "best_epoch": 11}, {"epochs": 8, "best_epoch": 3}]
+    members = [types.SimpleNamespace(facts=fact) for fact in facts]
+    assert epochs_kept(types.SimpleNamespace(members=members)) == "12 (11), 8 (3)"
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,21 @@ def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path, scored):
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1 + 3
 
 
+def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
+    """On few validation clips many epochs have the same macro-F1."""
+    losses = iter([1.0, 0.4, 0.7, 0.6])
+
+    class Scripted(nn.CrossEntropyLoss):
+        def forward(self, outputs, targets):
+            validating = not outputs.requires_grad
+            return torch.tensor(next(losses)) if validating else super().forward(outputs, targets)
+
+    scored([0.5] * 4)
+    _, result = train(tmp_path / "run", loss=Scripted(), recipe={"settled": 1.0})
+    assert result.history["val_loss"].tolist() == pytest.approx([1.0, 0.4, 0.7, 0.6])
+    assert result.history["kept"].tolist() == [1, 1, 0, 0] and result.facts["best_epoch"] == 2
+
+
 @pytest.mark.parametrize("epochs, options", [(2, {}), (20, {"max_seconds": 0})])
 def test_something_is_kept_although_every_score_is_negative(tmp_path, scored, epochs, options):
     """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1.
@@ -176,7 +191,8 @@ class Watched(TensorDataset):
 
 def test_every_clip_is_shown_as_often_as_planned_each_time_in_another_order(tmp_path):
     watched = Watched(*clips(21).tensors)
-    train(tmp_path / "run", epochs=2, data=watched, recipe={"crops": 2})
+    _, result = train(tmp_path / "run", epochs=2, data=watched, recipe={"crops": 2})
+    assert result.facts["examples_per_epoch"] == 2 * 21
     per_epoch = 2 * 21 + 21  # two crops of each clip, then the validation part
     epochs = [watched.shown[start:][: 2 * 21] for start in (0, per_epoch)]
     assert all(sorted(epoch) == sorted([*range(21)] * 2) for epoch in epochs)
@@ -316,6 +332,16 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypa
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_resume_keeps_the_best_epoch_of_before(tmp_path, scored):
+    scored([0.5, 0.9, None])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", recipe={"settled": 1.0})
+    scored([0.7, 0.6])
+    _, result = train(tmp_path / "run", recipe={"settled": 1.0}, resume=True)
+    assert result.history["kept"].tolist() == [1, 1, 0, 0]
+    assert result.facts["best_epoch"] == 2 and val_score(result) == 0.9
+
+
 def test_resume_of_another_run_is_refused(tmp_path):
     train(tmp_path / "run", epochs=2)
     with pytest.raises(InputError, match="begun with --epochs 2"):
@@ -385,6 +411,15 @@ def test_overfit_uses_four_batches_of_the_training_clips_only():
     watched = Watched(*clips(80).tensors)
     overfit(watched)
     assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
+
+
+def test_overfit_blanks_no_stripes():
+    """They are regularisation too; only the LSTM's own module draws them."""
+    model, whole = Classifier(LSTMBackbone(6, hidden_size=8, mask_bands=4), 3), []
+    (mask,) = (module for module in model.modules() if isinstance(module, common.StripeMask))
+    mask.register_forward_hook(lambda _, inputs, output: whole.append(output is inputs[0]))
+    train(None, 2, model, overfit_batch=True)
+    assert mask.training and whole and all(whole)
 
 
 def test_overfit_learns_at_a_constant_rate():
