@@ -1,4 +1,4 @@
-"""Baselines: what a network has to beat."""
+"""Baselines that the networks are compared with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from patrec.scores import spearman
 
 
 def band_features(store, indices=None) -> np.ndarray:
-    """Describe each clip by statistics of its bands over time: the input of the SVM baselines.
+    """Statistics of each clip's 128 mel bands over time: the input of the baselines.
 
-    Mean, standard deviation, 10th and 90th percentile and mean absolute difference from
-    frame to frame, of each of the 128 mel bands.
+    Mean, standard deviation, 10th and 90th percentile, and mean absolute change from frame to
+    frame.
 
     Returns
     -------
@@ -30,19 +30,18 @@ def band_features(store, indices=None) -> np.ndarray:
 
 
 BASELINES = """
-`constant`, `ridge` and `svr` are what a network has to beat. `constant` is the mean training label
-(of several folds the first one's, for all). `ridge`, a linear regression, and `svr`, support vector
-regression, get the mean, spread, percentiles and mean change from frame to frame of each mel band
-over the clip: nothing of the order in time but that change. They are fitted on training and
-validation clips together, of which the networks use the latter only to choose the epoch: they have
-the larger training set.
+`constant`, `ridge` and `svr` are baselines. `constant` predicts the mean training label (of the
+first fold) for every clip. `ridge` is a linear regression and `svr` is support vector regression.
+Their input is the mean, standard deviation, percentiles and mean change from frame to frame of each
+mel band over the clip, so they know little about the order in time. They are fitted on the training
+and validation clips together, so their training set is larger than that of the networks.
 """
 
 
 def regression_baselines(features, targets, folds, seed) -> dict[str, list[np.ndarray]]:
-    """Predictions for held-out clips by the methods that BASELINES describes.
+    """Predictions of the baselines (see BASELINES) for held-out clips.
 
-    The parameters of `ridge` and `svr` are chosen by cross-validation within the known clips.
+    The hyperparameters of `ridge` and `svr` are chosen by cross-validation on the known clips.
 
     Parameters
     ----------
@@ -64,8 +63,8 @@ def regression_baselines(features, targets, folds, seed) -> dict[str, list[np.nd
     inner = KFold(5, shuffle=True, random_state=seed)
     svr_grid = {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}
     grids = {"ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}), "svr": (SVR(), svr_grid)}
-    # One constant for all folds: the mean of a fold's known clips is low where its held-out
-    # labels are high, which would rank backwards.
+    # One constant for all folds. The mean of each fold's known clips would be low if its held-out
+    # labels are high, and so give a negative correlation.
     constant = targets[folds[0][0]].mean(0)
     predictions = {"constant": [], "ridge": [], "svr": []}
     for known, held_out in folds:

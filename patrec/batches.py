@@ -1,4 +1,4 @@
-"""Batches: augmentation, and windows of a clip."""
+"""Augmentation of batches, and windows of a clip."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from patrec.features import N_MELS
 
 
 def to_resident(frames, device) -> torch.Tensor:
-    """Move all frames onto the GPU where they fit in half of its free memory.
+    """Move all frames to the GPU if they fit in half of its free memory.
 
-    The lab's 5,331 clips take 1.9 GB in half precision, so batches are then cut on the
-    GPU and nothing is copied while training.
+    Then nothing is copied during training. The lab's 5,331 clips take 1.9 GB in half precision.
     """
     device = torch.device(device)
     if device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -25,25 +24,25 @@ def to_resident(frames, device) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Augment:
-    """Random changes of a training batch, drawn on the device; off where 0.
+    """Random changes of a training batch, drawn on the device; 0 switches one off.
 
     mixup : float
         Alpha of the Beta distribution of the mixing weight (Zhang et al., 2018, mixup).
     shift_bands : int
-        Move the mel bands up or down by up to this many: roughly a change of pitch. Chroma
-        rows stay as they are.
+        Shift the mel bands up or down by at most this many bands, which is roughly a change of
+        pitch. Chroma is not shifted.
     mask_bands, mask_frames : int
-        Widest stripe that is set to the mean (Park et al., 2019, SpecAugment).
+        Largest width of the stripe that is set to the mean (Park et al., 2019, SpecAugment).
     """
 
     mixup: float = 0.3
     shift_bands: int = 2
     mask_bands: int = 16
     mask_frames: int = 38
-    n_classes: int = 0  # > 0: targets are class numbers and become probabilities
+    n_classes: int = 0  # > 0: class numbers are turned into probabilities
 
     def __call__(self, x, targets):
-        """x (B, T, F), targets (B,) or (B, 3) -> the same, changed; classes as (B, K)."""
+        """x (B, T, F), targets (B,) or (B, 3) -> augmented x, targets; classes become (B, K)."""
         if self.n_classes:
             targets = nn.functional.one_hot(targets, self.n_classes).float()
         if self.shift_bands and x.shape[2] >= N_MELS:
@@ -57,7 +56,7 @@ class Augment:
                 x = mask_stripe(x, dim, min(widest, x.shape[dim] // 4))
         if self.mixup:
             weight = torch.distributions.Beta(self.mixup, self.mixup).sample((len(x),)).to(x.device)
-            weight = torch.maximum(weight, 1 - weight)  # the clip itself keeps the larger share
+            weight = torch.maximum(weight, 1 - weight)  # the clip itself has the larger weight
             other = torch.randperm(len(x), device=x.device)
             x = x[other].lerp_(x, weight[:, None, None])
             weight = weight.view(-1, *[1] * (targets.dim() - 1))
@@ -66,7 +65,7 @@ class Augment:
 
 
 def mask_stripe(x, dim, widest):
-    """Set one random stripe per clip, up to `widest` wide along `dim` (1 or 2), to 0 (the mean)."""
+    """Set a random stripe of each clip, at most `widest` along `dim` (1 or 2), to 0 (the mean)."""
     size = x.shape[dim]
     width = torch.rand(len(x), 1, device=x.device) * widest
     start = torch.rand(len(x), 1, device=x.device) * (size - width)
@@ -76,7 +75,7 @@ def mask_stripe(x, dim, widest):
 
 
 def window_starts(lengths, window, overlap=True) -> torch.Tensor:
-    """(B,) -> (B, W): where W windows begin that are spread evenly over each clip."""
+    """(B,) -> (B, W): first frames of W windows that are spread evenly over each clip."""
     n_windows = math.ceil(int(lengths.max()) / window)
     n_windows = 2 * n_windows - 1 if overlap else n_windows
     last = (lengths - window).clamp(min=0)  # (B,)

@@ -1,4 +1,4 @@
-"""Which networks the lab has, and how much each of them is shown."""
+"""The networks of the lab and how long each of them is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patrec.features import BANDS
 
 
 class Network(NamedTuple):
-    """One kind of network of the lab and its input."""
+    """A kind of network and its input."""
 
     kind: str  # 'lstm' or 'cnn'
     features: str  # 'mel', 'chroma' or 'fused' (both)
@@ -23,7 +23,7 @@ class Network(NamedTuple):
         return BANDS[self.features].stop - BANDS[self.features].start
 
 
-GENRE_NETWORKS = {  # the runs of steps 5 and 7, which steps 6, 8, 9, 10 and 11 go on from
+GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 11
     "mel": Network("lstm", "mel"),
     "beat_mel": Network("lstm", "mel", beat=True),
     "chroma": Network("lstm", "chroma"),
@@ -38,50 +38,48 @@ LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm"
 
 
 class Budget(NamedTuple):
-    """How much a kind of network is shown.
+    """How many examples a kind of network is trained on.
 
-    The CNN's numbers and the LSTM's for genre were set near what cross-validation tried
-    (docs/experiments.md), the others by judgement.
+    The CNN's numbers and the LSTM's for genre are close to those tried in cross-validation
+    (docs/experiments.md). The LSTM's number for emotion is a judgement.
     """
 
-    crop: int  # frames of a training example, and of a window when scoring
-    genre: int  # training examples in all: the epochs follow from the number of clips
+    crop: int  # frames of a training example, and of a window in validation and test
+    genre: int  # training examples over all epochs
     emotion: int
-    most_passes: int  # over a very small set
+    most_passes: int  # over the clips of a very small data set
 
 
 BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
-DEMO_EXAMPLES = 2_700  # in all: enough to learn the made-up demo set, so that a first run ends soon
+DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
 
 
 @dataclasses.dataclass
 class Recipe:
-    """How to train: the numbers of one training run."""
+    """The hyperparameters of one training."""
 
     epochs: int
-    lr: float = 2e-3  # highest rate of the one-cycle schedule
+    lr: float = 2e-3  # highest learning rate of the one-cycle schedule
     batch_size: int = 32
-    crops: int = 1  # of a clip per epoch
-    window: int | None = None  # frames of a window when scoring; None: the whole clip
+    crops: int = 1  # crops per clip and epoch
+    window: int | None = None  # frames of a window in validation and test; None: the whole clip
     augment: Augment | None = None
-    ema: float = 0.99  # decay per step of the averaged weights; 0: none
-    warm_up: float = 0.1  # share of the steps in which the rate rises
-    settled: float = 0.2  # the last share of the epochs, of which the best one is kept
+    ema: float = 0.99  # decay per update of the averaged weights; 0: no average
+    warm_up: float = 0.1  # share of the updates in which the learning rate rises
+    settled: float = 0.2  # the best epoch of this last share of the epochs is kept
 
 
 def make_recipe(network, data, training, share=1.0) -> Recipe:
-    """Plan a training: --epochs, --batch-size and --lr where given, else the network's budget.
+    """The recipe of a training: the flags of the step, or else the network's budget.
 
-    A small data set gets more passes, up to the budget's limit, so that as many examples are
-    shown in all; a large one at least 20. Where that takes more than 60, an epoch shows each
-    clip several times (another random crop each, where the input is crops): validation
-    comes after each epoch, and takes about a twentieth of a CNN's training where an epoch shows
-    each clip five times.
+    The number of passes over the clips follows from the budget: at least 20, at most
+    `most_passes`. If it is more than 60, an epoch takes several crops of each clip, because the
+    validation after each epoch takes time too.
 
-    share : of the budget, e.g. of a fine-tuning
+    share : float, part of the budget to use, e.g. for fine-tuning
     """
     budget, n_clips = BUDGETS[network.kind], len(data.train)
     genre = data.settings["part"] == "genre"
@@ -106,14 +104,14 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
 
 
 def window_size(network) -> int | None:
-    """Frames of a crop or window; None: whole clips, of beats or for the textbook LSTM."""
+    """Frames of a crop or window; None: whole clips, for beats and for the textbook LSTM."""
     return None if network.beat or network.plain else BUDGETS[network.kind].crop
 
 
 def make_augment(network, n_classes=0) -> Augment | None:
-    """Random changes of batches. An LSTM masks by itself.
+    """The augmentation of a network's batches; an LSTM masks its steps itself (`StripeMask`).
 
-    Mixup was a tie for both in cross-validation; the CNN keeps it, the LSTM does without.
+    Mixup made no difference in cross-validation. The CNN uses it, the LSTM does not.
     """
     if network.plain:
         return None
@@ -122,4 +120,4 @@ def make_augment(network, n_classes=0) -> Augment | None:
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
 
 
-OVERFIT_PASSES = 300  # over the four batches of the overfit check, at most
+OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check

@@ -1,4 +1,4 @@
-"""Scores of whole test sets, with 95% intervals."""
+"""Scores on a test set, with 95% intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patrec.labels import EMOTIONS
 
 
 def average_predictions(frames) -> pd.DataFrame:
-    """Mean of several tables of predictions, clip by clip, of the clips that all of them have."""
+    """Mean of several tables of predictions, for the clips that all of them have."""
     frames = list(frames)
     return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
 
@@ -21,8 +21,8 @@ def average_predictions(frames) -> pd.DataFrame:
 def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
     """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
 
-    It tells how far the score depends on which clips happen to be in the test set, not how
-    far on the seed of the training.
+    It shows how much the score depends on the choice of test clips. It does not show how much
+    it depends on the seed of the training.
 
     Parameters
     ----------
@@ -40,24 +40,24 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
 
 
 def macro_f1(targets, predictions, n_classes) -> float:
-    """Mean of all classes' F1 (arrays of ints); 0 for one that neither occurs nor is predicted.
+    """Mean F1 of all classes, as scikit-learn's f1_score with zero_division=0, but faster.
 
-    What scikit-learn's f1_score gives for these labels with zero_division=0.
+    targets, predictions : np.ndarray of int [shape=(N,)]
     """
     counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
     counts = counts.reshape(n_classes, n_classes)
-    seen = counts.sum(0) + counts.sum(1)  # of class k: true + predicted = 2 TP + FP + FN
+    seen = counts.sum(0) + counts.sum(1)  # per class: 2 TP + FP + FN
     return float((2 * counts.diagonal() / np.maximum(seen, 1)).mean())
 
 
 def classification_scores(targets, predictions, classes) -> dict:
-    """All scores of the lab's step 6, with intervals for accuracy and macro-F1.
+    """The scores of step 6, with intervals for accuracy and macro-F1.
 
     Parameters
     ----------
     targets, predictions : array-like of int [shape=(N,)]
     classes : list of str
-        Names by class number.
+        Class names; their order gives the class numbers.
 
     Returns
     -------
@@ -89,19 +89,19 @@ def classification_scores(targets, predictions, classes) -> dict:
 
 
 def class_numbers(names, classes) -> np.ndarray:
-    """Class names -> their places in `classes`."""
+    """Class names -> their positions in `classes`."""
     return pd.Categorical(names, categories=classes).codes.astype(int)
 
 
 def genre_scores(true, predictions) -> dict:
-    """`classification_scores` of a table of predictions (clip x class) against true class names."""
+    """`classification_scores` of true class names and a table of predictions (clip x class)."""
     classes = list(predictions.columns)
     targets = class_numbers(true.reindex(predictions.index), classes)
     return classification_scores(targets, predictions.to_numpy().argmax(1), classes)
 
 
 def spearman(targets, predictions) -> float:
-    """Spearman's rank correlation over a whole set; 0 for a constant, which ranks nothing."""
+    """Spearman's rank correlation; 0 if all values are equal, because they give no ranking."""
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
         return 0.0
@@ -109,9 +109,9 @@ def spearman(targets, predictions) -> float:
 
 
 def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndarray:
-    """Spearman's correlation on bootstrap resamples of the clips, all at once.
+    """Spearman's correlation on bootstrap resamples of the clips.
 
-    The same seed draws the same clips, so results for two models may be subtracted.
+    The same seed draws the same clips, so the results of two models can be subtracted.
 
     targets, predictions : np.ndarray [shape=(N,)] -> np.ndarray [shape=(n_resamples,)]
     """
@@ -122,14 +122,13 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
         for values in (targets, predictions)
     )
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # a constant ranks nothing: 0
+    return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # 0 for a constant
 
 
 def emotion_scores(true, predictions) -> dict:
-    """Spearman per emotion and, with all three, their mean (lab, step 8e), with intervals.
+    """Spearman per emotion and, if all three are there, their mean (step 8e), with intervals.
 
-    true, predictions : pd.DataFrame, a row per clip, a column per emotion (`predictions` may lack
-        some)
+    true, predictions : pd.DataFrame (clip x emotion); `predictions` may have fewer columns
     """
     true = true.loc[predictions.index]
     scores, resampled = {"n_clips": len(predictions)}, []
@@ -146,7 +145,7 @@ def emotion_scores(true, predictions) -> dict:
 
 
 def combine_emotions(parts, scores) -> dict:
-    """One record for {emotion: facts} of single-emotion models that answer together."""
+    """One record of three single-emotion models: {emotion: facts} -> facts."""
     val = {name: part["val"][name] for name, part in parts.items()}
     val["mean_spearman"] = float(np.mean(list(val.values())))
     keys = ("epochs", "train_seconds", "weights")
@@ -157,21 +156,21 @@ def combine_emotions(parts, scores) -> dict:
 def paired_difference(true, first, second) -> dict:
     """Scores of one model minus those of another on the same clips, with 95% intervals.
 
-    Both are scored on the same resamples of the clips: what makes a clip hard is common
-    to both and cancels, so this tells more than two intervals side by side.
+    Both are scored on the same resamples of the clips. Clips that are hard for both models do
+    not widen the interval, so it says more than the two intervals of the scores.
 
     Parameters
     ----------
     true : pd.Series of class names, or pd.DataFrame of emotion values
     first, second : pd.DataFrame
-        Answers, see `predict_clips`; clips and emotions that both have are compared.
+        See `predict_clips`. The clips and emotions that both have are compared.
 
     Returns
     -------
     dict
         n_clips; for genre accuracy and macro_f1, for emotion spearman (the mean over the
-        common emotions), each with `_ci95`; positive where `first` is better. For genre
-        also only_first, only_second: clips that one of the two alone has right.
+        common emotions), each with `_ci95`. They are positive if `first` is better. For genre
+        also only_first, only_second: how many clips only one of the two predicts correctly.
     """
     ids = first.index.intersection(second.index)
     result = {"n_clips": len(ids)}

@@ -15,17 +15,17 @@ from patrec.labels import EMOTIONS, fingerprint
 
 
 def epochs_kept(run) -> str:
-    """How many epochs each fold's training had, and in brackets which one was kept."""
+    """The number of epochs of each fold, with the kept epoch in brackets."""
     facts = [member.facts for member in run.members]
     return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
 
 
 class EarlierPredictions(NamedTuple):
-    """What an earlier emotion step has left for these clips.
+    """What an earlier emotion step has saved for these clips.
 
-    predictions : {model: pd.DataFrame (clip x emotion)}; empty where there are none
-    runs : dict, of its metrics.json
-    note : str, what was found, or why nothing was
+    predictions : {model: pd.DataFrame (clip x emotion)}; empty if there are none
+    runs : dict, from its metrics.json
+    note : str, where the predictions are from, or why there are none
     """
 
     predictions: dict
@@ -34,17 +34,14 @@ class EarlierPredictions(NamedTuple):
 
 
 def earlier_predictions(training, owner, clips, folds=None) -> EarlierPredictions:
-    """What an earlier emotion step answered for these very clips.
+    """Read what an earlier emotion step has predicted for the same held-out clips.
 
-    Nothing where it was not run, or with other labels, another seed, other held-out clips or
-    --smoke.
+    There are no predictions if it was not run, or with other labels, another seed, other clips or
+    --smoke. Raises InputError if its metrics.json or predictions.csv cannot be read.
 
     folds : pd.Series, optional, the fold of every clip, which must be the same
     """
-    source, note = (
-        training.source,
-        f"No scores of `{owner}` for these clips: they are missing here.",
-    )
+    source, note = training.source, f"`{owner}` has saved no predictions for these clips."
     for folder in earlier_folders(training, owner):
         if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
             continue
@@ -60,20 +57,22 @@ def earlier_predictions(training, owner, clips, folds=None) -> EarlierPrediction
         others = set(table["clip"]) != set(clips)
         if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
             reason = "was run with other labels, held-out clips, folds, seed or --smoke"
-            note = f"`{owner}` in {folder.parent.name} {reason}: not compared here."
+            note = f"`{owner}` in {folder.parent.name} {reason}, so it is not compared here."
             continue
         predictions = {}
         for model, rows in table.groupby("model"):
             frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
             predictions[model] = frame[[name for name in EMOTIONS if name in frame]]
         return EarlierPredictions(
-            predictions, metrics["runs"], f"Scores of `{owner}` are from {folder.parent.name}."
+            predictions,
+            metrics["runs"],
+            f"The predictions of `{owner}` are read from {folder.parent.name}.",
         )
     return EarlierPredictions({}, {}, note)
 
 
 def emotion_table(scores) -> pd.DataFrame:
-    """{model: emotion_scores} as a table of Spearman's correlations with their intervals."""
+    """{model: emotion_scores} -> table of Spearman's correlations with their intervals."""
     keys = (*EMOTIONS, "mean_spearman")
     keys = [key for key in keys if any(key in row for row in scores.values())]
     rows = {
@@ -103,15 +102,17 @@ def difference_line(first, second, difference) -> str:
 
 
 def with_interval(scores, key) -> str:
-    """A score and its 95% interval as a table's cell."""
+    """A score and its 95% interval, as text for a table."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(scores[key], *scores[f"{key}_ci95"])
 
 
 def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.DataFrame:
     """A table of predictions as rows of predictions.csv: one per clip and target.
 
-    For genre the target is 'genre', truth and prediction are class names; for emotion the
-    targets are the emotions. fold : '' or, by clip id, `Result.folds`
+    For genre the target is 'genre', and truth and prediction are class names. For emotion the
+    targets are the emotions.
+
+    fold : '' or pd.Series, the fold of each clip (`Result.folds`)
     """
     true = true.loc[predictions.index]
     fold = fold.loc[predictions.index] if isinstance(fold, pd.Series) else fold
@@ -128,7 +129,7 @@ def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.
 
 
 def held_out_rows(true, predictions, seed, folds) -> list[pd.DataFrame]:
-    """`prediction_rows` of held-out emotion clips for {model: predictions}."""
+    """`prediction_rows` of held-out emotion clips: {model: predictions} -> one frame per model."""
     where = {"test_set": "multitask_dataset held out", "seed": seed, "fold": folds}
     return [prediction_rows(name, true, table, **where) for name, table in predictions.items()]
 
@@ -139,7 +140,7 @@ def write_predictions(folder, rows) -> None:
 
 
 def write_submission(path, predictions) -> None:
-    """Write predictions for unlabelled clips (clip x three emotions) as the competition asks."""
+    """Write predictions for unlabelled clips (clip x emotion) in the competition's format."""
     frame = predictions[list(EMOTIONS)].clip(0, 1).rename_axis("Id.fused.full.npy.gz")
     write_text(path, frame.to_csv(float_format="%.6f"))
 

@@ -122,13 +122,13 @@ def earlier(tiny_data, tmp_path, make_step):
 def test_earlier_predictions_are_those_for_the_same_clips_by_id(earlier):
     write, find = earlier
     answers, runs, note = find(["7"])
-    assert (answers, runs) == ({}, {}) and "missing here" in note
+    assert (answers, runs) == ({}, {}) and "saved no predictions" in note
     tables = {"cnn": FULL, "svr": FULL.iloc[[2, 0, 1]] / 2, "lstm": FULL[["energy"]] / 4}
     pairs = {"test_set": "emotion", "seed": 42}
     rows = [prediction_rows(name, FULL, frame, **pairs) for name, frame in tables.items()]
     folder, asked = write(rows), ["9", "7", "010"]
     answers, runs, note = find(asked)
-    assert folder.name in note and "missing" not in note
+    assert folder.name in note and "no predictions" not in note
     assert set(answers) == set(tables) and runs == {"cnn": 1}
     for name, frame in answers.items():
         assert list(frame.index) == asked and list(frame.columns) == list(tables[name].columns)
