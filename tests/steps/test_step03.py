@@ -7,6 +7,7 @@ from patrec.clips import sample_clips
 from patrec.features import NOTES
 
 STEP = "step03_chroma"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def check_form(array):
     assert array[N_MELS:].min() >= 0 and array[N_MELS:].max() <= 1
 
 
+@pytest.mark.slow
 def test_same_as_the_labs_extractor():
     """The lab's calls, one by one (feature_extractor.py): any other parameter or order shows."""
     rng = np.random.default_rng(3)
