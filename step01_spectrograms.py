@@ -100,7 +100,7 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
     folder = part_folder(root, part, beat)
     labels = folder / f"{split}_labels.txt"
     lines = labels.read_bytes().splitlines() if labels.exists() else None
-    sizes = [path.stat().st_size for path in (folder / split).glob("*.npy")]
+    sizes = [path.stat().st_size for path in (folder / split).glob("[!.]*.npy")]
     parts.append(
         {
             "folder": f"{folder.name}/{split}",

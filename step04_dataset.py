@@ -270,7 +270,7 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
         rows.append(where | {"id": "label file", "fault": "bad labels", "detail": str(error)})
         continue
     named = {entry.path for entry in entries}
-    for path in sorted((folder / split).glob("*.npy")):
+    for path in sorted((folder / split).glob("[!.]*.npy")):
         if path not in named:
             detail = "in the folder, not in the label file"
             rows.append(where | {"id": path.name, "fault": "no label", "detail": detail})

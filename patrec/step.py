@@ -22,7 +22,7 @@ from patrec.files import (
     write_text,
 )
 from patrec.flags import options_from, parse_flags, prepare_process, source_from
-from patrec.labels import fingerprint
+from patrec.labels import fingerprints
 from patrec.machine import environment, in_notebook, show_in_notebook
 from patrec.tables import markdown_table
 
@@ -133,12 +133,15 @@ class Step:
     def finish(self, runs=None, **facts):
         """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
         root = self.source.root
-        prints = {part: value for part in FOLDERS if (value := fingerprint(root, part))}
         metrics = {
             "step": self.name,
             "seconds": round(time.monotonic() - self.began, 2),
             "environment": environment(self.device),
-            "data": {"root": str(root), "demo": self.source.demo, "fingerprint": prints},
+            "data": {
+                "root": str(root),
+                "demo": self.source.demo,
+                "fingerprint": fingerprints(root),
+            },
             "seed": self.args.seed,
             "smoke": self.args.smoke,
             "runs": runs or {},

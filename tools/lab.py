@@ -20,6 +20,7 @@ from common import UNFINISHED  # a file in the folder of what has not ended, or 
 from patrec.errors import StepFailed, end_in_one_line
 from patrec.files import PROJECT, find_data, make_folder, output_folder
 from patrec.flags import make_parser
+from patrec.labels import fingerprints
 from tools.steps import STEPS
 
 # These flags change how a step runs, but not what it makes.
@@ -37,17 +38,19 @@ def flags_of(args, parser, known) -> list[str]:
 
 
 def is_done(folder, args, known) -> bool:
-    """Whether a step's outputs are there and were made with these arguments."""
+    """Whether a step's outputs are there, made with these arguments from these labels."""
     if (folder / UNFINISHED).exists():
         return False
     try:
         made = json.loads((folder / "args.json").read_text())
-        root = json.loads((folder / "metrics.json").read_text())["data"]["root"]
+        data = json.loads((folder / "metrics.json").read_text())["data"]
+        root, labels = Path(data["root"]), data["fingerprint"]
     except (OSError, ValueError, KeyError):
         return False
     wanted = {name: getattr(args, name) for name in known - NO_EFFECT - {"data_dir"}}
     same_flags = {name: made.get(name) for name in wanted} == wanted
-    return same_flags and Path(root) == find_data(args.data_dir, parts=())
+    same_data = root == find_data(args.data_dir, parts=()) and labels == fingerprints(root)
+    return same_flags and same_data
 
 
 def run(command, folder) -> float | None:

@@ -10,11 +10,13 @@ from conftest import ROOT, assert_clean_error, run_script, write_data_set
 import patrec.flags
 from patrec.errors import InputError, StepFailed
 from patrec.files import to_json
+from patrec.labels import fingerprints
 from tools import lab
 from tools.steps import STEPS, LabStep
 
 STEP = '''"""A stand-in, training={training}, that leaves what the lab looks at."""
-import json, sys
+import json, sys; sys.path.insert(0, {root!r})
+from patrec.labels import fingerprints
 from pathlib import Path
 
 here, words, name = Path(__file__).parent, sys.argv[1:], {name!r}
@@ -29,7 +31,8 @@ for flag, value in zip(words[::2], words[1::2]):
 folder = Path(args["out_dir"] or "outputs", name)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "args.json").write_text(json.dumps(args))
-facts = {{"data": {{"root": args["data_dir"], "demo": False}}, "seconds": 1.0, "runs": {{}}}}
+data = {{"root": args["data_dir"], "demo": False, "fingerprint": fingerprints(args["data_dir"])}}
+facts = {{"data": data, "seconds": 1.0, "runs": {{}}}}
 facts["environment"] = {{"device": "cpu", "torch": "0", "librosa": "0"}}
 (folder / "metrics.json").write_text(json.dumps(facts))
 (folder / "summary.md").write_text("# " + name + "\\n")
@@ -63,7 +66,7 @@ def write_steps(folder, steps):
     defaults = [vars(parser.parse_args([])) for parser in parsers]
     (folder / "defaults.json").write_text(json.dumps(defaults))
     for step in steps.values():
-        text = STEP.format(name=step.script, training=step.trains)
+        text = STEP.format(root=str(ROOT), name=step.script, training=step.trains)
         (folder / f"{step.script}.py").write_text(text)
 
 
@@ -128,6 +131,10 @@ def test_another_data_set_is_not_done_yet(project, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
     assert run_lab(project, other, *where) == NAMES
     assert (project / "drafted.txt").read_text() == f"draft --out-dir {where[1]}"
+    labels = other / "fma_genre_spectrograms" / "train_labels.txt"
+    labels.write_text(labels.read_text().replace("\tBlues", "\tJazz", 1))  # mended in place
+    assert run_lab(project, other, *where) == NAMES
+    assert run_lab(project, other, *where) == []
 
 
 @pytest.mark.parametrize("name", ["step01_one", "step05_five"])
@@ -187,7 +194,8 @@ def test_only_what_was_made_with_the_same_flags_is_done(data, tmp_path, flags, s
     parser = patrec.flags.make_parser("", training=True)
     asked, made = (parser.parse_args(["--data-dir", str(data), *more]) for more in ((), flags))
     (tmp_path / "args.json").write_text(to_json(vars(made)))
-    (tmp_path / "metrics.json").write_text(json.dumps({"data": {"root": str(data)}}))
+    facts = {"data": {"root": str(data), "fingerprint": fingerprints(data)}}
+    (tmp_path / "metrics.json").write_text(json.dumps(facts))
     assert lab.is_done(tmp_path, asked, set(vars(asked))) is same
 
 
