@@ -274,7 +274,7 @@ panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, worst)]
 panels.append(pca_panel(f"{run_title(worst)}, untrained", worst, untrained[worst]))
 on = part_folder(".", "genre", models[worst].settings["beat"]).name
 caption = (
-    f"PCA of the best LSTM, of the worst LSTM on its test set ({on}), and of the worst untrained"
+    f"PCA of the best LSTM, of the worst of all on its test set ({on}), and of the worst untrained"
 )
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
 step.table(separation_table([best, worst]), "Separation of the genres, best and worst LSTM")
