@@ -152,8 +152,8 @@ step.table(pd.DataFrame(facts, titles[:2]).rename_axis("clip"), "The two arrays"
 step.text(f"""
 One column is one frame: the spectrum of {N_FFT} samples ({1e3 * N_FFT / SR:.0f} ms at {SR} Hz),
 taken every {HOP} samples ({1e3 * HOP / SR:.1f} ms). Its power is averaged, with triangular weights,
-in {N_MELS} bands, which are equally wide up to 1 kHz and wider above, and written in dB below the
-loudest cell of the clip, cut off at -80 dB.
+in {N_MELS} bands, which are equally wide up to 1 kHz and wider above. The values are in dB relative
+to the loudest cell of the clip (0 dB); everything below -80 dB is set to -80 dB.
 """)
 
 # %% 1c. What they show
@@ -166,15 +166,15 @@ step.show_source(plot_spectrogram)
 step.figure(plot_panels(panels, 2, size=(6, 4)), "two_clips", caption)
 step.text("""
 A spectrogram shows which frequencies sound, when, and how loud. A held note is a horizontal line
-with its overtones above it, a drum hit a vertical line over many bands; the spacing of the vertical
-lines is the rhythm. Not shown are the phase, the absolute level, detail finer than a band or a
-frame, frequencies above 11 kHz, and whatever is 80 dB below the loudest cell.
+with its overtones above it, a drum hit is a vertical line over many bands, and the spacing of these
+vertical lines shows the rhythm. A spectrogram does not show the phase, the absolute level, detail
+finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 dB below the maximum.
 
 - **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
   sounds bright.
 - **Share of energy below 200 Hz**: bass and bass drum.
 - **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness.
-- **Onset rate**: peaks per second of the rise of the bands from frame to frame: notes, drum hits.
+- **Onset rate**: how often per second the bands suddenly get louder, as notes and drum hits start.
 """)
 measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
 step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
@@ -197,8 +197,8 @@ caption = "The mel spectrogram of the sound, compared with the one it was made f
 step.table(pd.DataFrame(close).T.rename_axis("clip"), caption)
 
 # %% 1c. Two clips or two genres?
-# Two clips of one genre differ too. So: the same pictures and measures for the drawn clips of
-# every genre, and how much of each measure's variance the genre explains.
+# Two clips of one genre differ too. So the pictures and measures are repeated for the drawn clips
+# of every genre, with the share of each measure's variance that the genre explains.
 step.heading("1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 mean = measures.groupby(genres).mean().sort_values("centroid_hz", ascending=False)
@@ -249,9 +249,9 @@ share = {label: genre_share(measures[key], genres) for key, (label, _) in MEASUR
 most, least = max(share, key=share.get), min(share, key=share.get)
 step.text(f"""
 "Explained by genre" is the share of a measure's variance over clips that lies between the genres
-(epsilon squared; for a measure unrelated to genre it is 0 on average and may be negative). It is
-largest for the {most}, {share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}. The
-rest of the variance lies between clips of the same genre.
+(epsilon squared; if a measure does not depend on genre, it is 0 on average and may be negative).
+It is largest for the {most}, {share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}.
+The rest of the variance lies between clips of the same genre.
 """)
 
 # %% A sound file of your own, through the lab's extractor

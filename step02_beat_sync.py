@@ -155,7 +155,7 @@ an epoch over {len(n_steps["full"])} clips that is {epoch[n_full]:.1f} s or {epo
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
-# What an LSTM learns from a step, it learns from the gradient that arrives there. It is measured
+# An LSTM can only learn from a time step if the gradient reaches it. So the gradient is measured
 # before and after a short training on the genre labels of the drawn clips, with the same number
 # of updates for both forms.
 genres = sorted({clip.genre for clip in clips})
@@ -185,7 +185,7 @@ for form, color in zip(FORMS, COLORS, strict=False):
             "steps above 1%": f"{far} of {len(norms)}",
             "seconds of music": f"{far * step_s[form]:.2f}",
             "share of the clip": f"{far / len(norms):.1%}",
-            "relative gradient at the first time step": f"{norms[-1]:.1e}",
+            "relative gradient at the earliest step": f"{norms[-1]:.1e}",
             "training loss": "-" if lstm is None else f"{np.mean(losses[-10:]):.2f}",
         }
 ax.axhline(0.01, color="grey", linestyle=":", label="1% of the last step's")
@@ -194,8 +194,8 @@ ax.set(xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-30), 10))
 ax.legend(fontsize="small")
 caption = (
     "Gradient of the last output with respect to the input of each time step, before and after "
-    f"{n_updates} updates, averaged over those of {n_batch} clips that are long enough to reach "
-    "this step; cut off at 1e-30"
+    f"{n_updates} updates, averaged over those of {n_batch} clips that have this many steps; "
+    "cut off at 1e-30"
 )
 step.figure(fig, "lstm_gradient", caption)
 caption = "How far back the gradient of the last output stays above 1% of the last step's"
@@ -203,22 +203,22 @@ step.table(pd.DataFrame(table).T.rename_axis("LSTM"), caption)
 losses = [table[f"{form}, trained"]["training loss"] for form in FORMS]
 step.text(f"""
 So training is not efficient on full clips: a pass takes {seconds[n_full] / seconds[n_beat]:.0f}
-times as long as on beats, and before training the gradient of the last output is below 1% for all
-that is more than {reach["untrained"]["full"]["seconds"]:.1f} s before the end of the clip (after
-{n_updates} updates {reach["trained"]["full"]["seconds"]:.1f} s; on beats
+times as long as on beats. Going back from the end of a clip, the gradient of the last output stays
+above 1% for {reach["untrained"]["full"]["seconds"]:.1f} s before training and for
+{reach["trained"]["full"]["seconds"]:.1f} s after {n_updates} updates (on beats for
 {reach["untrained"]["beat-synced"]["seconds"]:.1f} and
 {reach["trained"]["beat-synced"]["seconds"]:.1f} s). After the same number of updates the training
-loss (mean of the last 10) is {losses[0]} on full clips and {losses[1]} on beats; equal
+loss (mean of the last 10 at most) is {losses[0]} on full clips and {losses[1]} on beats; equal
 probabilities for all {len(genres)} genres would give {np.log(len(genres)):.2f}.
 
-Why: on its way back from the last step the gradient is multiplied by one Jacobian per step, and a
-product of many factors below 1 vanishes exponentially (Hochreiter, 1991; Bengio et al., 1994). The
-forget gate of an LSTM can preserve the gradient, if training has brought the gate close to 1. These
-numbers are from one start, with Adam on batches of {min(16, len(clips))} of {len(clips)} clips.
+Why: on its way back from the last step the gradient is multiplied by one Jacobian per step. If the
+factors are below 1, the product vanishes exponentially (Hochreiter, 1991; Bengio et al., 1994). The
+forget gate of an LSTM can preserve the gradient, if training has brought the gate close to 1. The
+numbers are from one random start; Adam, batches of {min(16, len(clips))} of the {len(clips)} clips.
 
 Step 5 deals with the length of full clips in three ways: it trains on crops of 15 s, eight frames
-are joined into one step, and the LSTM is read at all its steps, in both directions, so that a
-gradient enters at every step and not at the last one alone.
+are joined into one step, and the class is predicted from the outputs at all steps, in both
+directions, so the gradient enters at every step and not only at the last one.
 """)
 
 # %% 2b. Step 1 on beat-synced spectrograms
@@ -250,8 +250,8 @@ different tempo become comparable, and their lengths differ.
 """)
 
 # %% 2b. What the synchronisation changes, in numbers
-# A median per beat loses what happens within a beat, so that share of the variance is measured on
-# the full clips. Step 1's measures are taken in both forms, without onsets, which a beat hides.
+# A median per beat loses what happens within a beat. The share of the variance that is lost is
+# measured on full clips. Step 1's measures are taken in both forms, except for the onset rate.
 frames = pd.DataFrame({f: [mel.shape[1] for mel in mels[f]] for f in FORMS}, index=titles)
 sd = {f: [float(np.sqrt(mel.var(1, dtype=float).mean())) for mel in mels[f]] for f in FORMS}
 level = {f: np.array([mel.mean(dtype=float) for mel in mels[f]]) for f in FORMS}
@@ -293,11 +293,11 @@ step.text(f"""
   per minute in the median, from {changes["beats per minute"].min():.0f} to
   {changes["beats per minute"].max():.0f} (librosa's tracker drops weak beats at both ends).
 - "Variance within beats" is the share of the bands' variance over time that one value per beat
-  cannot hold: {changes["variance within beats (%)"].mean():.0f}% on average. With all cuts moved by
-  half a beat it would be {changes["shifted grid (%)"].mean():.0f}%. The data set does not store its
+  cannot hold: {changes["variance within beats (%)"].mean():.0f}% on average. If the cuts lay half a
+  beat later, it would be {changes["shifted grid (%)"].mean():.0f}%. The data set does not store its
   beat times, so beats are tracked on each clip's own mel spectrogram.
-- The level changes by {changes["level change (dB)"].mean():+.1f} dB on average: 0 dB is now the
-  loudest cell among the medians and not among the frames.
+- The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
+  sets 0 dB at the loudest cell of each array, here the loudest median and not the loudest frame.
 """)
 
 # %% The numbers for metrics.json

@@ -71,11 +71,11 @@ panels = [(f"{titles[i]}, {form}", chroma[form][i], form != "full") for i, form 
 caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
 step.text("""
-A chromagram adds up how strong each note is over all octaves. Harmony is kept; the octave and most
-of the timbre are lost (overtones reach other rows: the third harmonic of C is a G). A horizontal
-line is a held note, a column with three strong rows a triad; in noise or a drum hit most rows are
-strong. In a full chromagram each frame that is not silent is scaled so that its strongest pitch
-class is 1: quiet and loud frames count alike.
+A chromagram adds up how strong each note is over all octaves. It keeps the harmony and loses the
+octave and most of the timbre. Overtones appear in other rows (the third harmonic of C is a G). A
+horizontal line is a held note, and a column with three strong rows is often a triad; in noise or a
+drum hit most rows are strong. In a full chromagram each frame that is not silent is scaled so that
+its strongest pitch class is 1. So quiet and loud frames count alike.
 
 - **Strongest pitch class**: the highest mean over time.
 - **Strong pitch classes**: how many are above .5 in a step, on average.
@@ -100,8 +100,8 @@ first clip and {second["strong"]:.1f} in the second; from frame to frame a pitch
 """)
 
 # %% 3, as 1c. Two clips or two genres?
-# Songs are in all keys, so a plain mean over a genre's clips blurs them. Rotated so that its
-# strongest note is row 0, each clip shows its intervals instead. Values are shares of a clip's sum.
+# Songs are in all keys, so a plain mean over a genre's clips blurs them. So each clip is also
+# rotated until its strongest note is row 0, and shows intervals. Values: shares of a clip's sum.
 step.heading("3, as 1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 classes = sorted(set(genres))
@@ -152,9 +152,9 @@ measure that is unrelated to genre the share is 0 on average and may be negative
 """)
 
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
-# The lab's questions of step 2 for chromagrams: 12 rows instead of 128, as many steps. Two of its
-# measurements again, in the same way: what a training pass costs, and how far back the gradient
-# of an untrained LSTM's last output reaches.
+# The lab's questions of step 2 for chromagrams: 12 rows instead of 128, but as many steps. Two
+# measurements of step 2 are repeated in the same way: what a training pass costs, and how far back
+# the gradient of an untrained LSTM's last output reaches.
 step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
 shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
 caption = "Pitch classes x time steps of the two clips"
@@ -187,15 +187,15 @@ full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced"
 step.text(f"""
 So training an LSTM on full chromagrams is not efficient either. They have {full["rows"]} rows
 instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
-after the other: a pass takes {full["pass (s)"]:.3f} s, on mel {mel["pass (s)"]:.3f} s, on
-beat-synced chromagrams {beat["pass (s)"]:.3f} s. The gradient of the last output stays above 1% for
-{full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s of music; on
-beats for {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
+after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass (s)"]:.3f} s on mel
+and {beat["pass (s)"]:.3f} s on beat-synced chromagrams. The gradient of the last output stays
+above 1% for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On
+beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
-# Measured as in step 2: how much of the variance over time lies within a beat, where a median
-# loses it, and what becomes of the measures above.
+# As in step 2: how much of the variance over time lies within a beat and is lost in a median per
+# beat, and how the measures above change.
 step.heading("3, as 2b. What beat synchronisation changes")
 full, beat = (measures[form] for form in FORMS)
 beats = [track_beats(clip.full[BANDS["mel"]]) for clip in clips]
@@ -215,8 +215,8 @@ means = {
 caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
 step.table(pd.DataFrame(means).T.rename_axis("chromagrams"), caption)
 step.text(f"""
-- {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2); with all
-  cuts moved by half a beat it would be {shifted:.0f}%.
+- {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2); if the
+  cuts lay half a beat later, it would be {shifted:.0f}%.
 - The strongest pitch class is the same in both forms in {same_strongest:.0%} of {len(clips)} clips.
 - A beat-synced step stands for {frames_per_beat:.0f} frames (median). From one beat to the next a
   pitch class changes by {beat["change"].mean():.3f}, from one frame to the next by

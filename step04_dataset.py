@@ -42,7 +42,7 @@ root, merge = step.source.root, step.source.merge
 
 # %% 4a. What the helper's Dataset does, and what ours does
 # The lab: study the Dataset of the helper code and comment on its operations. Ours does the same
-# work; where it differs, the last column says why.
+# work. The last column says why ours differs.
 step.heading("4a. What the Dataset does: the helper's and ours")
 OPERATIONS = {
     "label file": (
@@ -72,8 +72,8 @@ OPERATIONS = {
     ),
     "length": (
         "remembers each clip's length; `max_length` is the longest one or the given one",
-        "the same lengths; in training a random crop, otherwise a batch is as long as its longest "
-        "clip",
+        "the same lengths; training on full spectrograms takes a random crop, otherwise a batch is "
+        "as long as its longest clip",
         "no padding to the longest clip of all; a crop is a new example each time",
     ),
     "class numbers": (
@@ -84,13 +84,13 @@ OPERATIONS = {
     "item": (
         "pads with zeros to `max_length`, or cuts; returns (array, label, length)",
         "standardises every band, then pads with zeros; returns (spectrogram, target, length)",
-        "in dB, 0 is the loudest value there is; after standardising it is the band's mean",
+        "in dB, 0 is the loudest value possible; after standardising, 0 is the band's mean",
     ),
     "split": (
-        "a random fifth for validation by NumPy's global seed, not stratified; two loaders with "
-        "random samplers over one Dataset",
+        "a random fifth for validation, not stratified, after `np.random.seed(420)`; two loaders "
+        "with random samplers over one Dataset",
         f"`split_indices`: {VAL_FRACTION:.0%}, stratified, by --seed; two torch Subsets",
-        "every class has its share in both parts, and the split does not depend on earlier code",
+        "every class has its share in both parts, and NumPy's global random state is not reset",
     ),
 }
 table = pd.DataFrame(OPERATIONS, index=["the helper's", "ours", "why changed"]).T
@@ -197,8 +197,8 @@ train, kept = before["train"], after["train"].sum()
 step.text(f"""
 Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
 {train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
-training clips. The lab removes classes with few samples; its table is fixed and does not depend on
-the counts of the data set.
+training clips. The lab removes classes with few samples. Its table is fixed and does not look at
+the counts of the data set, so a class that is left out may be a large one here.
 """)
 
 # %% 4c. Number of samples per class, before and after
@@ -225,13 +225,13 @@ baseline = after.loc[largest, "test"] / max(after["test"].sum(), 1)
 step.text(f"""
 The largest class, {largest}, has {after["train"].max()} training clips,
 {after["train"].max() / after["train"].min():.1f} times as many as {smallest}. A model that always
-predicts {largest} has an accuracy of {baseline:.3f} on the test set. Whether a model with an
-accuracy near that has learned anything else is seen in its macro-F1 (step 6).
+predicts {largest} has an accuracy of {baseline:.3f} on the test set. If a model's accuracy is near
+that, its macro-F1 (step 6) shows whether it has learned anything else.
 """)
 
 # %% Audit of the arrays
-# Broken clips and clips in two sets falsify scores unnoticed. So every array that the labels name
-# is read and checked, in all folders (with --smoke 20 in each); equal digests are identical arrays.
+# Broken clips and clips in two sets change the scores, and nobody notices. So every array of a
+# label file is read and checked (with --smoke 20 per folder). Identical arrays have equal digests.
 step.heading("Audit of the arrays")
 FAULTS = {  # how a message of read_array begins -> column of the table
     "missing": "missing",
@@ -290,9 +290,9 @@ twins = twins[twin != sound["id"]]
 faults = [files[files["fault"] != ""], twins]
 
 # %% Clips in two sets
-# A clip in both training and test set makes the test score too good. So does an emotion clip that
-# the genre network was trained on (steps 9 and 10 start from it), and a genre test clip in the
-# other form's training split (step 6 scores models of frames on beats).
+# A clip in both training and test set makes the test score too good. The same holds for an emotion
+# clip that the genre network was trained on (steps 9 and 10 start from that network) and for a
+# genre test clip in the training split of the other form (step 6 scores models of frames on beats).
 folder_of = {
     (part, beat): part_folder(root, part, beat).name for part in FOLDERS for beat in (False, True)
 }
@@ -323,7 +323,7 @@ for where, rows in clips.groupby("where", sort=False):
     folders[where]["steps"] = f"{n.min():.0f} / {n.median():.0f} / {n.max():.0f}" if len(n) else "-"
 caption = "Clips, faults, and time steps (shortest / median / longest)"
 step.table(pd.DataFrame(folders).T.rename_axis("folder"), caption)
-caption = "Clips in two sets that should share none (other clips of one track are not detected)"
+caption = "Clips in two sets that should share none (two clips of one track are not detected)"
 step.table(pd.DataFrame(leaks).T.rename_axis("sets"), caption)
 problems = []
 for (where, kind), rows in faults.groupby(["where", "fault"], sort=False):

@@ -71,14 +71,14 @@ def learn_by_heart(step, data):
     model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
     recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
-    loss_fn = nn.CrossEntropyLoss()  # no label smoothing, with which it could not come near 0
+    loss_fn = nn.CrossEntropyLoss()  # with label smoothing the loss could not come near 0
     check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
     facts = check.facts
     step.table(pd.DataFrame([facts], index=["cnn_mel"]).rename_axis("CNN"))
     step.text(f"""
     {facts["clips"]} clips in {facts["batches"]} fixed batches, Adam at a constant rate, no dropout,
-    augmentation or label smoothing, which are there to prevent this. Goal: a loss under .01 and
-    every clip right; after {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
+    augmentation or label smoothing, which are there to prevent this. The goal is a loss under .01
+    with every clip right. After {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
     """)
     caption = "Training loss on fixed batches of training crops, regularisation off"
     step.figure(plot_overfit({"cnn_mel": check}), "overfit", caption)
@@ -89,14 +89,14 @@ def learn_by_heart(step, data):
 step = Step("step07_cnn", __doc__, parts=("genre",), training=True, add_flags=add_flags)
 network = GENRE_NETWORKS["cnn_mel"]
 data = load_data(step.source, network.features, crop=window_size(network))
-# The cells keep the lab's order, in which the check (d) follows the training (b). Asked for
-# alone, it comes before everything else, as it should when the network was changed.
+# The cells keep the lab's order, in which the check (d) follows the training (b). With
+# --overfit-batch only the check runs; do that after every change of the network.
 if step.args.overfit_batch:
     step.finish(overfit=learn_by_heart(step, data))
 
 # %% 7a. A CNN on handwritten digits, layer by layer
 # The lab: train one in ConvNetJS and put screenshots of its activations into the report.
-# A script cannot take them, so it says how, and repeats the experiment on scikit-learn's
+# A script cannot take them. So it says how to do it, and repeats the experiment on scikit-learn's
 # 8 x 8 digits with the four operations of 7b.
 step.heading("7a. A CNN on handwritten digits, layer by layer")
 step.text("""
@@ -204,7 +204,7 @@ step.heading("7b. The network, its training, its test score")
 step.text("""
 The input is a random crop of 6 s; two frames are averaged into one column of the image. Each block
 is convolution, batch normalisation, ReLU and max pooling, in this order, in one `nn.Sequential`.
-After the fourth block the channels are pooled over time, by mean and maximum, and not over
+After the fourth block the channels are pooled over time (mean and maximum), but not over
 frequency. One dense layer gives one output (logit) per class.
 """)
 model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
@@ -212,8 +212,8 @@ step.show_source(CNNBackbone, Classifier)
 step.table(*layer_table(model, data))
 
 # %% 7b. The training
-# With the recipe of step 5: AdamW, one-cycle rate, label smoothing, averaged weights, and of the
-# last fifth of the epochs the best by validation macro-F1.
+# With the recipe of step 5: AdamW, one-cycle rate, label smoothing, averaged weights, and the best
+# of the last fifth of the epochs by validation macro-F1. The CNN's augmentation has mixup too.
 seeds = [step.args.seed + i for i in range(3 if step.args.ensemble else 1)]
 recipe = {
     "make_model": lambda network, data: Classifier(CNNBackbone(), n_classes=len(data.names)),
@@ -232,7 +232,7 @@ planned epochs of {cnn.facts["examples_per_epoch"]:,} crops each, with AdamW (Lo
 {cnn.facts["batch_size"]}, and cross-entropy with label smoothing .1, so the loss does not reward
 extreme confidence. We keep the running average of the weights after epoch
 {cnn.facts["best_epoch"]}: among the last 20% of the epochs it has the highest macro-F1 on the
-{cnn.facts["n_val"]} validation clips, {cnn.facts["val"]["macro_f1"]:.3f}, which is optimistic.
+{cnn.facts["n_val"]} validation clips, {cnn.facts["val"]["macro_f1"]:.3f}, an optimistic estimate.
 """)
 caption = (
     "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept, from the shaded "
@@ -301,8 +301,8 @@ caption = (
 step.figure(fig, "block_operations", caption)
 
 # %% 7c. The four operations in numbers and in words
-# The receptive field: a kernel of k reaches k - 1 cells further, a pooling by p p - 1, counted in
-# cells of the layer they work on; after a pooling by p those lie p times as far apart.
+# The receptive field: a kernel of k cells adds k - 1 cells of its own layer to it, a pooling by p
+# adds p - 1 of them, and after that pooling neighbouring cells lie p times as far apart.
 operations = {}
 field, stride = np.array([1, 1]), np.array([1, 1])  # of a cell and to the next: columns, bands
 for place, block in enumerate(backbone.blocks, start=1):
@@ -318,27 +318,27 @@ for place, block in enumerate(backbone.blocks, start=1):
         "zeros after ReLU": f"{(relu == 0).float().mean():.0%}",
         "zeros after pooling": f"{(pool == 0).float().mean():.0%}",
     }
-caption = f"Genre network: its blocks, measured on {seconds:.1f} s of {len(x)} validation clips"
+caption = f"Genre network, in scoring mode, on {seconds:.1f} s of each of {len(x)} validation clips"
 step.table(pd.DataFrame(operations).rename_axis("block"), caption)
 step.text("""
 **Convolution** takes a weighted sum over a small neighbourhood in time and frequency and over all
-input channels, with the same weights at every place: a pattern is found wherever it occurs, and
+input channels, with the same weights at every place. So a pattern is found wherever it occurs, and
 few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbours.
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
-all places, then scales and shifts it by two learned numbers. When scoring it uses averages kept
-from training. It keeps the size of the activations steady, so networks can be trained with a higher
-learning rate (Ioffe & Szegedy, 2015); why this works is still debated (Santurkar et al., 2018).
+all places, then scales and shifts it by two learned numbers; scoring uses averages from training,
+so the table's "after BN" may differ from 1. The activations keep a steady size, which allows higher
+learning rates (Ioffe & Szegedy, 2015); why it works is still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
-It makes the network non-linear; without any non-linearity, stacked convolutions are one linear map.
+It makes the network non-linear. Convolutions in a row without it are only one linear map.
 
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
 and each of them sees more of the clip (row "receptive field"). Where exactly a pattern was is lost.
 
-The digits need less than this. Their images have only 8 x 8 cells, so pooling has little to
-summarise, and without it the output layer has more weights. Without ReLU, max pooling still makes
-the network non-linear.
+On the digits, leaving out pooling or ReLU may cost nothing. The images have only 8 x 8 cells, so
+pooling has little to summarise, and without it the output layer has more weights. Without ReLU, max
+pooling still makes the network non-linear.
 """)
 
 # %% 7d. Overfitting a few batches
@@ -389,10 +389,10 @@ for name in scores:
 caption = f"{cnn_scores['n_clips']} test clips, with 95% intervals over the clips"
 step.table(pd.DataFrame(table).T.fillna("-").rename_axis("model"), caption)
 step.text("""
-CNN and LSTM do not differ in the network alone: the CNN is trained on more and shorter examples and
-with mixup of two clips (Zhang et al., 2018). Both are scored with the mean over overlapping windows
-of a clip (an LSTM of beats reads the whole clip) and with logit adjustment: half the log of each
-class's share of the training clips is subtracted from its logit (after Menon et al., 2021).
+More than the network differs: the CNN is trained on shorter and usually more examples (see the
+table), with mixup of two clips (Zhang et al., 2018). Both are scored with the mean over overlapping
+windows of a clip (an LSTM of beats reads the whole clip) and with logit adjustment: half the log of
+each class's share of the training clips is subtracted from its logit (after Menon et al., 2021).
 """)
 seed_spread = {}
 if step.args.ensemble:

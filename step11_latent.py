@@ -47,7 +47,7 @@ from patrec.scores import bootstrap, classification_scores
 from patrec.step import Step
 from patrec.tables import difference_line, with_interval
 
-N_NEIGHBOURS = 5  # that are asked for their class, and that trustworthiness looks at
+N_NEIGHBOURS = 5  # for the k-NN accuracy and for trustworthiness
 
 step = Step("step11_latent", __doc__, parts=("genre",))
 
@@ -96,7 +96,7 @@ for name, title in titles.items():
     if not (len(labels) > 2 * N_NEIGHBOURS and 2 <= n_classes < len(labels)):
         fault = f"{len(labels)} genre test clips of {n_classes} classes are too few"
         raise InputError(f"{step.source.root}: {fault} to show how classes separate; add some")
-    # The output layer is linear: its output for a clip's mean vector is its mean output.
+    # The output layer is linear: its output for a clip's mean vector is the clip's mean output.
     with torch.no_grad():
         logits = model.eval().head(torch.tensor(clips["vectors"], device=step.device))
     chances, predicted = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
@@ -116,19 +116,19 @@ for name, title in titles.items():
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
 A vector is the mean over overlapping windows of a clip (an LSTM of beats reads the whole clip).
-`latent_<run>.npz` holds vectors, class numbers, clip ids and class names (NumPy). The best LSTM is
-chosen among those trained on full spectrograms, the worst among all, by validation macro-F1 on
-{models[best].facts["n_val"]} clips: scores that lie close may change places with another seed.
+`latent_<run>.npz` (NumPy) holds the vectors, their labels and what the network predicts. The best
+LSTM is chosen among those trained on full spectrograms, the worst among all, by validation macro-F1
+on {models[best].facts["n_val"]} clips. With another seed, LSTMs of similar score may change places.
 """)
 shown = pd.Series({name: val[name] for name in LSTM_NAMES}, name="val macro-F1").sort_values()
 step.table(shown.to_frame().rename_axis("run"))
 
 # %% 11b. PCA of the vectors: best LSTM and CNN
 # The lab: PCA, a picture of each model's space, how far the classes separate in it. Each
-# dimension is brought to mean 0 and standard deviation 1 first, so that none weighs more for its
-# unit (PCA of the correlation matrix). A plane cannot hold a space of hundreds of dimensions, so
-# separation is also measured in the full space: which class have a clip's five nearest others?
-# The same network with random weights tells how much of that the input brings by itself.
+# dimension is brought to mean 0 and standard deviation 1 first, so that all count the same (PCA of
+# the correlation matrix). A plane cannot hold a space of hundreds of dimensions, so separation is
+# also measured in the full space: which classes have the five nearest neighbours of a clip? The
+# same network with random weights shows how much of the separation is there without any training.
 step.heading("11b. PCA of the vectors: best LSTM and CNN")
 
 
@@ -149,8 +149,8 @@ def separation(points, labels):
     Returns
     -------
     hits : np.ndarray of float [shape=(N,)]
-        1 where the commonest class among a clip's nearest others, itself left out, is its own;
-        where n classes are equally common, its own among them, 1 / n.
+        1 where the most common class among a clip's neighbours (without itself) is its own class;
+        1 / n where n classes are equally common and its own is one of them; else 0.
     facts : dict of knn_accuracy, knn_accuracy_ci95, silhouette
     """
     near = NearestNeighbors(n_neighbors=N_NEIGHBOURS).fit(points).kneighbors(return_distance=False)
@@ -251,30 +251,30 @@ commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel
 step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and the plane's share")
 step.text(f"""
 *5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
-nearest other clips (of n equally common classes, the right one counts 1/n). Always naming the most
-common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is
-a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same network
-with random weights. The vectors of two models differ in dimension, which alone changes silhouettes,
-so compare each with its untrained network first. 95% intervals are over test clips and approximate:
+nearest other clips (if n classes are equally common, the right one counts 1/n). Always naming the
+most common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
+a is a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same
+network with random weights. The number of dimensions alone changes a silhouette, so compare each
+model with its untrained network first. 95% intervals are over test clips. They are approximate, as
 a clip counts as itself and again as a neighbour of others.
 
 The PCA plane keeps {kept[best]["pca_variance_2d"]:.0%} of the LSTM's variance and
 {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the CNN's. The output layer uses all dimensions, so the
-model with the higher test accuracy need not be the one whose classes separate more in the plane.
+model with the higher test accuracy may be the one whose classes separate less in the plane.
 """)
 step.text(knn_difference("cnn_mel", best))
 class_caption = "Share of each class's clips whose class is the most common among their neighbours"
 step.table(class_table([best, "cnn_mel"]), class_caption)
 
 # %% 11c. The same for the worst LSTM
-# The lab: is there a qualitative difference to the others? So its PCA picture stands beside
-# that of the best, and beside that of its own network with random weights: what did training move?
+# The lab: is there a qualitative difference to the others? Its PCA picture stands beside that of
+# the best LSTM, and beside that of its own network with random weights, to show what training did.
 step.heading("11c. The same for the worst LSTM")
 panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, worst)]
 panels.append(pca_panel(f"{run_title(worst)}, untrained", worst, untrained[worst]))
 on = part_folder(".", "genre", models[worst].settings["beat"]).name
 caption = (
-    f"PCA of the best LSTM, of the worst of all on its test set ({on}), and before its training"
+    f"PCA of the best LSTM, of the worst of all on its test set ({on}), and of the worst untrained"
 )
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
 step.table(separation_table([best, worst]), "Separation of the genres, best and worst LSTM")
@@ -289,20 +289,20 @@ n_clips = min(map(len, spaces.values()))
 near, far, perplexity = min(15, n_clips - 1), min(10, n_clips - 1), min(30, (n_clips - 1) / 3)
 seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
-Three criteria, named in advance. *Trustworthiness* (Venna & Kaski, 2001; at best 1): how far a
-clip's {N_NEIGHBOURS} neighbours in the map are its neighbours in the full space. It does not know
-the genres, and it favours methods that preserve neighbours. *Silhouette* and *5-NN accuracy* of the
-genres in the map: how well the map separates them; a map that separates more than the full space
-shows more than the network does.
+The three criteria were chosen in advance. *Trustworthiness* (Venna & Kaski, 2001; at best 1) tells
+whether a clip's {N_NEIGHBOURS} neighbours in the map are near it in the full space too. It does
+not use the genres, and it favours methods that keep neighbours. *Silhouette* and *5-NN accuracy*
+tell how well the map separates the genres. If a map separates them better than the full space does,
+the method has added that separation, not the network.
 
 PCA is linear; of all projections onto a plane it keeps the largest share of the squared distances.
 Isomap ({far} neighbours; Tenenbaum et al., 2000) keeps distances along the graph of neighbours.
 t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({near} neighbours;
-McInnes et al., 2018) keep neighbours together and do not keep large distances: look for groups, but
-not at how large or how far apart they are. Both draw random numbers, so they run with {len(seeds)}
-seeds; the first is shown.
+McInnes et al., 2018) keep neighbours together and do not keep large distances. So look for groups;
+their size and the distances between them mean little. Both draw random numbers, so they run with
+{len(seeds)} seeds, and the pictures show the first.
 """)
-# Where its graph is in pieces, Isomap joins them at their nearest points, and warns.
+# If the graph of neighbours is in pieces, Isomap joins their nearest points and warns about it.
 warnings.filterwarnings("ignore", "The number of connected components")
 methods = {
     "PCA": [PCA(n_components=2, svd_solver="full")],
@@ -341,7 +341,7 @@ for name, title in titles.items():
     caption = f"The test clips by genre, {title}, by every method. The axes have no unit"
     step.figure(plot_maps(panels, 2), f"maps_{name}", caption)
 for key, table in tables.items():
-    caption = f"{CRITERIA[key]} in the map: mean (lowest to highest) of {len(seeds)} seeds"
+    caption = f"{CRITERIA[key]} in the map; t-SNE and UMAP: mean and range of {len(seeds)} seeds"
     step.table(pd.DataFrame(table).T.rename_axis("method"), caption)
 
 # %% 11d. How well a clip's neighbours tell its genre, in the full space and in the maps
