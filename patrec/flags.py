@@ -68,13 +68,13 @@ def make_parser(description, training=False) -> Parser:
         add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
         add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
         add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
-        check = "only check that the network can learn 4 batches by heart"
+        check = "only check that the network can overfit 4 batches"
         add("--overfit-batch", action="store_true", help=check)
         add("--resume", action="store_true", help="go on from the last finished epoch")
         add(
             "--max-minutes", type=bounded(float, 0.01), help="stop training cleanly after this long"
         )
-        workers = "processes that train side by side; else one per core or graphics card"
+        workers = "trainings at the same time; else one per core or graphics card"
         add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     return parser
 
@@ -107,7 +107,7 @@ class TrainingOptions:
     lr: float = 2e-3
     resume: bool = False
     deadline: float = math.inf  # when --max-minutes are over, as time.time() tells it
-    workers: int | None = None  # processes that train side by side; None: see `count_workers`
+    workers: int | None = None  # trainings at the same time; None: see `count_workers`
 
     smoke = property(lambda self: self.source.smoke)
     demo = property(lambda self: self.source.demo)

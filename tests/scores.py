@@ -1,4 +1,4 @@
-"""The score table of the README: steps 5, 6, 7 and 10 with several seeds, mean and spread.
+"""The score tables of docs/results.md: steps 5, 6, 7 and 10 with several seeds, mean and spread.
 
     python tests/scores.py --data-dir DIR --out-dir scores               # seeds 42, 43, 44
     python tests/scores.py --data-dir DIR --out-dir scores --seeds 1 2 3
