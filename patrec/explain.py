@@ -16,24 +16,15 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
     band (0, after standardisation) to the clip, and multiplied by the clip: the sum over all
     cells is the logit there minus the logit of the mean clip.
 
-    Parameters
-    ----------
     model : nn.Module, (x, lengths) -> logits, in evaluation mode
     x : torch.Tensor [shape=(B, T, F)], standardised
     classes : torch.Tensor [shape=(B,)], class numbers
 
-    Returns
-    -------
-    torch.Tensor [shape=(B, T, F)], on the CPU
-
-    Raises
-    ------
-    ValueError
-        In training mode, where clips of a batch and chance have a say.
+    Returns torch.Tensor [shape=(B, T, F)], on the CPU.
 
     Source: Sundararajan et al., 2017, Axiomatic Attribution for Deep Networks.
     """
-    if model.training:
+    if model.training:  # where the other clips of a batch and chance have a say
         raise ValueError("attributions are of a network in evaluation mode")
     total = torch.zeros_like(x)
     for step in range(n_steps):
@@ -97,12 +88,10 @@ def probability_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tens
 
 
 def fit_temperature(logits, targets) -> float:
-    """The number to divide logits by for the least cross-entropy.
+    """The number to divide logits (N, K) by for the least cross-entropy with targets (N,).
 
-    It minimises the cross-entropy on clips that were not trained on (Guo et al., 2017, On
-    Calibration of Modern Neural Networks); which class is the likeliest does not change.
-
-    logits (N, K), targets (N,) -> float
+    The clips were not trained on (Guo et al., 2017, On Calibration of Modern Neural Networks).
+    Which class is the likeliest does not change.
     """
     temperatures = np.geomspace(0.1, 10, 401)
     losses = [float(nn.functional.cross_entropy(logits / t, targets)) for t in temperatures]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from patrec.files import FOLDERS, find_data, output_folder
+from patrec.files import find_data, output_folder
 from patrec.machine import in_notebook, keep_freed_memory, pick_device, seed_everything
 
 
@@ -71,9 +71,8 @@ def make_parser(description, training=False) -> Parser:
         check = "only check that the network can overfit 4 batches"
         add("--overfit-batch", action="store_true", help=check)
         add("--resume", action="store_true", help="go on from the last finished epoch")
-        add(
-            "--max-minutes", type=bounded(float, 0.01), help="stop training cleanly after this long"
-        )
+        minutes = "stop training cleanly after this long"
+        add("--max-minutes", type=bounded(float, 0.01), help=minutes)
         workers = "trainings at the same time; else one per core or graphics card"
         add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     return parser
@@ -136,32 +135,26 @@ def prepare_process(seed) -> None:
     torch.set_flush_denormal(True)
 
 
-def source_from(args, parts=tuple(FOLDERS)) -> Source:
+def source_from(args, parts=("genre", "emotion")) -> Source:
     """The data that the flags name; `parts` are those that the step needs."""
-    device = pick_device(args.device)
+    same = {name: getattr(args, name) for name in ("seed", "skip_bad", "allow_leak", "smoke")}
     return Source(
+        device=pick_device(args.device),
         root=find_data(args.data_dir, parts),
-        seed=args.seed,
-        device=device,
         merge=not args.no_merge,
-        skip_bad=args.skip_bad,
-        allow_leak=args.allow_leak,
         subset=args.subset or (64 if args.smoke else None),
-        smoke=args.smoke,
+        **same,
     )
 
 
 def options_from(args, source, folder) -> TrainingOptions:
     """What the flags say of the trainings of a step that writes into `folder`."""
     minutes = math.inf if args.max_minutes is None else args.max_minutes
+    same = ("epochs", "batch_size", "lr", "resume", "workers")
     return TrainingOptions(
         source=source,
         out=output_folder(args.out_dir).absolute(),  # a worker may have another working directory
         folder=folder.absolute(),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        resume=args.resume,
         deadline=time.time() + 60 * minutes,
-        workers=args.workers,
+        **{name: getattr(args, name) for name in same},
     )

@@ -36,12 +36,15 @@ GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 1
 
 LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
 
+DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
+OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check
+
 
 class Budget(NamedTuple):
     """How many examples a kind of network is trained on.
 
-    The CNN's numbers and the LSTM's for genre are close to those tried in cross-validation
-    (docs/experiments.md). The LSTM's number for emotion is a judgement.
+    They are close to those tried in cross-validation (docs/experiments.md), but for the LSTM's
+    number for emotion, which is a judgement.
     """
 
     crop: int  # frames of a training example, and of a window in validation and test
@@ -54,7 +57,6 @@ BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
-DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
 
 
 @dataclasses.dataclass
@@ -83,17 +85,15 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
     """
     budget, n_clips = BUDGETS[network.kind], len(data.train)
     genre = data.settings["part"] == "genre"
-    epochs, crops = training.epochs or (2 if training.smoke else None), 1
-    if epochs:
-        epochs = max(round(epochs * share), 1)
+    if epochs := training.epochs or (2 if training.smoke else 0):
+        passes, crops = epochs * share, 1
     else:
         examples = budget.genre if genre else budget.emotion
         examples = (min(examples, DEMO_EXAMPLES) if training.demo else examples) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
         crops = math.ceil(passes / 60)
-        epochs = max(round(passes / crops), 1)
     return Recipe(
-        epochs,
+        max(round(passes / crops), 1),
         training.lr,
         training.batch_size,
         crops,
@@ -118,6 +118,3 @@ def make_augment(network, n_classes=0) -> Augment | None:
     if network.kind == "cnn":
         return Augment(n_classes=n_classes)
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
-
-
-OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check

@@ -12,15 +12,7 @@ import matplotlib.pyplot as plt
 
 from patrec.errors import Finished, StepFailed, end_in_one_line
 from patrec.features import SR, write_sound
-from patrec.files import (
-    FOLDERS,
-    lock_folder,
-    make_folder,
-    output_folder,
-    to_json,
-    write_bytes,
-    write_text,
-)
+from patrec.files import lock_folder, make_folder, output_folder, to_json, write_bytes, write_text
 from patrec.flags import options_from, parse_flags, prepare_process, source_from
 from patrec.labels import fingerprints
 from patrec.machine import environment, in_notebook, show_in_notebook
@@ -39,10 +31,8 @@ class Step:
     description : str, the step's docstring, shown by --help
     training : bool, add the flags of steps that train
     parts : of the data that the step needs
-    add_flags : callable, optional
-        Gets the parser; adds flags of the step's own.
-    flags : str
-        In a notebook, where there is no command line: e.g. "--epochs 20 --resume".
+    add_flags : callable, optional, gets the parser and adds flags of the step's own
+    flags : str, for a notebook, which has no command line: e.g. "--epochs 20 --resume"
 
     Attributes
     ----------
@@ -52,15 +42,9 @@ class Step:
     """
 
     def __init__(
-        self,
-        name,
-        description,
-        *,
-        training=False,
-        parts=tuple(FOLDERS),
-        add_flags=None,
-        flags="",
-    ):
+        self, name, description, *, training=False, parts=("genre", "emotion"),
+        add_flags=None, flags="",
+    ):  # fmt: skip
         sys.excepthook = end_in_one_line
         self.args = parse_flags(description, training, add_flags, flags)
         self.name, self.began, self.lines = name, time.monotonic(), []
@@ -132,16 +116,12 @@ class Step:
 
     def finish(self, runs=None, **facts):
         """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
-        root = self.source.root
+        root, demo = self.source.root, self.source.demo
         metrics = {
             "step": self.name,
             "seconds": round(time.monotonic() - self.began, 2),
             "environment": environment(self.device),
-            "data": {
-                "root": str(root),
-                "demo": self.source.demo,
-                "fingerprint": fingerprints(root),
-            },
+            "data": {"root": str(root), "demo": demo, "fingerprint": fingerprints(root)},
             "seed": self.args.seed,
             "smoke": self.args.smoke,
             "runs": runs or {},
