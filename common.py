@@ -15,8 +15,6 @@ Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
 C channels, H hidden units, K classes or emotions, N clips.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

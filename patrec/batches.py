@@ -1,7 +1,5 @@
 """Augmentation of batches, and windows of a clip."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -12,11 +10,10 @@ from patrec.features import N_MELS
 
 
 def to_resident(frames, device) -> torch.Tensor:
-    """Move all frames (1.9 GB for the lab's clips) to the GPU if they fill half of it at most."""
+    """Move all frames (the lab's: 1.9 GB) to the GPU if they fit in half of its free memory."""
     device = torch.device(device)
-    if device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        return frames.to(device)
-    return frames
+    fits = device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2
+    return frames.to(device) if fits else frames
 
 
 @dataclasses.dataclass
@@ -24,11 +21,9 @@ class Augment:
     """Random changes of a training batch, drawn on the device; 0 switches one off."""
 
     mixup: float = 0.3  # alpha of the mixing weight's Beta distribution (Zhang et al., 2018, mixup)
-    shift_bands: int = (
-        2  # furthest shift of the mel bands, roughly a change of pitch; not of chroma
-    )
-    mask_bands: int = 16  # largest width of the stripe set to the mean (Park et al., 2019,
-    mask_frames: int = 38  # SpecAugment)
+    shift_bands: int = 2  # furthest shift of the mel bands, like a change of pitch; not of chroma
+    mask_bands: int = 16  # widest stripe that is set to the mean (Park et al., 2019, SpecAugment)
+    mask_frames: int = 38
     n_classes: int = 0  # > 0: class numbers are turned into probabilities
 
     def __call__(self, x, targets):

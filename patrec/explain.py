@@ -1,7 +1,5 @@
 """What decides a prediction, and how far its probability can be trusted."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import nn
@@ -36,11 +34,10 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
 
 
 def clip_attributions(model, x, window, number) -> torch.Tensor:
-    """`integrated_gradients` of a whole clip (T, F) for a class number, window by window.
+    """`integrated_gradients` of a whole clip (T, F) for a class number, summed over its windows.
 
-    The clip's logit is the mean over its W windows, so each cell gets its sum over the windows
-    that hold it: W times its share of what the clip adds to the logit. Cells near both ends lie
-    in fewer windows and count less.
+    The clip's logit is the mean over W windows, so a cell's sum is W times its share of what the
+    clip adds to the logit. Cells near both ends lie in fewer windows and count less.
     """
     lengths, size = torch.tensor([len(x)]), min(window, len(x))
     cut, sizes = cut_windows(x[None], lengths, size)
@@ -54,10 +51,7 @@ def clip_attributions(model, x, window, number) -> torch.Tensor:
 
 
 def patches(cells, frames=8, bands=4) -> torch.Tensor:
-    """Sum of the cells (..., T, F) in every patch of so many frames and bands, put into each cell.
-
-    Single cells of attributions are noise; what is seen and heard has an extent.
-    """
+    """Put into each cell (..., T, F) the sum of its patch: single cells' attributions are noise."""
     t, f = cells.shape[-2:]
     padded = nn.functional.pad(cells.reshape(-1, 1, t, f), (0, -f % bands, 0, -t % frames))
     sums = nn.functional.avg_pool2d(padded, (frames, bands)) * frames * bands

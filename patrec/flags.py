@@ -1,7 +1,5 @@
 """The command line that the steps share, and what its flags say."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math
@@ -56,23 +54,19 @@ def make_parser(description, training=False) -> Parser:
     add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
     add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
     add("--seed", type=bounded(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
     add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
     add("--allow-leak", action="store_true", help="go on although test clips are trained on")
     add("--no-merge", action="store_true", help="keep the classes instead of merging 20 into 10")
     if training:
-        scaled = "passes over the training clips; else scaled to their number"
-        add("--epochs", type=bounded(int, 1), help=scaled)
+        add("--epochs", type=bounded(int, 1), help="passes over clips; else set by their number")
         add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
         add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
         add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
-        check = "only check that the network can overfit 4 batches"
-        add("--overfit-batch", action="store_true", help=check)
+        add("--overfit-batch", action="store_true", help="only check that it can overfit 4 batches")
         add("--resume", action="store_true", help="go on from the last finished epoch")
-        minutes = "stop training cleanly after this long"
-        add("--max-minutes", type=bounded(float, 0.01), help=minutes)
+        add("--max-minutes", type=bounded(float, 0.01), help="stop cleanly after this long")
         workers = "trainings at the same time; else one per core or graphics card"
         add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     return parser

@@ -1,7 +1,5 @@
 """The machine: notebook or terminal, Kaggle, device, seeds and number formats."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.metadata
@@ -27,14 +25,13 @@ def in_notebook() -> bool:
 
 def show_in_notebook(*things) -> None:
     """Display Markdown (str), sounds (waveform, sampling rate) and figures under a cell."""
-    if not in_notebook():
-        return
-    from IPython.display import Audio, Markdown, display
+    if in_notebook():
+        from IPython.display import Audio, Markdown, display
 
-    for thing in things:
-        if isinstance(thing, tuple):
-            thing = Audio(thing[0], rate=thing[1])
-        display(Markdown(thing) if isinstance(thing, str) else thing)
+        for thing in things:
+            if isinstance(thing, tuple):
+                thing = Audio(thing[0], rate=thing[1])
+            display(Markdown(thing) if isinstance(thing, str) else thing)
 
 
 def kaggle_root() -> Path:
@@ -52,14 +49,13 @@ def pick_device(name="auto") -> torch.device:
     A card that torch has no code for says is_available() and fails at the first
     operation (P100 on Kaggle), so one small operation is run before believing it.
     """
-    mps = torch.backends.mps.is_available()
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    for kind in filter(available.get, available) if name == "auto" else [name]:
-        if not available[kind]:
-            raise InputError(f"--device {kind}: torch finds none; use --device cpu")
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    kinds = [kind for kind in found if found[kind]()] + ["cpu"]
+    if name not in ("auto", *kinds):
+        raise InputError(f"--device {name}: torch finds none; use --device cpu")
+    for kind in kinds if name == "auto" else [name]:
         try:
-            x = torch.ones(8, 8, device=kind)
-            (x @ x).sum().item()
+            torch.ones(8, 8, device=kind).matrix_power(2).sum().item()
             return torch.device(kind)
         except RuntimeError as error:
             fault = f"{kind} cannot compute ({str(error).splitlines()[0]})"

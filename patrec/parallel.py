@@ -1,7 +1,5 @@
 """Independent work in several processes, or on a Dask cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing

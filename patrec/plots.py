@@ -1,7 +1,5 @@
 """Figures, every one labelled with units."""
 
-from __future__ import annotations
-
 import math
 
 import matplotlib.pyplot as plt
@@ -15,7 +13,6 @@ from patrec.recipes import GENRE_NETWORKS
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
           "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")  # fmt: skip
-
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
@@ -26,7 +23,7 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     """
     import librosa.display
 
-    axes = {"x_axis": None if beat else "time", "y_axis": kind, "sr": SR, "hop_length": HOP}
+    axes = {"x_axis": "frames" if beat else "time", "y_axis": kind, "sr": SR, "hop_length": HOP}
     low, high, colors = (DB_FLOOR, 0, "magma") if kind == "mel" else (0, 1, "viridis")
     array = np.asarray(array, dtype=float)
     image = librosa.display.specshow(array, ax=ax, vmin=low, vmax=high, cmap=colors, **axes)
@@ -34,9 +31,6 @@ def plot_spectrogram(ax, array, kind="mel", beat=False):
     if kind == "chroma":
         ax.set_yticks(range(N_CHROMA), NOTES, fontsize="small")
         ax.set_ylabel("Pitch class")
-    if beat:
-        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if array.shape[1] / step <= 8)
-        ax.set_xticks(range(0, array.shape[1], step))
     return image
 
 
@@ -77,9 +71,7 @@ def plot_activations(columns, label):
             limit = float(abs(maps).max())
             ax.imshow(in_a_row(maps), cmap="RdBu_r", vmin=-limit, vmax=limit)
             ax.set(xticks=[], yticks=[], frame_on=False)
-            ax.annotate(f"±{limit:.2g}", (1.01, 0.5), xycoords="axes fraction", fontsize="small")
-            if ax in axes[:, 0]:
-                ax.set_ylabel(name, rotation=0, ha="right", va="center")
+            ax.set_ylabel(f"{name}\n±{limit:.2g}", rotation=0, ha="right", va="center")
         column[0].set_title(title)
         bars = column[-1].bar(range(10), chances, color=COLORS[5])
         bars[label].set_color(COLORS[1])
@@ -211,8 +203,7 @@ def plot_scores(ax, names, values, intervals, xlabel):
     ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1))
     for position, value in zip(y, values, strict=True):
         written = "none" if math.isnan(value) else f"{value:.3f}"  # none: a model without it
-        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": "small"}
-        ax.text(1.01, position, written, **place)
+        ax.text(1.01, position, written, transform=ax.get_yaxis_transform(), va="center")
 
 
 def plot_emotion_scores(scores):

@@ -1,7 +1,5 @@
 """The networks of the lab and how long each of them is trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import NamedTuple
@@ -18,9 +16,7 @@ class Network(NamedTuple):
     beat: bool = False
     plain: bool = False  # the textbook LSTM: every frame, one direction, last step
 
-    @property
-    def n_bands(self) -> int:
-        return BANDS[self.features].stop - BANDS[self.features].start
+    n_bands = property(lambda self: BANDS[self.features].stop - BANDS[self.features].start)
 
 
 GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 11
@@ -77,9 +73,8 @@ class Recipe:
 def make_recipe(network, data, training, share=1.0) -> Recipe:
     """The recipe of a training: the flags of the step, or else the network's budget.
 
-    The number of passes over the clips follows from the budget: at least 20, at most
-    `most_passes`. If it is more than 60, an epoch takes several crops of each clip, because the
-    validation after each epoch takes time too.
+    The budget gives at least 20 and at most `most_passes` passes over the clips. If they are more
+    than 60, an epoch takes several crops of each clip, because validation takes time too.
 
     share : float, part of the budget to use, e.g. for fine-tuning
     """
@@ -92,15 +87,10 @@ def make_recipe(network, data, training, share=1.0) -> Recipe:
         examples = (min(examples, DEMO_EXAMPLES) if training.demo else examples) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
         crops = math.ceil(passes / 60)
-    return Recipe(
-        max(round(passes / crops), 1),
-        training.lr,
-        training.batch_size,
-        crops,
-        window=window_size(network),
-        augment=make_augment(network, len(data.names) if genre else 0),
-        ema=0.0 if network.plain else 0.99,
-    )
+    epochs, ema = max(round(passes / crops), 1), 0.0 if network.plain else 0.99
+    augment = make_augment(network, len(data.names) if genre else 0)
+    sizes = {"batch_size": training.batch_size, "crops": crops, "window": window_size(network)}
+    return Recipe(epochs, training.lr, **sizes, augment=augment, ema=ema)
 
 
 def window_size(network) -> int | None:

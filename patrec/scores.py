@@ -1,7 +1,5 @@
 """Scores on a test set, with 95% intervals."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -161,7 +159,6 @@ def paired_difference(true, first, second) -> dict:
     classes = list(first.columns)
     t = class_numbers(true.loc[ids], classes)
     a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
-
     f1 = functools.partial(macro_f1, n_classes=len(classes))
     differences = {
         "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),

@@ -1,7 +1,5 @@
 """Splits: which clips train, which validate, which are held out."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -31,23 +29,17 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     fraction : float, share of the smaller (validation or test) part
     classes : np.ndarray [shape=(n_clips,)], optional, whose shares both parts keep
     """
-    n_classes = 0 if classes is None else refuse_lone_clips(classes)
-    n_held_out = max(math.ceil(fraction * n_clips), n_classes, 1)
+    names, counts = np.unique([] if classes is None else classes, return_counts=True)
+    if (counts == 1).any():
+        fault = f"class {names[counts == 1][0]} has a single clip"
+        reason = "which cannot be in both the training and the validation part"
+        raise InputError(f"{fault}, {reason}; add clips of it or drop it")
+    n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
     if n_clips < 2 * n_held_out:
         fault = f"{n_clips} clips are too few to split into training and validation part"
         raise InputError(f"{fault}; add clips")
     rows = np.arange(n_clips)
     return train_test_split(rows, test_size=n_held_out, random_state=seed, stratify=classes)
-
-
-def refuse_lone_clips(classes) -> int:
-    """Raise InputError where a class has a single clip; returns the number of classes."""
-    names, counts = np.unique(classes, return_counts=True)
-    if (counts == 1).any():
-        fault = f"class {names[counts == 1][0]} has a single clip"
-        reason = "which cannot be in both the training and the validation part"
-        raise InputError(f"{fault}, {reason}; add clips of it or drop it")
-    return len(names)
 
 
 def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:

@@ -1,7 +1,5 @@
 """The record of a step: what it shows, and the files that it leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import sys
@@ -34,11 +32,8 @@ class Step:
     add_flags : callable, optional, gets the parser and adds flags of the step's own
     flags : str, for a notebook, which has no command line: e.g. "--epochs 20 --resume"
 
-    Attributes
-    ----------
-    args, device, out, folder
-    source : Source, what the data flags say
-    training : TrainingOptions, what the flags of a training say
+    Its attributes `args`, `source` (a Source) and `training` (TrainingOptions) are what the flags
+    say; `out` is the folder of all steps' outputs, `folder` its own.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Tables: Markdown, scores with intervals, predictions.csv, submission.csv."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import NamedTuple
@@ -16,8 +14,7 @@ from patrec.labels import EMOTIONS, fingerprint
 
 def epochs_kept(run) -> str:
     """The number of epochs of each fold, with the kept epoch in brackets."""
-    facts = [member.facts for member in run.members]
-    return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
+    return ", ".join("{epochs} ({best_epoch})".format(**member.facts) for member in run.members)
 
 
 class EarlierPredictions(NamedTuple):
@@ -29,21 +26,18 @@ class EarlierPredictions(NamedTuple):
 
 
 def earlier_predictions(training, owner, clips, folds=None) -> EarlierPredictions:
-    """Read what an earlier emotion step has predicted for the same held-out clips.
-
-    There are no predictions if it was not run, or with other labels, another seed, other clips or
-    --smoke. Raises InputError if its metrics.json or predictions.csv cannot be read.
+    """Read what an earlier emotion step has predicted for the same held-out clips, if anything.
 
     folds : pd.Series, optional, the fold of every clip, which must be the same
     """
     source, note = training.source, f"`{owner}` has saved no predictions for these clips."
     for folder in earlier_folders(training, owner):
-        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
-            continue
         try:
             metrics = json.loads((folder / "metrics.json").read_text())
             table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
             found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
+        except FileNotFoundError:
+            continue
         except (ValueError, KeyError):
             fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
             raise InputError(f"{folder}: {fault}, or delete them") from None
@@ -88,10 +82,9 @@ def with_interval(scores, key) -> str:
 
 
 def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.DataFrame:
-    """A table of predictions as rows of predictions.csv: one per clip and target.
+    """A table of predictions as rows of predictions.csv, one per clip and target.
 
-    For genre the target is 'genre', and truth and prediction are class names. For emotion the
-    targets are the emotions.
+    The targets are the emotions or 'genre', whose truth and prediction are class names.
 
     fold : '' or pd.Series, the fold of each clip (`Result.folds`)
     """
@@ -102,9 +95,8 @@ def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.
     head = {"clip": predictions.index, "model": model, "test_set": test_set}
     parts = []
     for name in predictions.columns:
-        part = pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed})
-        labels = {"truth": true[name].to_numpy(), "prediction": predictions[name].to_numpy()}
-        parts.append(part.assign(**labels))
+        values = {"truth": true[name], "prediction": predictions[name]}
+        parts.append(pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed} | values))
     return pd.concat(parts)
 
 
@@ -133,8 +125,6 @@ def markdown_table(frame) -> str:
             return "" if math.isnan(value) else f"{value:.3f}"
         return str(value).replace("|", "\\|")
 
-    header = [cell(name) for name in (frame.index.name or "", *frame.columns)]
-    pairs = zip(frame.index, frame.itertuples(index=False), strict=True)
-    rows = [[cell(str(index)), *map(cell, row)] for index, row in pairs]
-    lines = [header, ["---"] * len(header), *rows]
+    frame = frame.rename(index=str).reset_index(names=frame.index.name or "").map(cell)
+    lines = [map(cell, frame.columns), ["---"] * len(frame.columns), *frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
