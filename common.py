@@ -294,7 +294,7 @@ class LSTMBackbone(Backbone):
         self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3,
         frames_per_step=1, projection=0, mask_bands=0, readout="pool",
     ):  # fmt: skip
-        super().__init__(locals())
+        super().__init__(locals())  # a checkpoint keeps these arguments
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
@@ -445,7 +445,7 @@ class CNNBackbone(Backbone):
         self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3, frames_per_step=2,
         first_pool=4,
     ):  # fmt: skip
-        super().__init__(locals() | {"channels": list(channels)})
+        super().__init__(locals() | {"channels": list(channels)})  # for the checkpoint
         self.frames_per_step, self.stem = frames_per_step, nn.Identity()
 
         def block(c_in, c_out, pool):

@@ -19,7 +19,6 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
     classes : torch.Tensor [shape=(B,)], class numbers
 
     Returns torch.Tensor [shape=(B, T, F)], on the CPU.
-
     Source: Sundararajan et al., 2017, Axiomatic Attribution for Deep Networks.
     """
     if model.training:  # where the other clips of a batch and chance have a say
@@ -70,7 +69,6 @@ def probability_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tens
     """Probability of a class while the cells of a clip are put back, or taken away, by rank.
 
     What is away is the mean of its band (0). The mean of the curve is the area under it.
-
     x (T, F), rank (T, F) from `cell_ranks`, number of the class -> (n_levels + 1,)
 
     Source: insertion and deletion; Petsiuk et al., 2018, RISE.

@@ -1,6 +1,7 @@
 """The command line that the steps share, and what its flags say."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -17,15 +18,12 @@ def bounded(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = {int: "a whole number", float: "a number"}[kind]
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = {int: "a whole number", float: "a number"}[kind]
+        limit = f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
 
     return parse
 

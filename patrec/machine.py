@@ -87,8 +87,7 @@ def keep_freed_memory() -> None:
 def fast_dtype(device_type) -> torch.dtype:
     """Number format for matrix work: half precision only where the chip computes in it.
 
-    torch.cuda.is_bf16_supported() is True by emulation on a T4, hence the capability
-    test; a CPU gains from bf16 only with avx512_bf16 or AMX.
+    A T4 only emulates bf16 (but is_bf16_supported); a CPU needs avx512_bf16 or AMX to gain.
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16

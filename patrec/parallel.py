@@ -48,8 +48,8 @@ def parallel_map(function, tasks, workers, dask=None, order="generator"):
 def dask_cluster(address):
     """What joblib.parallel_config needs to run tasks on the cluster of this Dask scheduler.
 
-    Its workers need the packages of requirements.txt. They do not need the project's modules,
-    which travel with the tasks. They see data, cache and output folder under the same paths.
+    Its workers need the packages of requirements.txt, and data, cache and output folder under the
+    same paths. The project's modules travel with the tasks.
     """
     try:
         import cloudpickle

@@ -17,10 +17,7 @@ MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
 def plot_spectrogram(ax, array, kind="mel", beat=False):
-    """Draw (F, T) rows of a clip: mel in dB over Hz, or chroma over note names.
-
-    Time runs in seconds, or in beats for beat-synchronised arrays.
-    """
+    """Draw (F, T) rows of a clip over seconds or beats: mel in dB over Hz, or chroma over notes."""
     import librosa.display
 
     axes = {"x_axis": "frames" if beat else "time", "y_axis": kind, "sr": SR, "hop_length": HOP}
@@ -113,10 +110,7 @@ def panel_grid(n_panels, n_columns, width, height):
 
 
 def plot_history(ax, history, title, score_name):
-    """Loss (left axis) and validation score (right axis, returned) against the epoch.
-
-    The epochs of which the best is kept are shaded, the kept one is marked.
-    """
+    """Loss and, on the right axis, which is returned, validation score; a dot: the kept epoch."""
     right, green = ax.twinx(), COLORS[2]
     ax.plot("epoch", "train_loss", data=history, color=COLORS[0], label="training loss")
     ax.plot("epoch", "val_loss", data=history, color=COLORS[3], label="validation loss")
@@ -125,7 +119,7 @@ def plot_history(ax, history, title, score_name):
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right.set_ylabel(f"Validation {score_name}")
     settled = history.query("settled == 1")["epoch"]
-    if len(settled):  # a run that was cut short may have none
+    if len(settled):  # the best of them is kept; a run that was cut short may have none
         ax.axvspan(settled.min() - 0.5, settled.max() + 0.5, color="0.92", zorder=0)
     best = history.query("kept == 1").iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=green)

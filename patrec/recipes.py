@@ -31,17 +31,12 @@ GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 1
 }
 
 LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
-
 DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
 OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check
 
 
 class Budget(NamedTuple):
-    """How many examples a kind of network is trained on.
-
-    They are close to those tried in cross-validation (docs/experiments.md), but for the LSTM's
-    number for emotion, which is a judgement.
-    """
+    """How many examples a kind of network is trained on; docs/experiments.md says why."""
 
     crop: int  # frames of a training example, and of a window in validation and test
     genre: int  # training examples over all epochs
@@ -50,7 +45,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
+    "lstm": Budget(
+        crop=640, genre=30_000, emotion=10_000, most_passes=80
+    ),  # 15 s; emotion: a guess
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
 

@@ -20,11 +20,7 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
     """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
 
     It shows how much the score depends on the choice of test clips. It does not show how much
-    it depends on the seed of the training.
-
-    score : callable, index array (n_clips,) -> float
-
-    Returns [low, high], the 2.5 and 97.5 percentiles.
+    it depends on the seed of the training. `score` turns an index array (n_clips,) into a float.
     """
     rng = np.random.default_rng(seed)
     values = [score(rng.integers(0, n_clips, n_clips)) for _ in range(n_resamples)]
@@ -32,10 +28,7 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
 
 
 def macro_f1(targets, predictions, n_classes) -> float:
-    """Mean F1 of all classes, as scikit-learn's f1_score with zero_division=0, but faster.
-
-    targets, predictions : np.ndarray of int [shape=(N,)]
-    """
+    """Mean F1 of int arrays (N,), as scikit-learn's f1_score with zero_division=0, but faster."""
     counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
     counts = counts.reshape(n_classes, n_classes)
     seen = counts.sum(0) + counts.sum(1)  # per class: 2 TP + FP + FN
@@ -91,11 +84,9 @@ def spearman(targets, predictions) -> float:
 
 
 def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndarray:
-    """Spearman's correlation (n_resamples,) on bootstrap resamples of the clips.
+    """Spearman's correlation (n_resamples,) of float arrays (N,) on bootstrap resamples.
 
     The same seed draws the same clips, so the results of two models can be subtracted.
-
-    targets, predictions : np.ndarray of float [shape=(N,)]
     """
     n_clips = len(targets)
     rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))

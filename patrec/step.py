@@ -111,17 +111,11 @@ class Step:
 
     def finish(self, runs=None, **facts):
         """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
-        root, demo = self.source.root, self.source.demo
-        metrics = {
-            "step": self.name,
-            "seconds": round(time.monotonic() - self.began, 2),
-            "environment": environment(self.device),
-            "data": {"root": str(root), "demo": demo, "fingerprint": fingerprints(root)},
-            "seed": self.args.seed,
-            "smoke": self.args.smoke,
-            "runs": runs or {},
-            **facts,
-        }
+        root, demo, args = self.source.root, self.source.demo, self.args
+        metrics = {"step": self.name, "seconds": round(time.monotonic() - self.began, 2)}
+        metrics |= {"environment": environment(self.device), "seed": args.seed, "smoke": args.smoke}
+        metrics["data"] = {"root": str(root), "demo": demo, "fingerprint": fingerprints(root)}
+        metrics |= {"runs": runs or {}} | facts
         write_text(self.folder / "args.json", to_json(vars(self.args)))
         self.write()
         write_text(self.folder / "metrics.json", to_json(metrics))
