@@ -40,14 +40,12 @@ class Budget(NamedTuple):
 
     crop: int  # frames of a training example, and of a window in validation and test
     genre: int  # training examples over all epochs
-    emotion: int
+    emotion: int  # likewise; the LSTM's is a judgement
     most_passes: int  # over the clips of a very small data set
 
 
 BUDGETS = {
-    "lstm": Budget(
-        crop=640, genre=30_000, emotion=10_000, most_passes=80
-    ),  # 15 s; emotion: a guess
+    "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
 
