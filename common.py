@@ -1,12 +1,9 @@
 """The Dataset, the networks, the losses and the training loop that all steps share.
 
-Read it from top to bottom; a clip takes this way:
+Read it from top to bottom. Genre, one emotion and three emotions take the same way:
 
     label file -> entries -> arrays -> one tensor in memory -> Dataset -> Subset -> batch
     -> backbone -> head -> loss -> predictions (clip x target) -> scores -> files
-
-Genre, one emotion and three emotions take the same way: one `load_data`, one `train`, one
-`predict_clips`.
 
 1. Dataset     SpectrogramDataset, load_data, load_test
 2. Networks    LSTMBackbone, CNNBackbone, Classifier, Regressor
@@ -17,8 +14,6 @@ Genre, one emotion and three emotions take the same way: one `load_data`, one `t
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
 C channels, H hidden units, K classes or emotions, N clips.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -35,7 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from patrec.baselines import band_features, regression_baselines
@@ -43,20 +38,14 @@ from patrec.batches import cut_windows, mask_stripe, to_resident
 from patrec.clips import find_leak, load_clips
 from patrec.errors import InputError, StepFailed
 from patrec.features import BANDS, N_MELS
-from patrec.files import (
-    earlier_folders,
-    load_torch,
-    make_folder,
-    save_torch,
-    write_text,
-)
-from patrec.labels import EMOTIONS, fingerprint, label_file, read_entries
+from patrec.files import earlier_folders, load_torch, make_folder, save_torch, write_text
+from patrec.labels import EMOTIONS, fingerprint, read_entries
 from patrec.machine import fast_dtype, half_precision, seed_everything, show_bars
 from patrec.parallel import WorkerDied, parallel_map
 from patrec.plots import plot_overfit
 from patrec.recipes import GENRE_NETWORKS, OVERFIT_PASSES, Network, Recipe, make_recipe, window_size
 from patrec.scores import average_predictions, macro_f1, spearman
-from patrec.splits import encode_labels, refuse_lone_clips, split_ids, take_subset
+from patrec.splits import encode_labels, split_ids, take_subset
 
 
 class SpectrogramDataset(Dataset):
@@ -68,13 +57,10 @@ class SpectrogramDataset(Dataset):
     Parameters
     ----------
     store : ClipStore
-    targets : array-like [shape=(N,) or (N, 3)]
-        Class numbers, or emotion values.
+    targets : array-like [shape=(N,) or (N, 3)], class numbers or emotion values
     features : 'mel', 'chroma' or 'fused'
-    stats : (mean, std), each torch.Tensor [shape=(F,)]
-        From `band_statistics` of the training part.
-    crop : int or None
-        Fetch a random stretch of this many frames instead of the whole clip.
+    stats : (mean, std), each torch.Tensor [shape=(F,)], `band_statistics` of the training part
+    crop : int or None, fetch a random stretch of this many frames instead of the whole clip
     """
 
     def __init__(self, store, targets, features="mel", stats=None, crop=None):
@@ -121,8 +107,7 @@ class SpectrogramDataset(Dataset):
     def variant(self, **changes):
         """Return the same data with other settings, e.g. ``variant(crop=None)``; no copy."""
         other = copy.copy(self)
-        for name, value in changes.items():
-            setattr(other, name, value)
+        vars(other).update(changes)
         return other
 
 
@@ -132,9 +117,7 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
     Call it with the training part only: statistics of validation or test clips in the
     input would be a leak.
 
-    Returns
-    -------
-    mean, std : torch.Tensor [shape=(F,)], in the units of the rows (dB; chroma 0 to 1)
+    Returns mean and std, torch.Tensor [shape=(F,)], in the rows' units (dB; chroma 0 to 1).
     """
     total, squares, n_frames = 0.0, 0.0, 0
     for index in indices:
@@ -151,22 +134,15 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
 
 @dataclasses.dataclass
 class Data:
-    """What one network learns from: parts that no clip shares.
-
-    train, val, held_out : Subset of one SpectrogramDataset; held_out is empty for genre,
-        which has a test split of its own (`load_test`)
-    names : list of K str, the classes or the emotions that the columns stand for
-    mean, std : np.ndarray [shape=(K,)], of the training labels; emotion only
-    settings : dict, what a checkpoint needs to judge new clips and to know its own origin
-    """
+    """What one network learns from: parts of one SpectrogramDataset that no clip shares."""
 
     train: Subset
     val: Subset
-    held_out: Subset
-    names: list[str]
-    mean: np.ndarray | None
+    held_out: Subset  # empty for genre, which has a test split of its own (`load_test`)
+    names: list[str]  # (K,) the classes or the emotions that the columns stand for
+    mean: np.ndarray | None  # (K,) of the training labels; emotion only
     std: np.ndarray | None
-    settings: dict
+    settings: dict  # what a checkpoint needs to judge new clips and to know its own origin
 
 
 def load_data(
@@ -180,20 +156,14 @@ def load_data(
     Parameters
     ----------
     target : 'genre', 'emotion' (three values per clip), 'valence', 'energy', 'danceability'
-    crop : int or None
-        Random crops of this many frames for training; the other parts see whole clips.
-    fold, n_folds : int
-        Emotion: which fold is held out, of how many; one fold is a fifth.
-    stats : (mean, std), optional
-        Standardise with these, of the network that is continued, not with those of the
-        training part.
+    crop : int or None, train on random crops of this many frames; other parts see whole clips
+    fold, n_folds : int, emotion: which fold is held out, of how many; one fold is a fifth
+    stats : (mean, std) of the network that is continued; None: of the training part
     """
     part = "genre" if target == "genre" else "emotion"
     entries = read_entries(source.root, part, "train", beat, source.merge)
     store = load_clips(entries, source.skip_bad)
     labels = {entry.clip_id: entry.label for entry in entries}
-    if part == "genre":
-        refuse_lone_clips(list(labels.values()), label_file(entries))
     parts = split_ids(source, part, labels, fold, n_folds)
     row = {entry.clip_id: index for index, entry in enumerate(store.entries)}
     train, val, held_out = ([row[i] for i in ids if i in row] for ids in parts)
@@ -218,24 +188,15 @@ def load_data(
     stats = stats or band_statistics(store, train, features)
     store.frames = to_resident(store.frames, source.device)
     whole = SpectrogramDataset(store, targets, features, stats)
-    settings = extra | {
-        "part": part,
-        "features": features,
-        "beat": beat,
-        "merge": source.merge,
-        "names": names,
-        "stats": stats,
-        "seed": source.seed,
-        "subset": source.subset,
-        "smoke": source.smoke,
-        "fingerprint": fingerprint(source.root, part, beat),
-    }
+    settings = {"part": part, "features": features, "beat": beat, "names": names, "stats": stats}
+    settings |= {name: getattr(source, name) for name in ("merge", "seed", "subset", "smoke")}
+    settings |= extra | {"fingerprint": fingerprint(source.root, part, beat)}
     crops = Subset(whole.variant(crop=crop), train)
     return Data(crops, Subset(whole, val), Subset(whole, held_out), names, mean, std, settings)
 
 
-def load_test(source, settings, split="test", *, beat=None) -> SpectrogramDataset:
-    """Load a test split the way a trained network wants it; only after training.
+def load_test(source, settings, *, beat=None) -> SpectrogramDataset:
+    """Load the test split the way a trained network wants it; only after training.
 
     Genre clips have classes; the lab publishes no labels for the emotion clips, whose
     targets are NaN. Rows are sorted by id.
@@ -247,7 +208,7 @@ def load_test(source, settings, split="test", *, beat=None) -> SpectrogramDatase
     """
     part, beat = settings["part"], settings["beat"] if beat is None else beat
     merge, names = settings["merge"], settings["names"]
-    entries = sorted(read_entries(source.root, part, split, beat, merge), key=lambda e: e.clip_id)
+    entries = sorted(read_entries(source.root, part, "test", beat, merge), key=lambda e: e.clip_id)
     store = load_clips(entries, source.skip_bad)
     if part == "genre":
         leaked = []
@@ -281,10 +242,16 @@ def time_mask(lengths, n_steps, device) -> torch.Tensor:
 class Backbone(nn.Module):
     """What both backbones share: `blocks`, of which the first ones can be frozen.
 
-    `stem` is what comes before the first block and is frozen with it.
+    `stem` is what comes before the first block and is frozen with it. `config` holds the
+    arguments of a backbone for its checkpoint, which are the `locals()` its __init__ begins with.
     """
 
     n_frozen = 0
+
+    def __init__(self, arguments):
+        super().__init__()
+        private = ("self", "__class__")
+        self.config = {name: value for name, value in arguments.items() if name not in private}
 
     def freeze(self, n) -> None:
         """Keep the first n blocks as they are, batch normalisation included (step 9)."""
@@ -308,16 +275,13 @@ class LSTMBackbone(Backbone):
 
     Parameters
     ----------
-    n_bands : int
-        F, bands of a frame.
-    hidden_size : int
-        H, units of one direction.
+    n_bands : int, F, bands of a frame
+    hidden_size : int, H, units of one direction
     frames_per_step : int
         Frames described by one step, see `frame_statistics`. 1,293 steps are slow and the
         gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
         frames as they are.
-    projection : int
-        Units of a dense layer with layer normalisation before the LSTM; 0: none.
+    projection : int, units of a dense layer with layer normalisation before the LSTM; 0: none
     mask_bands : int
         While training, blank a stripe of up to so many bands, and of up to 15% of the
         steps; 0: none.
@@ -327,29 +291,10 @@ class LSTMBackbone(Backbone):
     """
 
     def __init__(
-        self,
-        n_bands,
-        hidden_size=128,
-        n_layers=1,
-        bidirectional=True,
-        dropout=0.3,
-        frames_per_step=1,
-        projection=0,
-        mask_bands=0,
-        readout="pool",
-    ):
-        super().__init__()
-        self.config = {
-            "n_bands": n_bands,
-            "hidden_size": hidden_size,
-            "n_layers": n_layers,
-            "bidirectional": bidirectional,
-            "dropout": dropout,
-            "frames_per_step": frames_per_step,
-            "projection": projection,
-            "mask_bands": mask_bands,
-            "readout": readout,
-        }
+        self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3,
+        frames_per_step=1, projection=0, mask_bands=0, readout="pool",
+    ):  # fmt: skip
+        super().__init__(locals())  # a checkpoint keeps these arguments
         self.frames_per_step, self.readout = frames_per_step, readout
         n_inputs = n_bands if frames_per_step == 1 else 3 * n_bands
         stem = []
@@ -415,10 +360,9 @@ class StripeMask(nn.Module):
     spread and a change that no music has.
     """
 
-    def __init__(self, n_bands, widest, share_of_steps=0.15):
+    def __init__(self, n_bands, widest):
         super().__init__()
-        self.n_bands, self.share_of_steps = n_bands, share_of_steps
-        self.widest = min(widest, n_bands // 4)
+        self.n_bands, self.widest = n_bands, min(widest, n_bands // 4)
 
     def forward(self, x):
         """(B, S, n_bands) or, as `frame_statistics` gives them, (B, S, 3 n_bands)."""
@@ -426,7 +370,7 @@ class StripeMask(nn.Module):
             return x
         # The same stripe of bands in means, spreads and changes.
         bands = mask_stripe(x.reshape(len(x), -1, self.n_bands), 2, self.widest)
-        return mask_stripe(bands.view_as(x), 1, self.share_of_steps * x.shape[1])
+        return mask_stripe(bands.view_as(x), 1, 0.15 * x.shape[1])
 
 
 def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
@@ -485,8 +429,7 @@ class CNNBackbone(Backbone):
 
     Parameters
     ----------
-    n_bands : int
-        F, at least 16 (four poolings by 2).
+    n_bands : int, F, at least 16 (four poolings by 2)
     channels : sequence of 4 ints
     kernel_size : int, odd
     frames_per_step : int
@@ -499,21 +442,10 @@ class CNNBackbone(Backbone):
     """
 
     def __init__(
-        self,
-        n_bands=N_MELS,
-        channels=(16, 32, 64, 128),
-        kernel_size=3,
-        frames_per_step=2,
+        self, n_bands=N_MELS, channels=(16, 32, 64, 128), kernel_size=3, frames_per_step=2,
         first_pool=4,
-    ):
-        super().__init__()
-        self.config = {
-            "n_bands": n_bands,
-            "channels": list(channels),
-            "kernel_size": kernel_size,
-            "frames_per_step": frames_per_step,
-            "first_pool": first_pool,
-        }
+    ):  # fmt: skip
+        super().__init__(locals() | {"channels": list(channels)})  # for the checkpoint
         self.frames_per_step, self.stem = frames_per_step, nn.Identity()
 
         def block(c_in, c_out, pool):
@@ -534,9 +466,8 @@ class CNNBackbone(Backbone):
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
         x, lengths = average_frames(x, lengths, self.frames_per_step)
-        shortest = math.prod(self.pools)
-        if x.shape[1] < shortest:
-            x = nn.functional.pad(x, (0, 0, 0, shortest - x.shape[1]))
+        if (missing := math.prod(self.pools) - x.shape[1]) > 0:  # the blocks need one column left
+            x = nn.functional.pad(x, (0, 0, 0, missing))
         x = x.unsqueeze(1)  # (B, 1, T, F)
         for block, pool in zip(self.blocks, self.pools, strict=True):
             x = block(x)
@@ -561,23 +492,11 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x, lengths))
 
 
-def small_linear(n_inputs) -> nn.Linear:
-    """One output that starts close to 0, that is, at the mean of the labels."""
-    layer = nn.Linear(n_inputs, 1)
-    nn.init.normal_(layer.weight, std=0.1 / math.sqrt(n_inputs))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Regressor(nn.Module):
     """Backbone -> one or several emotion values per clip, in the labels' own units.
 
-    Parameters
-    ----------
-    names : sequence of K str
-        The emotions, one output layer each.
-    mean, std : sequences of K floats
-        Of the training labels: the network works on standardised values, its output does not.
+    The output layers, one per emotion of `names`, predict standardised values. `mean` and `std`
+    of the training labels, (K,) each, turn these into the labels' units.
     """
 
     def __init__(self, backbone, names, mean, std, dropout=0.4):
@@ -586,7 +505,11 @@ class Regressor(nn.Module):
         self.backbone = backbone
         self.config = {"names": list(names), "mean": mean, "std": std, "dropout": dropout}
         self.dropout = nn.Dropout(dropout)
-        self.heads = nn.ModuleDict({name: small_linear(backbone.feature_size) for name in names})
+        self.heads, n_inputs = nn.ModuleDict(), backbone.feature_size
+        for name in names:  # each output starts close to 0, that is, at the mean of the labels
+            head = self.heads[name] = nn.Linear(n_inputs, 1)
+            nn.init.normal_(head.weight, std=0.1 / math.sqrt(n_inputs))
+            nn.init.zeros_(head.bias)
         for name, value in (("mean", mean), ("std", std)):  # buffers go along to the device
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
 
@@ -617,24 +540,22 @@ def count_weights(model) -> int:
     return sum(weights.numel() for weights in model.parameters())
 
 
-def layer_table(model, data, n_clips=2) -> tuple[pd.DataFrame, str]:
+def layer_table(model, data) -> tuple[pd.DataFrame, str]:
     """A network's layers as a table with its caption: output shape for a batch, and weights."""
-    items = data.train.dataset.__getitems__(data.train.indices[:n_clips])
-    x, lengths = (torch.stack(column) for column in (list(zip(*items, strict=True))[::2]))
-    rows, hooks = [], []
+    x, _, lengths = default_collate(data.train.dataset.__getitems__(data.train.indices[:2]))
+    rows = []
 
     def note(name, module, inputs, output):
         output = output[0] if isinstance(output, tuple) else output
         shape = " x ".join(map(str, output.shape))
         rows.append([name, type(module).__name__, shape, count_weights(module)])
 
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            hooks.append(module.register_forward_hook(functools.partial(note, name)))
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hook = module.register_forward_hook(functools.partial(note, name))
+                hooks.enter_context(hook)
         model.eval()(x.to(next(model.parameters()).device), lengths)
-    for hook in hooks:
-        hook.remove()
     table = pd.DataFrame(rows, columns=["layer", "operation", "output", "weights"])
     batch = f"Layer by layer, for a batch of {tuple(x.shape)} (clips, frames, bands)"
     return table.set_index("layer"), f"{batch}; {count_weights(model):,} weights"
@@ -651,20 +572,16 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
     outputs, targets : torch.Tensor [shape=(B,)]
     std : float, of the training labels of this emotion
     """
-    refuse_unlike(outputs, targets)
+    if outputs.shape != targets.shape:
+        # (B, 1) against (B,) would give a B x B matrix of differences, without a word.
+        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} would broadcast")
     error = ((outputs - targets) / std).square().mean()
     if len(outputs) < 3:  # a correlation of two points is always 1 or -1
         return error
     a, b = outputs - outputs.mean(), targets - targets.mean()
     pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
     return error + 0.5 * (1 - pearson)
-
-
-def refuse_unlike(outputs, targets) -> None:
-    """(B, 1) against (B,) would give a B x B matrix of differences, without a word."""
-    if outputs.shape != targets.shape:
-        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes} would broadcast")
 
 
 class RegressionLoss(nn.Module):
@@ -680,7 +597,6 @@ class RegressionLoss(nn.Module):
 
     def terms(self, outputs, targets):
         """outputs, targets (B, K) -> (K,) losses, one per emotion, before they are summed."""
-        refuse_unlike(outputs, targets)
         columns = zip(outputs.T, targets.T, self.std, strict=True)
         return torch.stack([regression_loss(*column) for column in columns])
 
@@ -702,47 +618,29 @@ def make_backbone(network) -> nn.Module:
 
 @dataclasses.dataclass
 class TrainedModel:
-    """A trained network and how it came about.
+    """A trained network and how it came about."""
 
-    model : nn.Module, with the weights of the epoch that was kept
-    settings : dict, what its checkpoint holds to prepare and judge new clips
-    facts : dict for metrics.json: epochs, best_epoch, weights, n_train, val ...
-    history : pd.DataFrame, a row per epoch
-    path : Path of the checkpoint
-    """
-
-    model: nn.Module
-    settings: dict
-    facts: dict
-    history: pd.DataFrame
-    path: Path
+    model: nn.Module  # with the weights of the epoch that was kept
+    settings: dict  # what its checkpoint holds to prepare and judge new clips
+    facts: dict  # for metrics.json: epochs, best_epoch, weights, n_train, val ...
+    history: pd.DataFrame  # a row per epoch
+    path: Path  # of the checkpoint
 
 
 @dataclasses.dataclass
 class OverfitCheck:
-    """What `train` with overfit_batch found.
+    """What `train` with overfit_batch found."""
 
-    learned : bool, whether the loss came under the goal with every clip right
-    facts : dict of batches, clips, passes, loss, accuracy (None for regression)
-    history : pd.DataFrame, the loss of every pass
-    """
-
-    learned: bool
-    facts: dict
-    history: pd.DataFrame
+    learned: bool  # whether the loss came under the goal with every clip right
+    facts: dict  # batches, clips, passes, loss, accuracy (None for regression)
+    history: pd.DataFrame  # the loss of every pass
 
 
 class TrainingState:
     """All that changes while a network is trained; saved after each epoch, for --resume.
 
-    Parameters
-    ----------
-    model, loss_fn, optimizer : the loss may have weights of its own to learn
-    recipe : Recipe
-    n_batches : int, in an epoch
-    constant_rate : bool
-        The learning rate stays as it is; otherwise it follows one cycle (with Adam's beta1
-        against it, .95 to .85, torch's default).
+    The learning rate follows one cycle (with Adam's beta1 against it, .95 to .85, torch's
+    default) over the recipe's epochs of n_batches; with constant_rate it stays as it is.
     """
 
     def __init__(self, model, loss_fn, optimizer, recipe, n_batches, device, constant_rate=False):
@@ -754,21 +652,17 @@ class TrainingState:
         else:
             # Where the warm-up is exactly one step, OneCycleLR divides by zero.
             warm_up = recipe.warm_up * (1.5 if abs(recipe.warm_up * n_steps - 1) < 1e-6 else 1)
-            rates = [group["lr"] for group in optimizer.param_groups]
-            self.schedule = scheduler.OneCycleLR(
-                optimizer, rates, total_steps=n_steps, pct_start=warm_up
-            )
+            self.schedule = scheduler.OneCycleLR(optimizer, recipe.lr, n_steps, pct_start=warm_up)
         swa = torch.optim.swa_utils
         decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
-        self.average = swa.AveragedModel(
-            model, multi_avg_fn=swa.get_ema_multi_avg_fn(decay), use_buffers=True
-        )
+        mean = swa.get_ema_multi_avg_fn(decay)
+        self.average = swa.AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
         kind = torch.device(device).type
         self.scaler = torch.amp.GradScaler(kind, enabled=fast_dtype(kind) == torch.float16)
         self.plan = f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {n_steps} batches"
 
     def parts(self) -> dict:
-        names = ("model", "average", "loss_fn", "optimizer", "schedule", "scaler")
+        names = ("model", "average", "optimizer", "schedule", "scaler")
         return {name: getattr(self, name) for name in names}
 
     def save(self, path, settings) -> None:
@@ -783,36 +677,26 @@ class TrainingState:
     def load(self, path, settings) -> None:
         """Go on from what `save` has written; InputError if it belongs to another training."""
         state = load_torch(path)
-        keys = {*self.parts(), "rng", "plan", "settings", "history", "best"}
-        if not isinstance(state, dict) or not keys <= set(state):
-            raise InputError(f"{path}: not the state of a training; leave out --resume")
-        if state["plan"] != self.plan:
-            fault = f"begun with {state['plan']}, now {self.plan}"
+        try:
+            plan, known = state["plan"], state["settings"]
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            self.history, self.best = state["history"], tuple(state["best"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if "cuda" in state["rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["rng"]["cuda"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            fault = "not the state of this model's training"
+            raise InputError(f"{path}: {fault}; leave out --resume") from error
+        if plan != self.plan:
+            fault = f"begun with {plan}, now {self.plan}"
             raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
         # Other clips, or the same ones split by another seed: what was validated would now be
         # trained on.
-        known = state["settings"]
-        odd = [name for name in settings if not equal_settings(settings[name], known.get(name))]
+        odd = [name for name in settings if not np.array_equal(settings[name], known.get(name))]
         if odd:
             fault = f"begun with other clips or another --seed ({' and '.join(odd)} differ)"
             raise InputError(f"{path}: {fault}; use the same, or leave out --resume")
-        try:
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            fault = "belongs to another model; leave out --resume, or name another --out-dir"
-            raise InputError(f"{path}: {fault}") from error
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
-        self.history, self.best = state["history"], tuple(state["best"])
-
-
-def equal_settings(value, other) -> bool:
-    """Equality of two settings: plain values or, the band statistics, tuples of tensors."""
-    if isinstance(value, tuple) and isinstance(other, tuple):
-        return len(value) == len(other) and all(map(torch.equal, value, other))
-    return value == other
 
 
 UNFINISHED = "unfinished"  # a file in the folder of a network that is being trained
@@ -832,16 +716,12 @@ def train(
 
     Parameters
     ----------
-    model : nn.Module
-        Called as ``model(x, lengths)``; frozen weights need no gradient.
+    model : nn.Module, called as ``model(x, lengths)``; frozen weights need no gradient
     data : Data, see `load_data`
-    loss_fn : nn.Module
-        (outputs, targets) -> scalar tensor.
-    optimizer : torch.optim.Optimizer, of the model's and the loss's weights
-    resume : bool
-        Go on from ``last.pt`` if it is there.
-    max_seconds : float
-        No epoch is begun that would end later than this; one epoch always runs.
+    loss_fn : nn.Module, (outputs, targets) -> scalar tensor
+    optimizer : torch.optim.Optimizer, of the model's weights
+    resume : bool, go on from ``last.pt`` if it is there
+    max_seconds : float, no epoch is begun that would end later than this; one always runs
 
     Raises
     ------
@@ -853,7 +733,7 @@ def train(
     make_folder(folder)
     crops = Subset(data.train.dataset, data.train.indices * recipe.crops)
     loader = DataLoader(crops, recipe.batch_size, shuffle=True)
-    val_loader = DataLoader(data.val, recipe.batch_size)
+    val = DataLoader(data.val, recipe.batch_size)
     settings = data.settings | {"window": recipe.window, "run": folder.name}
     facts = training_facts(model, data, recipe, len(crops))
     state = TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
@@ -869,9 +749,7 @@ def train(
         with advice_on_memory(device, recipe.batch_size):
             train_loss = train_epoch(loader, state, recipe, device, epoch)
             # As few windows as cover the clip: half the time that the test's take.
-            outputs, targets = predict(
-                state.average, val_loader, device, recipe.window, overlap=False
-            )
+            outputs, targets = predict(state.average, val, device, recipe.window, overlap=False)
             val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         score = validation_score(outputs, targets, settings)
         # The best epoch is chosen among the last ones, where the rate is low: an earlier peak is
@@ -913,9 +791,8 @@ def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0
 
     Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
     or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
-    Wrong labels it does not find: they can be learned by heart too. The batches are crops, as
-    in training, drawn once; each pass is `train_epoch`, the loop of every training, at a
-    constant rate.
+    It does not find wrong labels, which can be learned by heart too. Each pass is `train_epoch`,
+    the loop of every training, at a constant rate.
     """
     loader = DataLoader(data.train, recipe.batch_size, shuffle=True)
     batches = list(itertools.islice(loader, n_batches))
@@ -992,9 +869,8 @@ def advice_on_memory(device, batch_size):
     try:
         yield
     except torch.OutOfMemoryError:
-        smaller = max(batch_size // 2, 2)
         fault = f"{device} ran out of memory with batches of {batch_size} clips"
-        raise StepFailed(f"{fault}; try --batch-size {smaller}") from None
+        raise StepFailed(f"{fault}; try --batch-size {max(batch_size // 2, 2)}") from None
 
 
 def train_epoch(loader, state, recipe, device, epoch) -> float:
@@ -1035,17 +911,11 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
 
     Parameters
     ----------
-    window : int or None
-        Cut each clip into windows of this many frames and average their outputs; None:
-        the whole clip at once.
-    overlap : bool
-        2 W - 1 windows that overlap by half or more instead of W; cross-validation showed no
-        gain that can be measured.
+    window : int or None, average the outputs of windows of this many frames; None: whole clips
+    overlap : bool, 2 W - 1 windows that overlap by half or more instead of W; cross-validation
+        showed no gain that can be measured
 
-    Returns
-    -------
-    outputs : torch.Tensor [shape=(N, ...)], float32, on the CPU
-    targets : torch.Tensor [shape=(N,) or (N, K)], on the CPU
+    Returns outputs [shape=(N, ...)], float32, and targets [shape=(N,) or (N, K)], on the CPU.
     """
     model.eval()
     outputs, targets, fast = [], [], half_precision(device)
@@ -1063,18 +933,17 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
     return torch.cat(outputs), torch.cat(targets)
 
 
-def adjust_logits(logits, priors, strength=0.5):
+def adjust_logits(logits, priors):
     """Logit adjustment: subtract half the log of each class's share of the training clips.
 
     That raises rare classes most. A network predicts a common class too often because it was
     common in training, and macro-F1 does not reward that. Menon et al. (2021, Long-tail
     learning via logit adjustment) subtract all of it, for the balanced error; half of it was
-    chosen in cross-validation, where it gained the CNNs .018 macro-F1 and the LSTMs nothing
-    (docs/experiments.md).
+    chosen in cross-validation (docs/experiments.md).
 
     logits (N, K); priors : sequence of K floats, of the training part
     """
-    return logits - strength * torch.tensor(priors).log()
+    return logits - 0.5 * torch.tensor(priors).log()
 
 
 def score_name(settings) -> str:
@@ -1115,55 +984,39 @@ def true_labels(dataset, settings) -> pd.Series | pd.DataFrame:
 
 @dataclasses.dataclass
 class Experiment:
-    """One network to train, on every fold.
+    """One network to train, on every fold."""
 
-    name : str, of the run and its folder
-    network : Network, its kind and its input
-    make_model : (network, data) -> nn.Module; called after seeding, so that a
-        training gives the same alone as beside others
-    make_loss : data -> nn.Module
-    optimizer : class, e.g. torch.optim.AdamW
-    target : 'genre', 'emotion' (all three) or the name of one emotion
-    seed : int, another one than the step's: other weights, batches and validation clips
-    n_folds : emotion: 1 holds out a fifth of the clips; more: cross-validation
-    stats : (mean, std), of the network that is continued
-    share, lr_factor : of the budget and of the learning rate, for a fine-tuning
-    """
-
-    name: str
-    network: Network
-    make_model: Callable
-    make_loss: Callable
-    optimizer: type
-    target: str = "genre"
-    seed: int | None = None
-    n_folds: int = 1
-    stats: tuple | None = None
-    share: float = 1.0
-    lr_factor: float = 1.0
+    name: str  # of the run and its folder
+    network: Network  # its kind and its input
+    make_model: Callable  # (network, data) -> nn.Module, called after seeding
+    make_loss: Callable  # data -> nn.Module
+    optimizer: type  # e.g. torch.optim.AdamW
+    target: str = "genre"  # or 'emotion' (all three) or the name of one emotion
+    seed: int | None = None  # another one than the step's: other weights, batches, validation clips
+    n_folds: int = 1  # emotion: 1 holds out a fifth of the clips; more: cross-validation
+    stats: tuple | None = None  # (mean, std) of the network that is continued
+    share: float = 1.0  # of the budget, for a fine-tuning
+    lr_factor: float = 1.0  # of the learning rate, for a fine-tuning
 
 
 @dataclasses.dataclass
 class Result:
     """A run that is done: one TrainedModel per fold.
 
-    facts : dict for metrics.json; of several folds epochs and seconds are summed, val is
-        averaged, all else is the first fold's
-    predictions, truth : pd.DataFrame or None
-        Predictions for held-out emotion clips, each by the fold that was not trained on it.
-    folds : pd.Series or None, which fold that was, from 1 on
+    Of several folds, `facts` (for metrics.json) has epochs and seconds summed and val averaged;
+    all else is the first fold's.
     """
 
     members: list[TrainedModel]
     facts: dict
+    # Emotion only: each held-out clip, predicted by the fold that was not trained on it.
     predictions: pd.DataFrame | None = None
     truth: pd.DataFrame | None = None
-    folds: pd.Series | None = None
+    folds: pd.Series | None = None  # which fold that was, from 1 on
 
     model = property(lambda self: self.members[0].model)
     settings = property(lambda self: self.members[0].settings)
     history = property(lambda self: self.members[0].history)
-    path = property(lambda self: self.members[0].path)
 
 
 def train_all(training, runs, to_come=0) -> dict[str, Result]:
@@ -1171,32 +1024,25 @@ def train_all(training, runs, to_come=0) -> dict[str, Result]:
 
     Each training is a process with its share of the processor's cores, or with a graphics
     card of its own; one alone trains in this process, with all of them. What a training
-    gives does not depend on what trains beside it.
+    gives does not depend on what trains beside it. The first one that fails stops the others,
+    whose finished epochs are kept.
 
     to_come : trainings still to come in this step, which share what is left of --max-minutes
-
-    Raises
-    ------
-    InputError, StepFailed
-        Of the first training that failed; the others are stopped, their finished epochs kept.
     """
     runs = list(runs)
     jobs = [(run, fold) for run in runs for fold in range(run.n_folds)]
     workers = count_workers(training, len(jobs))
     if workers > 1:
         # Here first: bad input is one line before anything is begun, and files are read once.
-        for part, beat in {(run.target == "genre", run.network.beat) for run in runs}:
-            name = "genre" if part else "emotion"
-            load_data(training.source, beat=beat, target=name)
+        for genre, beat in {(run.target == "genre", run.network.beat) for run in runs}:
+            load_data(training.source, beat=beat, target="genre" if genre else "emotion")
     rounds = [math.ceil((to_come + len(jobs) - place) / workers) for place in range(len(jobs))]
     tasks = [(training, run, fold, left) for (run, fold), left in zip(jobs, rounds, strict=True)]
-    done = []
     try:
-        done += parallel_map(train_fold, tasks, workers)
+        results = iter(list(parallel_map(train_fold, tasks, workers)))
     except WorkerDied as error:
         cure = "fewer --workers need less memory; --resume goes on from the finished epochs"
         raise StepFailed(f"{error}; {cure}") from None
-    results = iter(done)
     return {
         run.name: join_folds(list(itertools.islice(results, run.n_folds)), training.source.device)
         for run in runs
@@ -1216,15 +1062,11 @@ def count_workers(training, n_jobs) -> int:
 
 
 def train_fold(training, run, fold, rounds_left):
-    """Train a run on one fold.
+    """Train a run on one fold, with its share of what is left of --max-minutes.
 
-    rounds_left : trainings one after another, this one included, that share what is left of
-        --max-minutes
+    rounds_left : trainings one after another that share it, this one included
 
-    Returns
-    -------
-    path : Path of the checkpoint
-    predictions, truth : pd.DataFrame, of the held-out clips; None for genre
+    Returns the checkpoint's path, and predictions and truth of held-out clips (None for genre).
     """
     # In a worker process, too (see Step), and before a large product: the threads of products
     # have this from the thread that begins them.
@@ -1241,16 +1083,15 @@ def train_fold(training, run, fold, rounds_left):
     seed_everything(source.seed)
     device = source.device
     model, loss_fn = run.make_model(network, data).to(device), run.make_loss(data).to(device)
-    learned = [w for w in [*model.parameters(), *loss_fn.parameters()] if w.requires_grad]
+    learned = [weights for weights in model.parameters() if weights.requires_grad]
     decay = 0.0 if network.plain else 0.01
     optimizer = run.optimizer(learned, lr=recipe.lr, weight_decay=decay, fused=True)
     name = run.name if run.n_folds == 1 else f"{run.name}_fold{fold + 1}of{run.n_folds}"
-    limits = {
-        "resume": training.resume,
-        "max_seconds": max(0.0, training.deadline - time.time()) / rounds_left,
-    }
-    folder = training.folder / name
-    fitted = train(model, data, loss_fn, optimizer, recipe, folder, device=device, **limits)
+    seconds = max(0.0, training.deadline - time.time()) / rounds_left
+    fitted = train(
+        model, data, loss_fn, optimizer, recipe, training.folder / name,
+        device=device, resume=training.resume, max_seconds=seconds,
+    )  # fmt: skip
     if run.target == "genre":
         return fitted.path, None, None
     predictions = predict_clips(fitted.model, data.held_out, fitted.settings, device)
@@ -1261,11 +1102,9 @@ def join_folds(folds, device) -> Result:
     """One Result of what `train_fold` returned for every fold of a run."""
     paths, predictions, truths = zip(*folds, strict=True)
     members = [load_trained(path, device) for path in paths]
-    facts = dict(members[0].facts)
-    for key in ("epochs", "train_seconds"):
-        facts[key] = sum(member.facts[key] for member in members)
-    vals = [member.facts["val"] for member in members]
-    facts["val"] = {key: float(np.mean([val[key] for val in vals])) for key in vals[0]}
+    every = [member.facts for member in members]
+    facts = every[0] | {key: sum(f[key] for f in every) for key in ("epochs", "train_seconds")}
+    facts["val"] = pd.DataFrame([f["val"] for f in every]).mean().to_dict()
     if predictions[0] is None:
         return Result(members, facts)
     numbers = np.repeat(np.arange(1, len(folds) + 1), [len(table) for table in predictions])
@@ -1299,6 +1138,7 @@ def find_genre_checkpoint(training, name) -> Path | None:
         "merge": source.merge,
         "seed": source.seed,
         "window": window_size(network),
+        "run": name,
     }
     if wanted["fingerprint"] is None:
         return None  # emotion clips alone, which step 8 can do with
@@ -1311,9 +1151,6 @@ def find_genre_checkpoint(training, name) -> Path | None:
             continue
         checkpoint = load_checkpoint(path)
         settings = checkpoint["settings"]
-        if settings.get("run") != name:
-            fault = f"holds the model of run {settings.get('run')}, not of {name}"
-            raise InputError(f"{path}: {fault}; delete it and train again")
         odd = [key for key, value in wanted.items() if settings.get(key) != value]
         if checkpoint["spec"]["backbone_args"] != make_backbone(network).config:
             odd.append("network")
@@ -1330,8 +1167,7 @@ def genre_models(training, names) -> dict[str, TrainedModel]:
         if path := find_genre_checkpoint(training, name):
             found[name] = load_trained(path, device)
             facts = found[name].facts
-            epochs = f"{facts['epochs']} of {facts['planned_epochs']} epochs"
-            print(f"{name}: using {path}, {epochs}")
+            print(f"{name}: using {path}, {facts['epochs']} of {facts['planned_epochs']} epochs")
         else:
             print(f"{name}: no checkpoint of these clips in {training.out}; training it here")
     trained = train_all(training, [genre_experiment(name) for name in names if name not in found])
@@ -1363,18 +1199,13 @@ def predict_unlabelled(source, run) -> pd.DataFrame:
 
 def emotion_baselines(source, n_folds=1) -> dict[str, pd.DataFrame]:
     """`regression_baselines` for the held-out emotion clips: {baseline: clip x emotion}."""
-    parts = [
-        load_data(source, target="emotion", fold=fold, n_folds=n_folds) for fold in range(n_folds)
-    ]
+    parts = [load_data(source, target="emotion", fold=i, n_folds=n_folds) for i in range(n_folds)]
     whole = parts[0].train.dataset
     folds = [(part.train.indices + part.val.indices, part.held_out.indices) for part in parts]
-    found = regression_baselines(
-        band_features(whole.store), whole.targets.numpy(), folds, source.seed
-    )
+    features, targets = band_features(whole.store), whole.targets.numpy()
+    found = regression_baselines(features, targets, folds, source.seed)
     ids = [clip_id for part in parts for clip_id in clip_ids(part.held_out)]
-    return {
-        name: pd.DataFrame(np.concatenate(arrays), ids, EMOTIONS) for name, arrays in found.items()
-    }
+    return {name: pd.DataFrame(np.concatenate(one), ids, EMOTIONS) for name, one in found.items()}
 
 
 def save_checkpoint(path, model, settings, **facts) -> None:
@@ -1416,20 +1247,16 @@ def overfit_emotions(step, runs) -> None:
 
     runs : {name: (Network, target)}, see `load_data` for the target
     """
-    args, device, checks = step.args, step.device, {}
+    args, device, checks, facts = step.args, step.device, {}, {}
     for name, (network, target) in runs.items():
         crop = window_size(network)
         data = load_data(step.source, network.features, network.beat, target, crop=crop)
         seed_everything(args.seed)
         model = Regressor(make_backbone(network), data.names, data.mean, data.std).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-        recipe = Recipe(OVERFIT_PASSES, args.lr, args.batch_size)
-        loss_fn = RegressionLoss(data.std).to(device)
-        checks[name] = train(
-            model, data, loss_fn, optimizer, recipe, device=device, overfit_batch=True
-        )
-    keys = ("passes", "loss")
-    facts = {name: {key: check.facts[key] for key in keys} for name, check in checks.items()}
+        recipe, loss = Recipe(OVERFIT_PASSES, args.lr, args.batch_size), RegressionLoss(data.std)
+        check = train(model, data, loss, optimizer, recipe, device=device, overfit_batch=True)
+        checks[name], facts[name] = check, {key: check.facts[key] for key in ("passes", "loss")}
     step.heading("Overfitting a few batches")
     step.table(pd.DataFrame(facts).T.astype({"passes": int}).rename_axis("run"))
     caption = "Regression loss on up to four fixed batches of training crops, regularisation off"

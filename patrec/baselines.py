@@ -1,9 +1,7 @@
 """Baselines that the networks are compared with."""
 
-from __future__ import annotations
-
 import numpy as np
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GridSearchCV, KFold
 
 from patrec.features import BANDS, N_MELS
 from patrec.scores import spearman
@@ -13,11 +11,7 @@ def band_features(store, indices=None) -> np.ndarray:
     """Statistics of each clip's 128 mel bands over time: the input of the baselines.
 
     Mean, standard deviation, 10th and 90th percentile, and mean absolute change from frame to
-    frame.
-
-    Returns
-    -------
-    np.ndarray [shape=(N, 640)]
+    frame: np.ndarray [shape=(N, 640)].
     """
     rows = []
     for index in range(len(store.entries)) if indices is None else indices:
@@ -43,37 +37,31 @@ def regression_baselines(features, targets, folds, seed) -> dict[str, list[np.nd
 
     The hyperparameters of `ridge` and `svr` are chosen by cross-validation on the known clips.
 
-    Parameters
-    ----------
     features : np.ndarray [shape=(N, D)], see `band_features`
     targets : np.ndarray [shape=(N, K)]
     folds : list of (rows of the known clips, rows of the held-out clips)
 
-    Returns
-    -------
-    {baseline: one array (held-out clips, K) per fold}
+    Returns {baseline: one array (held-out clips, K) per fold}.
     """
     from sklearn.linear_model import Ridge
     from sklearn.metrics import make_scorer
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import Pipeline
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVR
 
     inner = KFold(5, shuffle=True, random_state=seed)
-    svr_grid = {"model__C": [0.03, 0.1, 0.3, 1.0], "model__epsilon": [0.03, 0.1]}
-    grids = {"ridge": (Ridge(), {"model__alpha": np.logspace(1, 5, 9)}), "svr": (SVR(), svr_grid)}
+    svr_grid = {"svr__C": [0.03, 0.1, 0.3, 1.0], "svr__epsilon": [0.03, 0.1]}
+    grids = {"ridge": (Ridge(), {"ridge__alpha": np.logspace(1, 5, 9)}), "svr": (SVR(), svr_grid)}
     # One constant for all folds. The mean of each fold's known clips would be low if its held-out
     # labels are high, and so give a negative correlation.
     constant = targets[folds[0][0]].mean(0)
-    predictions = {"constant": [], "ridge": [], "svr": []}
-    for known, held_out in folds:
-        predictions["constant"].append(np.tile(constant, (len(held_out), 1)))
-        for name, (model, grid) in grids.items():
-            pipeline = Pipeline([("scale", StandardScaler()), ("model", model)])
-            search = GridSearchCV(pipeline, grid, cv=inner, scoring=make_scorer(spearman))
-            columns = [
-                search.fit(features[known], y).predict(features[held_out]) for y in targets[known].T
-            ]
+    predictions = {"constant": [np.tile(constant, (len(held_out), 1)) for _, held_out in folds]}
+    for name, (model, grid) in grids.items():
+        pipeline = make_pipeline(StandardScaler(), model)
+        search = GridSearchCV(pipeline, grid, cv=inner, scoring=make_scorer(spearman))
+        predictions[name] = []
+        for known, held_out in folds:
+            x, new = features[known], features[held_out]
+            columns = [search.fit(x, y).predict(new) for y in targets[known].T]
             predictions[name].append(np.stack(columns, axis=1))
     return predictions

@@ -1,7 +1,5 @@
 """Augmentation of batches, and windows of a clip."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -12,32 +10,19 @@ from patrec.features import N_MELS
 
 
 def to_resident(frames, device) -> torch.Tensor:
-    """Move all frames to the GPU if they fit in half of its free memory.
-
-    Then nothing is copied during training. The lab's 5,331 clips take 1.9 GB in half precision.
-    """
+    """Move all frames (the lab's: 1.9 GB) to the GPU if they fit in half of its free memory."""
     device = torch.device(device)
-    if device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        return frames.to(device)
-    return frames
+    fits = device.type == "cuda" and frames.nbytes < torch.cuda.mem_get_info()[0] / 2
+    return frames.to(device) if fits else frames
 
 
 @dataclasses.dataclass
 class Augment:
-    """Random changes of a training batch, drawn on the device; 0 switches one off.
+    """Random changes of a training batch, drawn on the device; 0 switches one off."""
 
-    mixup : float
-        Alpha of the Beta distribution of the mixing weight (Zhang et al., 2018, mixup).
-    shift_bands : int
-        Shift the mel bands up or down by at most this many bands, which is roughly a change of
-        pitch. Chroma is not shifted.
-    mask_bands, mask_frames : int
-        Largest width of the stripe that is set to the mean (Park et al., 2019, SpecAugment).
-    """
-
-    mixup: float = 0.3
-    shift_bands: int = 2
-    mask_bands: int = 16
+    mixup: float = 0.3  # alpha of the mixing weight's Beta distribution (Zhang et al., 2018, mixup)
+    shift_bands: int = 2  # furthest shift of the mel bands, like a change of pitch; not of chroma
+    mask_bands: int = 16  # widest stripe that is set to the mean (Park et al., 2019, SpecAugment)
     mask_frames: int = 38
     n_classes: int = 0  # > 0: class numbers are turned into probabilities
 
@@ -46,8 +31,8 @@ class Augment:
         if self.n_classes:
             targets = nn.functional.one_hot(targets, self.n_classes).float()
         if self.shift_bands and x.shape[2] >= N_MELS:
-            furthest = self.shift_bands
-            shift = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
+            limits = -self.shift_bands, self.shift_bands + 1
+            shift = torch.randint(*limits, (len(x), 1), device=x.device)
             row = torch.arange(x.shape[2], device=x.device)
             moved = torch.where(row < N_MELS, (row + shift).clamp(0, N_MELS - 1), row)  # (B, F)
             x = x.gather(2, moved[:, None].expand_as(x))

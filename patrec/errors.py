@@ -1,7 +1,5 @@
 """Errors that end a script with one line instead of a traceback."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -1,7 +1,5 @@
 """What decides a prediction, and how far its probability can be trusted."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import nn
@@ -16,24 +14,14 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
     band (0, after standardisation) to the clip, and multiplied by the clip: the sum over all
     cells is the logit there minus the logit of the mean clip.
 
-    Parameters
-    ----------
     model : nn.Module, (x, lengths) -> logits, in evaluation mode
     x : torch.Tensor [shape=(B, T, F)], standardised
     classes : torch.Tensor [shape=(B,)], class numbers
 
-    Returns
-    -------
-    torch.Tensor [shape=(B, T, F)], on the CPU
-
-    Raises
-    ------
-    ValueError
-        In training mode, where clips of a batch and chance have a say.
-
+    Returns torch.Tensor [shape=(B, T, F)], on the CPU.
     Source: Sundararajan et al., 2017, Axiomatic Attribution for Deep Networks.
     """
-    if model.training:
+    if model.training:  # where the other clips of a batch and chance have a say
         raise ValueError("attributions are of a network in evaluation mode")
     total = torch.zeros_like(x)
     for step in range(n_steps):
@@ -45,11 +33,10 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
 
 
 def clip_attributions(model, x, window, number) -> torch.Tensor:
-    """`integrated_gradients` of a whole clip (T, F) for a class number, window by window.
+    """`integrated_gradients` of a whole clip (T, F) for a class number, summed over its windows.
 
-    The clip's logit is the mean over its W windows, so each cell gets its sum over the windows
-    that hold it: W times its share of what the clip adds to the logit. Cells near both ends lie
-    in fewer windows and count less.
+    The clip's logit is the mean over W windows, so a cell's sum is W times its share of what the
+    clip adds to the logit. Cells near both ends lie in fewer windows and count less.
     """
     lengths, size = torch.tensor([len(x)]), min(window, len(x))
     cut, sizes = cut_windows(x[None], lengths, size)
@@ -63,10 +50,7 @@ def clip_attributions(model, x, window, number) -> torch.Tensor:
 
 
 def patches(cells, frames=8, bands=4) -> torch.Tensor:
-    """Sum of the cells (..., T, F) in every patch of so many frames and bands, put into each cell.
-
-    Single cells of attributions are noise; what is seen and heard has an extent.
-    """
+    """Put into each cell (..., T, F) the sum of its patch: single cells' attributions are noise."""
     t, f = cells.shape[-2:]
     padded = nn.functional.pad(cells.reshape(-1, 1, t, f), (0, -f % bands, 0, -t % frames))
     sums = nn.functional.avg_pool2d(padded, (frames, bands)) * frames * bands
@@ -85,7 +69,6 @@ def probability_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tens
     """Probability of a class while the cells of a clip are put back, or taken away, by rank.
 
     What is away is the mean of its band (0). The mean of the curve is the area under it.
-
     x (T, F), rank (T, F) from `cell_ranks`, number of the class -> (n_levels + 1,)
 
     Source: insertion and deletion; Petsiuk et al., 2018, RISE.
@@ -97,12 +80,10 @@ def probability_curve(model, x, rank, number, insert, n_levels=20) -> torch.Tens
 
 
 def fit_temperature(logits, targets) -> float:
-    """The number to divide logits by for the least cross-entropy.
+    """The number to divide logits (N, K) by for the least cross-entropy with targets (N,).
 
-    It minimises the cross-entropy on clips that were not trained on (Guo et al., 2017, On
-    Calibration of Modern Neural Networks); which class is the likeliest does not change.
-
-    logits (N, K), targets (N,) -> float
+    The clips were not trained on (Guo et al., 2017, On Calibration of Modern Neural Networks).
+    Which class is the likeliest does not change.
     """
     temperatures = np.geomspace(0.1, 10, 401)
     losses = [float(nn.functional.cross_entropy(logits / t, targets)) for t in temperatures]

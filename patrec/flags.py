@@ -1,8 +1,7 @@
 """The command line that the steps share, and what its flags say."""
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from patrec.files import FOLDERS, find_data, output_folder
+from patrec.files import find_data, output_folder
 from patrec.machine import in_notebook, keep_freed_memory, pick_device, seed_everything
 
 
@@ -19,15 +18,12 @@ def bounded(kind, low, high=math.inf):
     """Return an argparse type that accepts `kind` values in [low, high] only."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = {int: "a whole number", float: "a number"}[kind]
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = {int: "a whole number", float: "a number"}[kind]
+        limit = f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text} is not {name} of at least {low:g}{limit}")
 
     return parse
 
@@ -60,24 +56,19 @@ def make_parser(description, training=False) -> Parser:
     add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
     add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")
     add("--seed", type=bounded(int, 0, 2**31), default=42, help="seed of splits, weights, batches")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--smoke", action="store_true", help="do everything, tiny: checks that the step runs")
     add("--skip-bad", action="store_true", help="leave out unreadable clips instead of stopping")
     add("--allow-leak", action="store_true", help="go on although test clips are trained on")
     add("--no-merge", action="store_true", help="keep the classes instead of merging 20 into 10")
     if training:
-        scaled = "passes over the training clips; else scaled to their number"
-        add("--epochs", type=bounded(int, 1), help=scaled)
+        add("--epochs", type=bounded(int, 1), help="passes over clips; else set by their number")
         add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
         add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
         add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
-        check = "only check that the network can overfit 4 batches"
-        add("--overfit-batch", action="store_true", help=check)
+        add("--overfit-batch", action="store_true", help="only check that it can overfit 4 batches")
         add("--resume", action="store_true", help="go on from the last finished epoch")
-        add(
-            "--max-minutes", type=bounded(float, 0.01), help="stop training cleanly after this long"
-        )
+        add("--max-minutes", type=bounded(float, 0.01), help="stop cleanly after this long")
         workers = "trainings at the same time; else one per core or graphics card"
         add("--workers", type=bounded(int, 1, 1024), metavar="N", help=workers)
     return parser
@@ -140,32 +131,26 @@ def prepare_process(seed) -> None:
     torch.set_flush_denormal(True)
 
 
-def source_from(args, parts=tuple(FOLDERS)) -> Source:
+def source_from(args, parts=("genre", "emotion")) -> Source:
     """The data that the flags name; `parts` are those that the step needs."""
-    device = pick_device(args.device)
+    same = {name: getattr(args, name) for name in ("seed", "skip_bad", "allow_leak", "smoke")}
     return Source(
+        device=pick_device(args.device),
         root=find_data(args.data_dir, parts),
-        seed=args.seed,
-        device=device,
         merge=not args.no_merge,
-        skip_bad=args.skip_bad,
-        allow_leak=args.allow_leak,
         subset=args.subset or (64 if args.smoke else None),
-        smoke=args.smoke,
+        **same,
     )
 
 
 def options_from(args, source, folder) -> TrainingOptions:
     """What the flags say of the trainings of a step that writes into `folder`."""
     minutes = math.inf if args.max_minutes is None else args.max_minutes
+    same = ("epochs", "batch_size", "lr", "resume", "workers")
     return TrainingOptions(
         source=source,
         out=output_folder(args.out_dir).absolute(),  # a worker may have another working directory
         folder=folder.absolute(),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        resume=args.resume,
         deadline=time.time() + 60 * minutes,
-        workers=args.workers,
+        **{name: getattr(args, name) for name in same},
     )

@@ -1,7 +1,5 @@
 """The machine: notebook or terminal, Kaggle, device, seeds and number formats."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.metadata
@@ -27,14 +25,13 @@ def in_notebook() -> bool:
 
 def show_in_notebook(*things) -> None:
     """Display Markdown (str), sounds (waveform, sampling rate) and figures under a cell."""
-    if not in_notebook():
-        return
-    from IPython.display import Audio, Markdown, display
+    if in_notebook():
+        from IPython.display import Audio, Markdown, display
 
-    for thing in things:
-        if isinstance(thing, tuple):
-            thing = Audio(thing[0], rate=thing[1])
-        display(Markdown(thing) if isinstance(thing, str) else thing)
+        for thing in things:
+            if isinstance(thing, tuple):
+                thing = Audio(thing[0], rate=thing[1])
+            display(Markdown(thing) if isinstance(thing, str) else thing)
 
 
 def kaggle_root() -> Path:
@@ -52,25 +49,19 @@ def pick_device(name="auto") -> torch.device:
     A card that torch has no code for says is_available() and fails at the first
     operation (P100 on Kaggle), so one small operation is run before believing it.
     """
-    mps = torch.backends.mps.is_available()
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    for kind in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
-        if not available[kind]:
-            if name == kind:
-                version = torch.__version__
-                raise InputError(f"--device {name}: torch {version} finds none; use --device cpu")
-            continue
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    kinds = [kind for kind in found if found[kind]()] + ["cpu"]
+    if name not in ("auto", *kinds):
+        raise InputError(f"--device {name}: torch finds none; use --device cpu")
+    for kind in kinds if name == "auto" else [name]:
         try:
-            x = torch.ones(8, 8, device=kind)
-            (x @ x).sum().item()
+            torch.ones(8, 8, device=kind).matrix_power(2).sum().item()
             return torch.device(kind)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            fault = f"{kind} cannot compute ({str(error).splitlines()[0]})"
             if name == kind:
-                fault = f"--device {name} cannot compute ({reason}); use --device cpu"
-                raise InputError(fault) from error
-            print(f"{kind} cannot compute ({reason}); going on without it", file=sys.stderr)
-    raise AssertionError("the CPU always computes")
+                raise InputError(f"--device {fault}; use --device cpu") from error
+            print(f"{fault}; going on without it", file=sys.stderr)
 
 
 def seed_everything(seed) -> None:
@@ -83,8 +74,8 @@ def seed_everything(seed) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of giving them back to the system.
 
-    A network's activations are allocated and freed at every step; mapping them anew each
-    time costs page faults, measured at two fifths of a CNN's training time on a CPU.
+    A network's activations are allocated and freed at every step. Mapping them anew each time
+    took two fifths of a CNN's training time on a CPU.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
     with contextlib.suppress(OSError, AttributeError):  # no glibc: slower, not wrong
@@ -96,8 +87,7 @@ def keep_freed_memory() -> None:
 def fast_dtype(device_type) -> torch.dtype:
     """Number format for matrix work: half precision only where the chip computes in it.
 
-    torch.cuda.is_bf16_supported() is True by emulation on a T4, hence the capability
-    test; a CPU gains from bf16 only with avx512_bf16 or AMX.
+    A T4 only emulates bf16 (but is_bf16_supported); a CPU needs avx512_bf16 or AMX to gain.
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16

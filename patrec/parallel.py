@@ -1,7 +1,5 @@
 """Independent work in several processes, or on a Dask cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing
@@ -25,12 +23,8 @@ def parallel_map(function, tasks, workers, dask=None, order="generator"):
     """Yield function(*task) for every task, from so many processes or from a Dask cluster.
 
     The order is that of the tasks or, with "generator_unordered", in which they are done.
-    One worker without Dask is this very process.
-
-    Raises
-    ------
-    WorkerDied
-        One was killed; results that came before are good.
+    One worker without Dask is this very process. WorkerDied says that one was killed; the
+    results that came before are good.
     """
     if workers == 1 and not dask:
         yield from itertools.starmap(function, tasks)
@@ -54,8 +48,8 @@ def parallel_map(function, tasks, workers, dask=None, order="generator"):
 def dask_cluster(address):
     """What joblib.parallel_config needs to run tasks on the cluster of this Dask scheduler.
 
-    Its workers need the packages of requirements.txt. They do not need the project's modules,
-    which travel with the tasks. They see data, cache and output folder under the same paths.
+    Its workers need the packages of requirements.txt, and data, cache and output folder under the
+    same paths. The project's modules travel with the tasks.
     """
     try:
         import cloudpickle
@@ -67,15 +61,11 @@ def dask_cluster(address):
         client = Client(address, timeout=5)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"--dask {address}: no scheduler answers there ({error})") from None
-    names = [name for name in ("patrec", "tools", "common") if name in sys.modules]
-    with client:
-        for name in names:  # a package stands for its modules
+    with client, contextlib.ExitStack() as registered:
+        for name in {"patrec", "tools", "common"} & set(sys.modules):  # packages with their modules
             cloudpickle.register_pickle_by_value(sys.modules[name])
-        try:
-            yield {"backend": "dask", "client": client}
-        finally:
-            for name in names:
-                cloudpickle.unregister_pickle_by_value(sys.modules[name])
+            registered.callback(cloudpickle.unregister_pickle_by_value, sys.modules[name])
+        yield {"backend": "dask", "client": client}
 
 
 def in_worker(parent, function, *task):

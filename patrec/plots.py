@@ -1,7 +1,5 @@
 """Figures, every one labelled with units."""
 
-from __future__ import annotations
-
 import math
 
 import matplotlib.pyplot as plt
@@ -21,30 +19,21 @@ plt.rcParams["font.family"] = ["sans-serif", *ASIAN_FONTS.intersection(get_font_
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
           "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")  # fmt: skip
-
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
 def plot_spectrogram(ax, array, kind="mel", beat=False):
-    """Draw (F, T) rows of a clip: mel in dB over Hz, or chroma over note names.
-
-    Time runs in seconds, or in beats for beat-synchronised arrays.
-    """
+    """Draw (F, T) rows of a clip over seconds or beats: mel in dB over Hz, or chroma over notes."""
     import librosa.display
 
-    scale = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
-    if kind == "chroma":
-        scale = {"vmin": 0, "vmax": 1, "cmap": "viridis"}
-    axes = {"x_axis": None if beat else "time", "y_axis": kind}
+    axes = {"x_axis": "frames" if beat else "time", "y_axis": kind, "sr": SR, "hop_length": HOP}
+    low, high, colors = (DB_FLOOR, 0, "magma") if kind == "mel" else (0, 1, "viridis")
     array = np.asarray(array, dtype=float)
-    image = librosa.display.specshow(array, sr=SR, hop_length=HOP, ax=ax, **axes, **scale)
-    ax.set_xlabel("Time (beats)" if beat else "Time (s)")
-    ax.set_ylabel("Frequency (Hz)" if kind == "mel" else "Pitch class")
+    image = librosa.display.specshow(array, ax=ax, vmin=low, vmax=high, cmap=colors, **axes)
+    ax.set(xlabel="Time (beats)" if beat else "Time (s)", ylabel="Frequency (Hz)")
     if kind == "chroma":
         ax.set_yticks(range(N_CHROMA), NOTES, fontsize="small")
-    if beat:
-        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if array.shape[1] / step <= 8)
-        ax.set_xticks(range(0, array.shape[1], step))
+        ax.set_ylabel("Pitch class")
     return image
 
 
@@ -85,10 +74,7 @@ def plot_activations(columns, label):
             limit = float(abs(maps).max())
             ax.imshow(in_a_row(maps), cmap="RdBu_r", vmin=-limit, vmax=limit)
             ax.set(xticks=[], yticks=[], frame_on=False)
-            place = {"transform": ax.transAxes, "va": "center", "fontsize": "small"}
-            ax.text(1.01, 0.5, f"±{limit:.2g}", **place)
-            if ax in axes[:, 0]:
-                ax.set_ylabel(name, rotation=0, ha="right", va="center")
+            ax.set_ylabel(f"{name}\n±{limit:.2g}", rotation=0, ha="right", va="center")
         column[0].set_title(title)
         bars = column[-1].bar(range(10), chances, color=COLORS[5])
         bars[label].set_color(COLORS[1])
@@ -119,52 +105,51 @@ def plot_operations(outputs, channel, seconds):
     return fig
 
 
-def plot_history(ax, history, title, score_name):
-    """Loss (left axis) and validation score (right axis, returned) against the epoch.
+def panel_grid(n_panels, n_columns, width, height):
+    """A figure with n panels of this size in inches, row by row, and their axes."""
+    n_rows = math.ceil(n_panels / n_columns)
+    size = (width * n_columns, height * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[n_panels:]:
+        ax.remove()
+    return fig, axes.flat[:n_panels]
 
-    The epochs of which the best is kept are shaded, the kept one is marked.
-    """
-    history = pd.DataFrame(history)
-    epoch, right = history["epoch"], ax.twinx()
-    ax.plot(epoch, history["train_loss"], color=COLORS[0], label="training loss")
-    ax.plot(epoch, history["val_loss"], color=COLORS[3], label="validation loss")
-    score = {"color": COLORS[2], "linestyle": "--", "label": f"validation {score_name}"}
-    right.plot(epoch, history["val_score"], **score)
+
+def plot_history(ax, history, title, score_name):
+    """Loss and, on the right axis, which is returned, validation score; a dot: the kept epoch."""
+    right, green = ax.twinx(), COLORS[2]
+    ax.plot("epoch", "train_loss", data=history, color=COLORS[0], label="training loss")
+    ax.plot("epoch", "val_loss", data=history, color=COLORS[3], label="validation loss")
+    label = f"validation {score_name}"
+    right.plot("epoch", "val_score", "--", data=history, color=green, label=label)
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right.set_ylabel(f"Validation {score_name}")
-    if history["settled"].any():
-        first = epoch[history["settled"] == 1].min()
-        ax.axvspan(first - 0.5, epoch.max() + 0.5, color="0.92", zorder=0)
-    best = history[history["kept"] == 1].iloc[-1]  # each one kept replaces the one before
-    right.plot(best["epoch"], best["val_score"], "o", color=COLORS[2])
+    settled = history.query("settled == 1")["epoch"]
+    if len(settled):  # the best of them is kept; a run that was cut short may have none
+        ax.axvspan(settled.min() - 0.5, settled.max() + 0.5, color="0.92", zorder=0)
+    best = history.query("kept == 1").iloc[-1]  # each one kept replaces the one before
+    right.plot(best["epoch"], best["val_score"], "o", color=green)
     ax.xaxis.get_major_locator().set_params(integer=True)
     return right
 
 
 def plot_histories(histories, score_name):
     """One panel of `plot_history` per run: {name: history}, at most three in a row."""
-    n_columns = min(3, len(histories))
-    n_rows = math.ceil(len(histories) / n_columns)
-    size = (5 * n_columns, 3.6 * n_rows)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = panel_grid(len(histories), min(3, len(histories)), 5, 3.6)
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
-    for ax, (name, history) in zip(axes.flat, histories.items(), strict=False):
+    for ax, (name, history) in zip(axes, histories.items(), strict=True):
         right = plot_history(ax, history, run_title(name), score_name)
         right.set_ylim(lowest, 1)
-    for ax in axes.flat[len(histories) :]:
-        ax.remove()
-    lines = [*axes[0, 0].get_lines(), right.get_lines()[0]]
+    lines = [*axes[0].get_lines(), right.get_lines()[0]]
     fig.legend(handles=lines, loc="outside lower center", ncols=3)
     return fig
 
 
 def plot_overfit(checks):
-    """Training loss on fixed batches, {name: Check}, on a logarithmic scale."""
+    """Training loss on fixed batches, {name: OverfitCheck}, on a logarithmic scale."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, check), color in zip(checks.items(), COLORS, strict=False):
-        ax.semilogy(
-            check.history["pass"], check.history["loss"], color=color, label=run_title(name)
-        )
+        ax.semilogy("pass", "loss", data=check.history, color=color, label=run_title(name))
     ax.axhline(0.01, color="grey", linestyle=":", label="goal")
     ax.set(xlabel="Pass over the batches", ylabel="Training loss (log scale)")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -189,9 +174,8 @@ def plot_confusion(ax, confusion, classes, title=""):
 
 def plot_confusions(scores, classes):
     """One panel of `plot_confusion` per model: {run: `classification_scores`}."""
-    n = len(scores)
-    fig, axes = plt.subplots(1, n, figsize=(5.6 * n, 5.4), squeeze=False, layout="constrained")
-    for ax, (name, facts) in zip(axes[0], scores.items(), strict=True):
+    fig, axes = panel_grid(len(scores), len(scores), 5.6, 5.4)
+    for ax, (name, facts) in zip(axes, scores.items(), strict=True):
         title = f"{run_title(name)} (accuracy {facts['accuracy']:.3f})"
         plot_confusion(ax, facts["confusion"], classes, title)
     return fig
@@ -219,8 +203,7 @@ def plot_scores(ax, names, values, intervals, xlabel):
     ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1))
     for position, value in zip(y, values, strict=True):
         written = "none" if math.isnan(value) else f"{value:.3f}"  # none: a model without it
-        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": "small"}
-        ax.text(1.01, position, written, **place)
+        ax.text(1.01, position, written, transform=ax.get_yaxis_transform(), va="center")
 
 
 def plot_emotion_scores(scores):
@@ -242,21 +225,15 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
     panels : list of (title, (F, T) array, whether its steps are beats), row by row
     size : width and height of a panel, in inches
     """
-    n_rows = math.ceil(len(panels) / n_columns)
-    whole = (size[0] * n_columns, size[1] * n_rows)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=whole, squeeze=False, layout="constrained")
-    for index, (ax, (title, array, beat)) in enumerate(zip(axes.flat, panels, strict=False)):
+    fig, axes = panel_grid(len(panels), n_columns, *size)
+    for index, (ax, (title, array, beat)) in enumerate(zip(axes, panels, strict=True)):
         image = plot_spectrogram(ax, array, kind, beat)
         ax.set_title(title, fontsize="medium")
         if index % n_columns:
             ax.set(ylabel="", yticklabels=[])
         if index + n_columns < len(panels):
             ax.set_xlabel("")
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    label = {
-        "mel": "Power (dB, 0: the clip's loudest cell)",
-        "chroma": "Chroma (1: the frame's strongest pitch class)",
-    }[kind]
-    fig.colorbar(image, ax=fig.axes, label=label, shrink=min(1, 5 / whole[1]))
+    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Chroma (1: the strongest pitch class)"
+    shrink = min(1, 5 / fig.get_figheight())
+    fig.colorbar(image, ax=fig.axes, label=mel if kind == "mel" else chroma, shrink=shrink)
     return fig

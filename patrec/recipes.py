@@ -1,7 +1,5 @@
 """The networks of the lab and how long each of them is trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import NamedTuple
@@ -18,9 +16,7 @@ class Network(NamedTuple):
     beat: bool = False
     plain: bool = False  # the textbook LSTM: every frame, one direction, last step
 
-    @property
-    def n_bands(self) -> int:
-        return BANDS[self.features].stop - BANDS[self.features].start
+    n_bands = property(lambda self: BANDS[self.features].stop - BANDS[self.features].start)
 
 
 GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 11
@@ -35,18 +31,16 @@ GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 1
 }
 
 LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
+DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
+OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check
 
 
 class Budget(NamedTuple):
-    """How many examples a kind of network is trained on.
-
-    The CNN's numbers and the LSTM's for genre are close to those tried in cross-validation
-    (docs/experiments.md). The LSTM's number for emotion is a judgement.
-    """
+    """How many examples a kind of network is trained on; docs/experiments.md says why."""
 
     crop: int  # frames of a training example, and of a window in validation and test
     genre: int  # training examples over all epochs
-    emotion: int
+    emotion: int  # likewise; the LSTM's is a judgement
     most_passes: int  # over the clips of a very small data set
 
 
@@ -54,7 +48,6 @@ BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
     "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
 }
-DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
 
 
 @dataclasses.dataclass
@@ -75,32 +68,24 @@ class Recipe:
 def make_recipe(network, data, training, share=1.0) -> Recipe:
     """The recipe of a training: the flags of the step, or else the network's budget.
 
-    The number of passes over the clips follows from the budget: at least 20, at most
-    `most_passes`. If it is more than 60, an epoch takes several crops of each clip, because the
-    validation after each epoch takes time too.
+    The budget gives at least 20 and at most `most_passes` passes over the clips. If they are more
+    than 60, an epoch takes several crops of each clip, because validation takes time too.
 
     share : float, part of the budget to use, e.g. for fine-tuning
     """
     budget, n_clips = BUDGETS[network.kind], len(data.train)
     genre = data.settings["part"] == "genre"
-    epochs, crops = training.epochs or (2 if training.smoke else None), 1
-    if epochs:
-        epochs = max(round(epochs * share), 1)
+    if epochs := training.epochs or (2 if training.smoke else 0):
+        passes, crops = epochs * share, 1
     else:
         examples = budget.genre if genre else budget.emotion
         examples = (min(examples, DEMO_EXAMPLES) if training.demo else examples) * share
         passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
         crops = math.ceil(passes / 60)
-        epochs = max(round(passes / crops), 1)
-    return Recipe(
-        epochs,
-        training.lr,
-        training.batch_size,
-        crops,
-        window=window_size(network),
-        augment=make_augment(network, len(data.names) if genre else 0),
-        ema=0.0 if network.plain else 0.99,
-    )
+    epochs, ema = max(round(passes / crops), 1), 0.0 if network.plain else 0.99
+    augment = make_augment(network, len(data.names) if genre else 0)
+    sizes = {"batch_size": training.batch_size, "crops": crops, "window": window_size(network)}
+    return Recipe(epochs, training.lr, **sizes, augment=augment, ema=ema)
 
 
 def window_size(network) -> int | None:
@@ -118,6 +103,3 @@ def make_augment(network, n_classes=0) -> Augment | None:
     if network.kind == "cnn":
         return Augment(n_classes=n_classes)
     return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)
-
-
-OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check

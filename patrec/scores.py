@@ -1,7 +1,5 @@
 """Scores on a test set, with 95% intervals."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -22,17 +20,7 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
     """95% interval of a score by resampling clips (Efron & Tibshirani, 1993, ch. 13).
 
     It shows how much the score depends on the choice of test clips. It does not show how much
-    it depends on the seed of the training.
-
-    Parameters
-    ----------
-    score : callable
-        Index array (n_clips,) -> float.
-
-    Returns
-    -------
-    [low, high]
-        The 2.5 and 97.5 percentiles.
+    it depends on the seed of the training. `score` turns an index array (n_clips,) into a float.
     """
     rng = np.random.default_rng(seed)
     values = [score(rng.integers(0, n_clips, n_clips)) for _ in range(n_resamples)]
@@ -40,10 +28,7 @@ def bootstrap(score, n_clips, seed=0, n_resamples=1000) -> list[float]:
 
 
 def macro_f1(targets, predictions, n_classes) -> float:
-    """Mean F1 of all classes, as scikit-learn's f1_score with zero_division=0, but faster.
-
-    targets, predictions : np.ndarray of int [shape=(N,)]
-    """
+    """Mean F1 of int arrays (N,), as scikit-learn's f1_score with zero_division=0, but faster."""
     counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2)
     counts = counts.reshape(n_classes, n_classes)
     seen = counts.sum(0) + counts.sum(1)  # per class: 2 TP + FP + FN
@@ -53,17 +38,11 @@ def macro_f1(targets, predictions, n_classes) -> float:
 def classification_scores(targets, predictions, classes) -> dict:
     """The scores of step 6, with intervals for accuracy and macro-F1.
 
-    Parameters
-    ----------
     targets, predictions : array-like of int [shape=(N,)]
-    classes : list of str
-        Class names; their order gives the class numbers.
+    classes : list of str, class names, whose order gives the class numbers
 
-    Returns
-    -------
-    dict
-        accuracy, macro_* and micro_* (precision, recall, f1), per_class, confusion
-        (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
+    Returns a dict of accuracy, macro_* and micro_* (precision, recall, f1), per_class, confusion
+    (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
     """
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     labels, n_clips, right = np.arange(len(classes)), len(targets), targets == predictions
@@ -75,16 +54,12 @@ def classification_scores(targets, predictions, classes) -> dict:
     for average in ("macro", "micro"):
         values = map(float, report(average=average)[:3])
         scores |= {f"{average}_{name}": value for name, value in zip(metrics, values, strict=True)}
-    rows = zip(*(column.tolist() for column in report(average=None)), strict=True)
-    keys = (*metrics, "support")
-    scores["per_class"] = {
-        name: dict(zip(keys, row, strict=True)) for name, row in zip(classes, rows, strict=True)
-    }
+    columns = zip((*metrics, "support"), report(average=None), strict=True)
+    scores["per_class"] = pd.DataFrame(dict(columns), classes).to_dict("index")
     scores["confusion"] = confusion_matrix(targets, predictions, labels=labels).tolist()
     scores["accuracy_ci95"] = bootstrap(lambda i: right[i].mean(), n_clips)
-    scores["macro_f1_ci95"] = bootstrap(
-        lambda i: macro_f1(targets[i], predictions[i], len(classes)), n_clips
-    )
+    f1 = functools.partial(macro_f1, n_classes=len(classes))
+    scores["macro_f1_ci95"] = bootstrap(lambda i: f1(targets[i], predictions[i]), n_clips)
     return scores
 
 
@@ -109,18 +84,14 @@ def spearman(targets, predictions) -> float:
 
 
 def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndarray:
-    """Spearman's correlation on bootstrap resamples of the clips.
+    """Spearman's correlation (n_resamples,) of float arrays (N,) on bootstrap resamples.
 
     The same seed draws the same clips, so the results of two models can be subtracted.
-
-    targets, predictions : np.ndarray [shape=(N,)] -> np.ndarray [shape=(n_resamples,)]
     """
     n_clips = len(targets)
     rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))
-    a, b = (
-        rankdata(np.asarray(values, dtype=float)[rows], axis=1) - (n_clips + 1) / 2
-        for values in (targets, predictions)
-    )
+    ranks = (rankdata(values[rows], axis=1) for values in (targets, predictions))
+    a, b = (one - (n_clips + 1) / 2 for one in ranks)
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return (a * b).sum(1) / np.where(norm > 0, norm, 1)  # 0 for a constant
 
@@ -159,18 +130,12 @@ def paired_difference(true, first, second) -> dict:
     Both are scored on the same resamples of the clips. Clips that are hard for both models do
     not widen the interval, so it says more than the two intervals of the scores.
 
-    Parameters
-    ----------
     true : pd.Series of class names, or pd.DataFrame of emotion values
-    first, second : pd.DataFrame
-        See `predict_clips`. The clips and emotions that both have are compared.
+    first, second : pd.DataFrame, see `predict_clips`; what both have is compared
 
-    Returns
-    -------
-    dict
-        n_clips; for genre accuracy and macro_f1, for emotion spearman (the mean over the
-        common emotions), each with `_ci95`. They are positive if `first` is better. For genre
-        also only_first, only_second: how many clips only one of the two predicts correctly.
+    Returns a dict of n_clips and, positive if `first` is better and each with `_ci95`, for genre
+    accuracy and macro_f1, for emotion spearman (the mean over the common emotions). For genre
+    also only_first, only_second: how many clips only one of the two predicts correctly.
     """
     ids = first.index.intersection(second.index)
     result = {"n_clips": len(ids)}
@@ -185,17 +150,13 @@ def paired_difference(true, first, second) -> dict:
     classes = list(first.columns)
     t = class_numbers(true.loc[ids], classes)
     a, b = (table.loc[ids, classes].to_numpy().argmax(1) for table in (first, second))
-
-    def f1(predictions, i):
-        return macro_f1(t[i], predictions[i], len(classes))
-
+    f1 = functools.partial(macro_f1, n_classes=len(classes))
     differences = {
         "accuracy": lambda i: (a[i] == t[i]).mean() - (b[i] == t[i]).mean(),
-        "macro_f1": lambda i: f1(a, i) - f1(b, i),
+        "macro_f1": lambda i: f1(t[i], a[i]) - f1(t[i], b[i]),
     }
     for name, difference in differences.items():
         result[name] = float(difference(np.arange(len(ids))))
         result[f"{name}_ci95"] = bootstrap(difference, len(ids))
-    result["only_first"] = int(((a == t) & (b != t)).sum())
-    result["only_second"] = int(((b == t) & (a != t)).sum())
-    return result
+    only_first, only_second = int(((a == t) & (b != t)).sum()), int(((b == t) & (a != t)).sum())
+    return result | {"only_first": only_first, "only_second": only_second}

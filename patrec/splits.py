@@ -1,7 +1,5 @@
 """Splits: which clips train, which validate, which are held out."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -9,10 +7,11 @@ import numpy as np
 from sklearn.model_selection import KFold, train_test_split
 
 from patrec.errors import InputError
-from patrec.files import (
-    part_folder,
-)
+from patrec.files import part_folder
 from patrec.labels import label_file, read_entries
+
+VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
+N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels for its test clips
 
 
 def encode_labels(entries, classes) -> np.ndarray:
@@ -27,39 +26,20 @@ def encode_labels(entries, classes) -> np.ndarray:
 def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np.ndarray]:
     """Split range(n_clips) at random, seeded, into a larger and a smaller part.
 
-    Parameters
-    ----------
-    fraction : float
-        Share of the smaller (validation or test) part.
-    classes : np.ndarray [shape=(n_clips,)], optional
-        Class names or numbers, to keep every class's share in both parts.
+    fraction : float, share of the smaller (validation or test) part
+    classes : np.ndarray [shape=(n_clips,)], optional, whose shares both parts keep
     """
-    n_classes = 0 if classes is None else refuse_lone_clips(classes)
-    n_held_out = max(math.ceil(fraction * n_clips), n_classes, 1)
-    if n_clips < 2 * n_held_out:
-        fault = f"{n_clips} clips are too few to split into training and validation part"
-        raise InputError(f"{fault}; add clips")
-    larger, smaller = train_test_split(
-        np.arange(n_clips), test_size=n_held_out, random_state=seed, stratify=classes
-    )
-    return larger, smaller
-
-
-def refuse_lone_clips(classes, file="") -> int:
-    """Raise InputError where a class has a single clip; returns the number of classes."""
-    names, counts = np.unique(classes, return_counts=True)
+    names, counts = np.unique([] if classes is None else classes, return_counts=True)
     if (counts == 1).any():
         fault = f"class {names[counts == 1][0]} has a single clip"
         reason = "which cannot be in both the training and the validation part"
-        where = f"{file}: " if file else ""
-        raise InputError(f"{where}{fault}, {reason}; add clips of it or drop it")
-    return len(names)
-
-
-VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
-
-
-N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels for its test clips
+        raise InputError(f"{fault}, {reason}; add clips of it or drop it")
+    n_held_out = max(math.ceil(fraction * n_clips), len(names), 1)
+    if n_clips < 2 * n_held_out:
+        fault = f"{n_clips} clips are too few to split into training and validation part"
+        raise InputError(f"{fault}; add clips")
+    rows = np.arange(n_clips)
+    return train_test_split(rows, test_size=n_held_out, random_state=seed, stratify=classes)
 
 
 def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[str], list[str]]:
@@ -67,21 +47,21 @@ def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[
 
     labels : {id: label} of the clips in the network's kind of input
     """
-    folder = part_folder(source.root, part)
-    order = labels
+    folder, full = part_folder(source.root, part), {}
     if folder.is_dir():  # a data set may hold beats alone
-        full = read_entries(source.root, part, "train", merge=source.merge)
-        order = {entry.clip_id: entry.label for entry in full}
-        odd = sorted(order.keys() ^ labels.keys())
+        entries = read_entries(source.root, part, "train", merge=source.merge)
+        full = {entry.clip_id: entry.label for entry in entries}
+        odd = sorted(full.keys() ^ labels.keys())
         if odd and part == "emotion":
             raise InputError(
                 f"{part_folder(source.root, part, True)}: clip {odd[0]} can be used in only one of "
                 "the full and the beat-synchronised emotion data; take it out of both label files"
             )
-    ids = np.array([*order, *(clip_id for clip_id in labels if clip_id not in order)])
+    order = full | labels | full  # of the full clips' file, with its labels; then the other clips
+    ids = np.array(list(order))
     try:
         if part == "genre":
-            classes = np.array([order.get(clip_id) or labels[clip_id] for clip_id in ids])
+            classes = np.array(list(order.values()))
             train, val = split_indices(len(ids), VAL_FRACTION, source.seed, classes)
             return ids[train].tolist(), ids[val].tolist(), []
         n_splits = n_folds if n_folds > 1 else N_FOLDS

@@ -1,7 +1,5 @@
 """The record of a step: what it shows, and the files that it leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import sys
@@ -13,15 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from patrec.errors import Finished, StepFailed, end_in_one_line
 from patrec.features import SR, write_sound
-from patrec.files import (
-    FOLDERS,
-    lock_folder,
-    make_folder,
-    output_folder,
-    to_json,
-    write_bytes,
-    write_text,
-)
+from patrec.files import lock_folder, make_folder, output_folder, to_json, write_bytes, write_text
 from patrec.flags import options_from, parse_flags, prepare_process, source_from
 from patrec.labels import fingerprints
 from patrec.machine import environment, in_notebook, show_in_notebook
@@ -40,28 +30,17 @@ class Step:
     description : str, the step's docstring, shown by --help
     training : bool, add the flags of steps that train
     parts : of the data that the step needs
-    add_flags : callable, optional
-        Gets the parser; adds flags of the step's own.
-    flags : str
-        In a notebook, where there is no command line: e.g. "--epochs 20 --resume".
+    add_flags : callable, optional, gets the parser and adds flags of the step's own
+    flags : str, for a notebook, which has no command line: e.g. "--epochs 20 --resume"
 
-    Attributes
-    ----------
-    args, device, out, folder
-    source : Source, what the data flags say
-    training : TrainingOptions, what the flags of a training say
+    Its attributes `args`, `source` (a Source) and `training` (TrainingOptions) are what the flags
+    say; `out` is the folder of all steps' outputs, `folder` its own.
     """
 
     def __init__(
-        self,
-        name,
-        description,
-        *,
-        training=False,
-        parts=tuple(FOLDERS),
-        add_flags=None,
-        flags="",
-    ):
+        self, name, description, *, training=False, parts=("genre", "emotion"),
+        add_flags=None, flags="",
+    ):  # fmt: skip
         sys.excepthook = end_in_one_line
         self.args = parse_flags(description, training, add_flags, flags)
         self.name, self.began, self.lines = name, time.monotonic(), []
@@ -137,21 +116,11 @@ class Step:
 
     def finish(self, runs=None, **facts):
         """Write metrics.json, args.json and summary.md; after --overfit-batch, end here."""
-        root = self.source.root
-        metrics = {
-            "step": self.name,
-            "seconds": round(time.monotonic() - self.began, 2),
-            "environment": environment(self.device),
-            "data": {
-                "root": str(root),
-                "demo": self.source.demo,
-                "fingerprint": fingerprints(root),
-            },
-            "seed": self.args.seed,
-            "smoke": self.args.smoke,
-            "runs": runs or {},
-            **facts,
-        }
+        root, demo, args = self.source.root, self.source.demo, self.args
+        metrics = {"step": self.name, "seconds": round(time.monotonic() - self.began, 2)}
+        metrics |= {"environment": environment(self.device), "seed": args.seed, "smoke": args.smoke}
+        metrics["data"] = {"root": str(root), "demo": demo, "fingerprint": fingerprints(root)}
+        metrics |= {"runs": runs or {}} | facts
         write_text(self.folder / "args.json", to_json(vars(self.args)))
         self.write()
         write_text(self.folder / "metrics.json", to_json(metrics))

@@ -1,7 +1,5 @@
 """Tables: Markdown, scores with intervals, predictions.csv, submission.csv."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import NamedTuple
@@ -16,39 +14,30 @@ from patrec.labels import EMOTIONS, fingerprint
 
 def epochs_kept(run) -> str:
     """The number of epochs of each fold, with the kept epoch in brackets."""
-    facts = [member.facts for member in run.members]
-    return ", ".join(f"{fact['epochs']} ({fact['best_epoch']})" for fact in facts)
+    return ", ".join("{epochs} ({best_epoch})".format(**member.facts) for member in run.members)
 
 
 class EarlierPredictions(NamedTuple):
-    """What an earlier emotion step has saved for these clips.
+    """What an earlier emotion step has saved for these clips."""
 
-    predictions : {model: pd.DataFrame (clip x emotion)}; empty if there are none
-    runs : dict, from its metrics.json
-    note : str, where the predictions are from, or why there are none
-    """
-
-    predictions: dict
-    runs: dict
-    note: str
+    predictions: dict  # {model: pd.DataFrame (clip x emotion)}; empty if there are none
+    runs: dict  # from its metrics.json
+    note: str  # where the predictions are from, or why there are none
 
 
 def earlier_predictions(training, owner, clips, folds=None) -> EarlierPredictions:
-    """Read what an earlier emotion step has predicted for the same held-out clips.
-
-    There are no predictions if it was not run, or with other labels, another seed, other clips or
-    --smoke. Raises InputError if its metrics.json or predictions.csv cannot be read.
+    """Read what an earlier emotion step has predicted for the same held-out clips, if anything.
 
     folds : pd.Series, optional, the fold of every clip, which must be the same
     """
     source, note = training.source, f"`{owner}` has saved no predictions for these clips."
     for folder in earlier_folders(training, owner):
-        if not ((folder / "metrics.json").exists() and (folder / "predictions.csv").exists()):
-            continue
         try:
             metrics = json.loads((folder / "metrics.json").read_text())
             table = pd.read_csv(folder / "predictions.csv", dtype={"clip": str})
             found = (metrics["data"]["fingerprint"]["emotion"], metrics["seed"], metrics["smoke"])
+        except FileNotFoundError:
+            continue
         except (ValueError, KeyError):
             fault = f"its metrics.json or predictions.csv cannot be read; run {owner} again"
             raise InputError(f"{folder}: {fault}, or delete them") from None
@@ -63,42 +52,28 @@ def earlier_predictions(training, owner, clips, folds=None) -> EarlierPrediction
         for model, rows in table.groupby("model"):
             frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
             predictions[model] = frame[[name for name in EMOTIONS if name in frame]]
-        return EarlierPredictions(
-            predictions,
-            metrics["runs"],
-            f"The predictions of `{owner}` are read from {folder.parent.name}.",
-        )
+        note = f"The predictions of `{owner}` are read from {folder.parent.name}."
+        return EarlierPredictions(predictions, metrics["runs"], note)
     return EarlierPredictions({}, {}, note)
 
 
 def emotion_table(scores) -> pd.DataFrame:
     """{model: emotion_scores} -> table of Spearman's correlations with their intervals."""
-    keys = (*EMOTIONS, "mean_spearman")
-    keys = [key for key in keys if any(key in row for row in scores.values())]
-    rows = {
-        name: {key: with_interval(row, key) if key in row else "" for key in keys}
-        for name, row in scores.items()
-    }
-    frame = pd.DataFrame(rows).T.rename_axis("model")
+    keys, rows = (*EMOTIONS, "mean_spearman"), {}
+    for name, row in scores.items():
+        rows[name] = {key: with_interval(row, key) for key in keys if key in row}
+    frame = pd.DataFrame(rows, keys).dropna(how="all").fillna("").T.rename_axis("model")
     return frame.rename(columns={"mean_spearman": "mean of the three"})
 
 
 def difference_line(first, second, difference) -> str:
     """One line: what `paired_difference` measured between two named models, and what it shows."""
-    titles = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}
-    values, places = [], {}
+    titles, values = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}, []
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
-        values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
-        place = "lies above 0" if low > 0 else "lies below 0" if high < 0 else "contains 0"
-        places[f"the {titles[key]} interval"] = place
-    if len(set(places.values())) > 1:
-        shown = ", ".join(f"{interval} {place}" for interval, place in places.items())
-    else:
-        shown = f"{'each' if len(places) > 1 else 'the'} interval {place}"
-        shown += ": no difference is shown on these clips" if place == "contains 0" else ""
-    measured = f"{', '.join(values)} on {difference['n_clips']} clips"
-    return f"`{first}` minus `{second}`: {measured}; {shown}"
+        shown = "above 0" if low > 0 else "below 0" if high < 0 else "no difference is shown"
+        values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}] ({shown})")
+    return f"`{first}` minus `{second}`, {difference['n_clips']} clips: {', '.join(values)}"
 
 
 def with_interval(scores, key) -> str:
@@ -107,24 +82,21 @@ def with_interval(scores, key) -> str:
 
 
 def prediction_rows(model, true, predictions, *, test_set, seed, fold="") -> pd.DataFrame:
-    """A table of predictions as rows of predictions.csv: one per clip and target.
+    """A table of predictions as rows of predictions.csv, one per clip and target.
 
-    For genre the target is 'genre', and truth and prediction are class names. For emotion the
-    targets are the emotions.
+    The targets are the emotions or 'genre', whose truth and prediction are class names.
 
     fold : '' or pd.Series, the fold of each clip (`Result.folds`)
     """
     true = true.loc[predictions.index]
     fold = fold.loc[predictions.index] if isinstance(fold, pd.Series) else fold
     if isinstance(true, pd.Series):
-        columns = {"genre": (true, predictions.columns[predictions.to_numpy().argmax(1)])}
-    else:
-        columns = {name: (true[name], predictions[name].to_numpy()) for name in predictions.columns}
+        true, predictions = true.to_frame("genre"), predictions.idxmax(axis=1).to_frame("genre")
     head = {"clip": predictions.index, "model": model, "test_set": test_set}
     parts = []
-    for name, (t, p) in columns.items():
-        part = pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed})
-        parts.append(part.assign(truth=t.to_numpy(), prediction=p))
+    for name in predictions.columns:
+        values = {"truth": true[name], "prediction": predictions[name]}
+        parts.append(pd.DataFrame(head | {"target": name, "fold": fold, "seed": seed} | values))
     return pd.concat(parts)
 
 
@@ -153,8 +125,6 @@ def markdown_table(frame) -> str:
             return "" if math.isnan(value) else f"{value:.3f}"
         return str(value).replace("|", "\\|")
 
-    header = [cell(name) for name in (frame.index.name or "", *frame.columns)]
-    pairs = zip(frame.index, frame.itertuples(index=False), strict=True)
-    rows = [[cell(str(index)), *map(cell, row)] for index, row in pairs]
-    lines = [header, ["---"] * len(header), *rows]
+    frame = frame.rename(index=str).reset_index(names=frame.index.name or "").map(cell)
+    lines = [map(cell, frame.columns), ["---"] * len(frame.columns), *frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

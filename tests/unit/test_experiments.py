@@ -142,6 +142,7 @@ def find(step):
     ("smoke", {"smoke": True, "subset": 64}),
     ("window", {"window": 999}),
     ("network", {}),
+    ("run", {"run": "beat_mel"}),
 ])  # fmt: skip
 def test_a_checkpoint_of_something_else_is_passed_over_and_said_so(
     tiny_data, tmp_path, make_step, capsys, odd, changes
@@ -199,13 +200,6 @@ def test_changed_labels_make_an_old_checkpoint_no_longer_fit(tmp_path, make_step
     assert find(step) is None and "fingerprint" in capsys.readouterr().out
     path.unlink()  # step 8 needs no genres
     assert find(step) is None
-
-
-def test_a_checkpoint_under_another_runs_name_is_an_error(tiny_data, tmp_path, make_step):
-    step = make_step(tiny_data, tmp_path)
-    save_mel(step, tmp_path / "step05_lstm" / "beat_mel", {})
-    with pytest.raises(InputError, match="model of run mel, not of beat_mel"):
-        common.find_genre_checkpoint(step.training, "beat_mel")
 
 
 def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(

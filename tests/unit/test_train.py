@@ -346,14 +346,14 @@ def test_resume_of_another_run_is_refused(tmp_path):
     train(tmp_path / "run", epochs=2)
     with pytest.raises(InputError, match="begun with --epochs 2"):
         train(tmp_path / "run", epochs=3, resume=True)
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="not the state of this model's training"):
         train(tmp_path / "run", epochs=2, model=classifier(hidden_size=4), resume=True)
     with pytest.raises(InputError, match=r"other clips or another --seed \(priors differ\)"):
         other = toy_data(clips())
         other.settings["priors"] = [0.5, 0.25, 0.25]
         train(tmp_path / "run", epochs=2, data=other, resume=True)
     torch.save({"model": {}}, tmp_path / "run" / "last.pt")
-    with pytest.raises(InputError, match="last.pt: not the state of a training"):
+    with pytest.raises(InputError, match="last.pt: not the state of this model's training"):
         train(tmp_path / "run", epochs=2, resume=True)
 
 
