@@ -60,7 +60,9 @@ step.table(spread.rename_axis("spectrograms"), f"Time steps of {len(clips)} draw
 # forward and backward, on the clips cut to several lengths.
 step.heading("2a. Is training an LSTM on these steps efficient?")
 n_batch = min(4 if smoke else 16, len(clips))
-batches = {form: lstm_batch(some[:n_batch]) for form, some in arrays.items()}  # (B, T, F), (B,)
+batches = {  # (B, T, F) and lengths (B,), standardised over all drawn clips
+    form: [part[:n_batch] for part in lstm_batch(some)] for form, some in arrays.items()
+}
 batch = batches["full"][0].to(step.device)
 n_full, n_beat = map(int, n_steps.median())
 n_full = min(n_full, batch.shape[1])

@@ -148,7 +148,7 @@ frames_per_beat = float(np.median([clip.full.shape[1] / clip.beat.shape[1] for c
 lstm = {}
 for kind in ("chroma", "mel"):
     for form, frames in (("full", 1), ("beat-synced", frames_per_beat)):
-        x, lengths = lstm_batch(arrays[form][:n_batch], kind)  # (B, T, F), (B,)
+        x, lengths = (part[:n_batch] for part in lstm_batch(arrays[form], kind))  # (B, T, F), (B,)
         seed_everything(step.args.seed)  # the same start for every row, and for step 2
         far, n = gradient_reach(lstm_gradient(x, lengths)), int(lengths.median())
         lstm[f"{kind}, {form}"] = {
