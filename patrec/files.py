@@ -141,7 +141,7 @@ def write_bytes(path, write) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        cure = "free some space or choose another --out-dir"
+        cure = "free some space, or choose another --out-dir or $PATREC_CACHE"
         raise InputError(f"{path}: cannot be written ({error.strerror}); {cure}") from error
     finally:
         partial.unlink(missing_ok=True)
