@@ -10,7 +10,9 @@ import collections
 import importlib.util
 from pathlib import Path
 
+import librosa
 import numpy as np
+import soundfile
 
 from patrec.errors import InputError
 from patrec.features import SR
@@ -88,8 +90,6 @@ class Sound:
 
     def _mix(self, block, rate) -> np.ndarray:
         """Mean of the channels (n, channels) -> (n,), at the rate of the file's first block."""
-        import librosa
-
         if not (np.abs(block) < HIGHEST).all():
             fault = f"holds samples that are not finite or beyond {HIGHEST:g}"
             raise InputError(f"{self.path}: {fault}; export it again, with samples in [-1, 1]")
@@ -129,8 +129,6 @@ class Sound:
                     yield to_float(frame), frame.sample_rate
 
     def _decode_with_soundfile(self):
-        import soundfile
-
         with soundfile.SoundFile(self.path) as sound:
             if sound.frames < 2**60:  # else unknown
                 self.stated = sound.frames / sound.samplerate
@@ -156,8 +154,6 @@ def read_clip(path) -> tuple[np.ndarray, str]:
     waveform : np.ndarray [shape=(n,)], float32
     damage : str, what could not be decoded, if anything
     """
-    import librosa
-
     sound, blocks, n_dropped, n = Sound(path), collections.deque(), 0, 0
     for block in sound.blocks():
         blocks.append(block)

@@ -15,17 +15,12 @@ import filelock
 import numpy as np
 import torch
 
-from patrec.demo import write_demo
+from patrec.demo import FOLDERS, write_demo
 from patrec.errors import InputError
 from patrec.machine import kaggle_root, on_kaggle
 
 PROJECT = Path(__file__).resolve().parents[1]  # the folder of the steps
-FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
-
-KAGGLE_MOUNTS = (  # the classic layout and the one of newer kernels
-    "input/patreco3-multitask-affective-music/data",
-    "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
-)
+KAGGLE_NAME = "patreco3-multitask-affective-music"  # of the lab's data set, by geoparslp
 
 
 def part_folder(root, part, beat=False) -> Path:
@@ -36,7 +31,7 @@ def part_folder(root, part, beat=False) -> Path:
 def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
     """Find the folder that holds fma_genre_spectrograms and its three siblings.
 
-    Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
+    Looks at `data_dir`, else $PATREC_DATA, else Kaggle's inputs, else data/ beside the
     scripts; as a last resort, and never on Kaggle, makes the demo set.
 
     parts : those that a step needs; of the demo set no others are made
@@ -48,14 +43,14 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         Nothing found; the message names the places tried.
     """
     given = data_dir or os.environ.get("PATREC_DATA")
+    inputs, data = kaggle_root() / "input", PROJECT / "data"
     if given:
         places = [Path(given)]
-    elif on_kaggle():  # after the two known mounts, anybody's copy of the data set
-        inputs = kaggle_root() / "input"
-        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS]
-        places += [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
+    elif on_kaggle():  # the classic layout and the one of newer kernels, the lab's own data first
+        mounts = [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
+        places = sorted(mounts, key=lambda path: path.name != KAGGLE_NAME)
     else:
-        places = [PROJECT / "data", PROJECT / "data" / "demo"]
+        places = [data, data / "demo"]
     names = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
     for place in places:
         # One level too high or too low is what people hand in most often: take it. Too low
@@ -63,21 +58,20 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         inside = place.is_dir() and place.resolve().name in names
         for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
             there = [part for part in FOLDERS if part_folder(root, part).is_dir()]
-            is_demo = place == PROJECT / "data" / "demo"  # found without being named
+            is_demo = place == data / "demo"  # found without being named
             if there and not (is_demo and set(parts) - set(there)):
                 return root.resolve()
-    tried = ", ".join(map(str, places[:2]))
     if given:
-        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}"
+        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {given}"
         raise InputError(f"{fault}; name the folder that holds them in --data-dir")
     if on_kaggle():
-        cure = "add geoparslp/patreco3-multitask-affective-music under Input"
-        raise InputError(f"data set not attached (looked in {tried}); {cure}")
+        cure = f"add geoparslp/{KAGGLE_NAME} under Input"
+        raise InputError(f"data set not attached (looked in {inputs}); {cure}")
     if not demo:
-        raise InputError(f"no data in {tried}; give --data-dir")
+        raise InputError(f"no data in {data}; give --data-dir")
+    notice = "Scores on it say nothing about real music."
     print(
-        f"No data set found: a small made-up one is written to {places[-1]}. Scores on it say "
-        "nothing about real music.",
+        f"No data set found: a small made-up one is written to {places[-1]}. {notice}",
         file=sys.stderr,
     )
     try:
@@ -92,12 +86,8 @@ def cache_dir() -> Path:
 
     $PATREC_CACHE, else /tmp on Kaggle, else ~/.cache. It may be deleted at any time.
     """
-    if "PATREC_CACHE" in os.environ:
-        folder = Path(os.environ["PATREC_CACHE"])
-    elif on_kaggle():
-        folder = Path(tempfile.gettempdir()) / "patrec-music"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "patrec-music"
+    scratch = Path(tempfile.gettempdir()) if on_kaggle() else Path.home() / ".cache"
+    folder = Path(os.environ.get("PATREC_CACHE", scratch / "patrec-music"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

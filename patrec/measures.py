@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import librosa
 import numpy as np
 import pandas as pd
 import torch
@@ -28,8 +29,6 @@ def mel_measures(mel_db, beat=False) -> dict:
     dynamic_range_db : from the 10th to the 95th percentile of the steps' loudness
     onsets_per_s : peaks of the spectral flux; only of frames, not of beats
     """
-    import librosa
-
     mel_db = np.asarray(mel_db, dtype=float)
     edges = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)
     centres, widths = edges[1:-1], (edges[2:] - edges[:-2]) / 2
@@ -135,8 +134,6 @@ def track_beats(mel_db) -> np.ndarray:
 
     Source: Ellis, 2007, Beat tracking by dynamic programming.
     """
-    import librosa
-
     onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
     return librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)[1]
 
