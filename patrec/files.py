@@ -69,11 +69,8 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         raise InputError(f"data set not attached (looked in {inputs}); {cure}")
     if not demo:
         raise InputError(f"no data in {data}; give --data-dir")
-    notice = "Scores on it say nothing about real music."
-    print(
-        f"No data set found: a small made-up one is written to {places[-1]}. {notice}",
-        file=sys.stderr,
-    )
+    notice = f"No data set found: a small made-up one is written to {places[-1]}."
+    print(f"{notice} Scores on it say nothing about real music.", file=sys.stderr)
     try:
         return write_demo(places[-1], parts).resolve()
     except OSError as error:
