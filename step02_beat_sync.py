@@ -28,8 +28,6 @@ from patrec.measures import (
     lstm_seconds,
     measure_table,
     mel_measures,
-    share_within_beats,
-    track_beats,
 )
 from patrec.plots import COLORS, plot_panels
 from patrec.step import Step
@@ -161,16 +159,13 @@ different tempo become comparable, and their lengths differ.
 """)
 
 # %% 2b. What the synchronisation changes, in numbers
-# A median per beat loses what happens within a beat. The share of the variance that is lost is
-# measured on full clips. The data set does not store its beat times, so beats are tracked again.
+# How many frames become one, and how the level changes: the extractor sets 0 dB in each form anew.
 step.heading("2b. What the synchronisation changes, in numbers")
 level = {form: np.array([mel.mean(dtype=float) for mel in mels[form]]) for form in mels}
-within = [100 * share_within_beats(mel, track_beats(mel)) for mel in mels["full"]]
 changes = pd.DataFrame(
     {
         "frames per beat": n_steps["full"] / n_steps["beat-synced"],
         "beats per minute": 60 * (n_steps["beat-synced"] - 1) / (n_steps["full"] * FRAME_S),
-        "variance within beats (%)": within,
         "level change (dB)": level["beat-synced"] - level["full"],
     }
 )
@@ -180,8 +175,6 @@ step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""
 - One beat-synced step stands for {changes["frames per beat"].median():.0f} frames (median),
   {beat_s:.2f} s. librosa's beat tracker drops weak beats at both ends.
-- "Variance within beats" is the share of the bands' variance over time that one value per beat
-  cannot hold: {np.mean(within):.0f}% on average.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array, here the loudest median and not the loudest frame.
 """)

@@ -25,8 +25,6 @@ from patrec.measures import (
     lstm_batch,
     lstm_gradient,
     lstm_seconds,
-    share_within_beats,
-    track_beats,
 )
 from patrec.plots import plot_panels
 from patrec.step import Step
@@ -35,7 +33,7 @@ step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke
 
 
-MEASURES = {
+COLUMNS = {
     "strongest": "strongest pitch class",
     "strong": "strong pitch classes",
     "change": "change per step",
@@ -90,7 +88,7 @@ its strongest pitch class is 1. So quiet and loud frames count alike.
 """)
 measures = {form: pd.DataFrame(map(chroma_measures, some), titles) for form, some in chroma.items()}
 rows = pd.DataFrame([measures[form].iloc[i] for i, form in cells], names).rename_axis("clip")
-step.table(rows.rename(columns=MEASURES), "The two clips, measured")
+step.table(rows.rename(columns=COLUMNS), "The two clips, measured")
 first, second = (measures["full"].iloc[i] for i in (0, 1))
 step.text(f"""
 In {titles[0]} the strongest pitch class is {first["strongest"]}, in {titles[1]} it is
@@ -177,17 +175,13 @@ beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
-# As in step 2: how much of the variance over time lies within a beat and is lost in a median per
-# beat, and how the measures above change.
+# The measures above, in both forms.
 step.heading("3, as 2b. What beat synchronisation changes")
 means = pd.DataFrame({form: measures[form][["strong", "change"]].mean() for form in measures}).T
 caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
-step.table(means.rename(columns=MEASURES).rename_axis("chromagrams"), caption)
-beats = [track_beats(clip.full[BANDS["mel"]]) for clip in clips]
-within = 100 * float(np.mean(list(map(share_within_beats, chroma["full"], beats))))
+step.table(means.rename(columns=COLUMNS).rename_axis("chromagrams"), caption)
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 step.text(f"""
-- {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2).
 - The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips.
 - A beat-synced step stands for {frames_per_beat:.0f} frames (median). From one beat to the next a
   pitch class changes by {means.loc["beat-synced", "change"]:.3f}, from one frame to the next by
@@ -204,9 +198,5 @@ step.finish(
     n_clips=len(clips),
     genres=by_genre.to_dict("index"),
     lstm=lstm,
-    sync={
-        "variance_within_beats_percent": within,
-        "same_strongest": same,
-        "change": means["change"].to_dict(),
-    },
+    sync={"same_strongest": same, "change": means["change"].to_dict()},
 )

@@ -27,21 +27,14 @@ from patrec.labels import Entry, read_entries
 from patrec.machine import show_bars
 
 # NumPy parses headers with `ast`, which up to CPython 3.11.7 fails now and then while another
-# thread is in it too (python/cpython#106905): a sound clip would be called broken.
+# thread is in it too (python/cpython#106905).
 HEADER_LOCK = threading.Lock()
 
 
 def read_array(path) -> np.ndarray:
-    """Read one array and check it.
+    """Read one array, (140, T) float32, and check it.
 
-    Returns
-    -------
-    np.ndarray [shape=(140, T)], float32
-
-    Raises
-    ------
-    InputError
-        Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
+    Raises InputError: missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     cure = "replace the file, or leave such clips out with --skip-bad"
     try:
@@ -121,11 +114,8 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     a .json file. The cache's name is a hash of every file's name, size and time, so a changed
     data set is read anew.
 
-    Raises
-    ------
-    InputError
-        For the first bad array, unless `skip_bad`: then bad clips are named on stderr and
-        left out.
+    Raises InputError for the first bad array, unless `skip_bad`: then bad clips are named on
+    stderr and left out.
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
@@ -220,30 +210,26 @@ def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
         return clips, torch.from_numpy(frames)
 
 
-def find_leak(train, test) -> list[str]:
-    """Ids of test clips that the training clips hold too, by id or by content."""
+def find_leak(train, test, rows=None) -> list[str]:
+    """Ids of test clips (of some rows, or all) that the training clips hold too, by id or array."""
     ids, digests = {entry.clip_id for entry in train.entries}, set(train.digests)
-    return [
-        entry.clip_id
-        for entry, digest in zip(test.entries, test.digests, strict=True)
-        if entry.clip_id in ids or digest in digests
-    ]
+    rows = range(len(test.entries)) if rows is None else rows
+    clips = ((test.entries[i].clip_id, test.digests[i]) for i in rows)
+    return [clip_id for clip_id, digest in clips if clip_id in ids or digest in digests]
 
 
 def find_emotion_leak(source, held_out) -> str | None:
-    """Say which held-out emotion clips are in the genre training split, by id or by array.
+    """Say which held-out emotion clips are in the genre training split too, if any.
 
     held_out : Subset of emotion clips
     Raises InputError if there are any, unless --allow-leak.
     """
-    store, rows = held_out.dataset.store, held_out.indices
     genre = read_entries(source.root, "genre", "train", merge=source.merge)
-    entries, digests = [store.entries[i] for i in rows], [store.digests[i] for i in rows]
-    test = dataclasses.replace(store, entries=entries, digests=digests)
-    leaked = find_leak(load_clips(genre, source.skip_bad), test)
+    train = load_clips(genre, source.skip_bad)
+    leaked = find_leak(train, held_out.dataset.store, held_out.indices)
     if not leaked:
         return None
-    count = f"{len(leaked)} of {len(rows)} held-out emotion clips"
+    count = f"{len(leaked)} of {len(held_out)} held-out emotion clips"
     fault = f"{count} are in the genre training split too, e.g. {leaked[0]}"
     if not source.allow_leak:
         folder = part_folder(source.root, "emotion")

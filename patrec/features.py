@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import io
 import warnings
 from pathlib import Path
 
@@ -32,17 +33,12 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     Beats are tracked on the percussive part (HPSS); between two beats the median of the
     frames is taken, for mel on power, before the step to dB.
 
-    Parameters
-    ----------
-    waveform : np.ndarray [shape=(n,)]
-        Mono audio at SR, at least N_FFT samples.
+    waveform : np.ndarray [shape=(n,)], mono audio at SR, at least N_FFT samples
 
     Returns
     -------
-    full : np.ndarray [shape=(140, T)], float64
-        128 mel bands in dB, then 12 chroma values.
-    beat : np.ndarray [shape=(140, at most n_beats + 1)], float64
-        The same, one column per beat interval.
+    full : np.ndarray [shape=(140, T)], float64: 128 mel bands in dB, then 12 chroma values
+    beat : np.ndarray [shape=(140, at most n_beats + 1)], float64: a column per beat interval
 
     Source: the course's lab3/feature_extractor.py (slp-ntua/patrec-labs); Müller, 2015,
     Fundamentals of Music Processing, ch. 6.3 (beat-synchronous features).
@@ -55,19 +51,17 @@ def extract_features(waveform) -> tuple[np.ndarray, np.ndarray]:
     return stack_rows(mel_power, chroma), stack_rows(*synced)
 
 
+@functools.cache
 def compile_librosa() -> None:
     """Let librosa compile its numba functions, one process of a machine at a time.
 
     Processes that compile them at once into an empty cache ruin it for good: every later run
     dies of a segmentation fault (seen with numba 0.66 and 0.68).
     """
-    if os.environ.get("PATREC_LIBROSA") == str(os.getpid()):  # this process has them
-        return
     # Of silent or very short clips, which are meant to work.
     warnings.filterwarnings("ignore", module="librosa")
     with filelock.FileLock(cache_dir() / "librosa.lock"):
         extract_features(np.random.default_rng(0).standard_normal(2 * SR).astype(np.float32))
-    os.environ["PATREC_LIBROSA"] = str(os.getpid())
 
 
 def mel_and_chroma(waveform) -> tuple[np.ndarray, np.ndarray]:
@@ -75,10 +69,9 @@ def mel_and_chroma(waveform) -> tuple[np.ndarray, np.ndarray]:
     if waveform.ndim != 1 or len(waveform) < N_FFT:
         shape = f"waveform of shape {waveform.shape}"
         raise InputError(f"{shape}: one channel of at least {N_FFT} samples is needed")
-    mel_power = librosa.feature.melspectrogram(
-        y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS
-    )
-    chroma = librosa.feature.chroma_cqt(y=waveform, sr=SR, hop_length=HOP)
+    sound = {"y": waveform, "sr": SR, "hop_length": HOP}
+    mel_power = librosa.feature.melspectrogram(**sound, n_fft=N_FFT, n_mels=N_MELS)
+    chroma = librosa.feature.chroma_cqt(**sound)
     # mel and CQT may differ by a frame in odd cases; the common length keeps them aligned.
     n_frames = min(mel_power.shape[1], chroma.shape[1])
     return mel_power[:, :n_frames], chroma[:, :n_frames]
@@ -117,14 +110,10 @@ def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
     (three times as fast as librosa's non-negative least squares, and as close). The phase,
     which no spectrogram holds, is found by Griffin & Lim (1984).
 
-    Parameters
-    ----------
     mel_db : np.ndarray [shape=(128, T)], in dB
     seed : int, of the phase to begin with
 
-    Returns
-    -------
-    waveform : np.ndarray [shape=((T - 1) * HOP,)], float32, at SR, peak .9
+    Returns the waveform, np.ndarray [shape=((T - 1) * HOP,)], float32, at SR, peak .9.
     """
     filters = librosa.filters.mel(sr=SR, n_fft=N_FFT, n_mels=N_MELS)
     power = np.linalg.pinv(filters) @ librosa.db_to_power(np.asarray(mel_db, dtype=np.float32))
@@ -137,4 +126,6 @@ def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
 def write_sound(path, waveform) -> None:
     """Write a waveform at SR as a sound file; its format is the path's ending, e.g. .mp3."""
     kind = Path(path).suffix[1:].upper()
-    write_bytes(path, lambda file: soundfile.write(file, waveform, SR, format=kind))
+    buffer = io.BytesIO()  # libsndfile hides a full disk
+    soundfile.write(buffer, waveform, SR, format=kind)
+    write_bytes(path, lambda file: file.write(buffer.getbuffer()))

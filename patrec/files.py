@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import filelock
-import numpy as np
 import torch
 
 from patrec.demo import FOLDERS, write_demo
@@ -37,10 +36,7 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
     parts : those that a step needs; of the demo set no others are made
     demo : False: make none
 
-    Raises
-    ------
-    InputError
-        Nothing found; the message names the places tried.
+    Raises InputError if nothing is found; the message names the place tried.
     """
     given = data_dir or os.environ.get("PATREC_DATA")
     inputs, data = kaggle_root() / "input", PROJECT / "data"
@@ -58,8 +54,7 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         inside = place.is_dir() and place.resolve().name in names
         for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
             there = [part for part in FOLDERS if part_folder(root, part).is_dir()]
-            is_demo = place == data / "demo"  # found without being named
-            if there and not (is_demo and set(parts) - set(there)):
+            if there and (place != data / "demo" or set(parts) <= set(there)):
                 return root.resolve()
     if given:
         fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {given}"
@@ -85,11 +80,7 @@ def cache_dir() -> Path:
     """
     scratch = Path(tempfile.gettempdir()) if on_kaggle() else Path.home() / ".cache"
     folder = Path(os.environ.get("PATREC_CACHE", scratch / "patrec-music"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fault = f"no cache folder can be made there ({error.strerror})"
-        raise InputError(f"{folder}: {fault}; set $PATREC_CACHE") from error
+    make_folder(folder, "cache", "set $PATREC_CACHE")
     return folder
 
 
@@ -108,13 +99,13 @@ def output_folder(given=None) -> Path:
     return Path(given or outputs)
 
 
-def make_folder(folder) -> None:
-    """Make an output folder, parents included; one that is there already is fine."""
+def make_folder(folder, kind="output", cure="choose another --out-dir") -> None:
+    """Make a folder, parents included; one that is there already is fine."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file in its place, no permission, a read-only or full disk
-        fault = f"no output folder can be made there ({error.strerror})"
-        raise InputError(f"{folder}: {fault}; choose another --out-dir") from None
+        fault = f"no {kind} folder can be made there ({error.strerror})"
+        raise InputError(f"{folder}: {fault}; {cure}") from None
 
 
 def write_bytes(path, write) -> None:
@@ -182,6 +173,6 @@ def to_json(facts) -> str:
     """JSON of facts that may hold NumPy's numbers and arrays, or paths."""
 
     def plain(value):
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+        return value.tolist() if hasattr(value, "tolist") else str(value)
 
     return json.dumps(facts, indent=2, default=plain)

@@ -80,10 +80,10 @@ def read_rows(path) -> pd.DataFrame:
     if sorted(columns) != sorted(["Id", "Genre"] if separator == "\t" else ["Id", *EMOTIONS]):
         expected = f"'Id,{','.join(EMOTIONS)}' or, with a tab between them, 'Id' and 'Genre'"
         raise InputError(f"{path}: header {header!r}; expected {expected}")
-    as_text = {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}  # "NA" is a name
-    every_line = {"header": None, "skip_blank_lines": False}
+    options = {"header": None, "skip_blank_lines": False}  # line numbers stay the file's
+    options |= {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}  # "NA" is a name
     try:
-        rows = pd.read_csv(io.StringIO(text), sep=separator, **as_text, **every_line)
+        rows = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except pd.errors.ParserError as error:  # "Expected 2 fields in line 6, saw 3"
         fault = str(error).rpartition("C error: ")[2].strip()
         raise InputError(f"{path}: {fault}; mend or remove the line") from None

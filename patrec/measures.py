@@ -103,11 +103,8 @@ def lstm_gradient(x, lengths) -> np.ndarray:
 
     x, lengths : a batch (B, T, F) and its clips' lengths (B,)
 
-    Returns
-    -------
-    np.ndarray [shape=(median length,)]
-        Norm of d(last output)/d(input) by steps before the clip's last one, relative to
-        the last one, averaged over the clips that are so long.
+    Returns the norm of d(last output)/d(input), (median length,), by steps before the clip's
+    last one, relative to the last one, averaged over the clips that are so long.
     """
     # In double precision: in single, what is below 1e-45 would read as 0.
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
@@ -125,30 +122,3 @@ def lstm_gradient(x, lengths) -> np.ndarray:
 def gradient_reach(norms, share=0.01) -> int:
     """Steps back from the last one until `lstm_gradient` first falls below a share of it."""
     return int(np.argmax(norms < share)) or len(norms)  # the first value is 1
-
-
-def track_beats(mel_db) -> np.ndarray:
-    """Frames of the beats of a mel spectrogram (128, T) in dB, tracked on its own onsets.
-
-    The data set does not store the beat times of its beat-synchronised twin.
-
-    Source: Ellis, 2007, Beat tracking by dynamic programming.
-    """
-    onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
-    return librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)[1]
-
-
-def share_within_beats(rows, beats) -> float:
-    """Share of the variance over time of (F, T) rows that lies within a beat.
-
-    The variance of frames is that of the beats' means plus that of the frames about the
-    mean of their beat (law of total variance): the second part is what one value per beat
-    cannot hold. Without any beats, the clip is one.
-
-    beats : frames, see `track_beats`
-    """
-    rows = np.asarray(rows, dtype=float)
-    cuts = beats[(beats > 0) & (beats < rows.shape[1])]
-    spans = np.split(rows, cuts, axis=1)  # each (F, frames of a beat)
-    within = sum(span.var(1) * span.shape[1] for span in spans).sum() / rows.shape[1]
-    return float(within / max(rows.var(1).sum(), 1e-12))

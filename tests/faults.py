@@ -202,8 +202,8 @@ TABLE = {  # file: rows of (name, old text, new text, test)
     ],
     "patrec/clips.py": [
         ("leak check: arrays not compared",
-         "if entry.clip_id in ids or digest in digests",
-         "if entry.clip_id in ids",
+         "if clip_id in ids or digest in digests",
+         "if clip_id in ids",
          "unit/test_clips.py::test_leak_is_found_by_id_and_by_content"),
     ],
     "patrec/batches.py": [

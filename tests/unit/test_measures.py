@@ -21,8 +21,6 @@ from patrec.measures import (
     gradient_reach,
     lstm_gradient,
     mel_measures,
-    share_within_beats,
-    track_beats,
 )
 
 
@@ -48,25 +46,6 @@ def test_genre_share_is_1_within_equal_clips_and_0_on_average_by_chance():
     rng = np.random.default_rng(0)
     drawn = [genre_share(rng.standard_normal(40), genres) for _ in range(300)]
     assert abs(np.mean(drawn)) < 0.02
-
-
-def test_variance_within_beats_is_what_one_value_per_beat_cannot_hold():
-    """A click every half second: rows that are constant from click to click have no variance
-    within a beat, rows that alternate from frame to frame have nearly nothing else."""
-    beats = np.arange(20, 1280, 20)  # in frames; 129 a minute
-    mel = np.full((128, 1280), -60.0)
-    mel[:, beats] = mel[:, beats + 1] = -5.0
-    levels = np.random.default_rng(0).random((12, 65))
-    held = np.repeat(levels, 20, axis=1)[:, :1280]
-    restless = np.tile([0.0, 1.0], (12, 640))
-    tracked = track_beats(mel)
-    assert share_within_beats(restless, tracked) > 0.95
-    assert share_within_beats(held, tracked) < 0.35, "a tracked beat may be a frame or two off"
-    # With cuts half a beat later, a span holds halves of two beats.
-    assert share_within_beats(held, tracked) + 0.1 < share_within_beats(held, tracked + 10)
-    # No onset at all: the clip is one beat, and all variance lies within it.
-    none = track_beats(np.full((128, 1280), -60.0))
-    assert share_within_beats(held, none) == pytest.approx(1)
 
 
 def test_lstm_gradient_follows_each_clips_own_end():
