@@ -19,20 +19,12 @@ import pandas as pd
 from patrec.clips import sample_clips
 from patrec.features import BANDS, HOP, N_CHROMA, NOTES, SR
 from patrec.machine import seed_everything
-from patrec.measures import (
-    genre_share,
-    gradient_reach,
-    lstm_batch,
-    lstm_gradient,
-    lstm_seconds,
-)
+from patrec.measures import genre_share, gradient_reach, lstm_batch, lstm_gradient, lstm_seconds
 from patrec.plots import plot_panels
 from patrec.step import Step
 
 step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke
-
-
 COLUMNS = {
     "strongest": "strongest pitch class",
     "strong": "strong pitch classes",

@@ -88,6 +88,8 @@ class Sound:
 
     def _decode(self):
         """Yield (float32 samples (n, channels), rate), piece by piece."""
+        if not self.path.stat().st_size:  # of which PyAV would print a traceback
+            raise ValueError("empty file")
         try:
             import av
         except ImportError:

@@ -56,14 +56,12 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
             there = [part for part in FOLDERS if part_folder(root, part).is_dir()]
             if there and (place != data / "demo" or set(parts) <= set(there)):
                 return root.resolve()
-    if given:
-        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {given}"
-        raise InputError(f"{fault}; name the folder that holds them in --data-dir")
-    if on_kaggle():
+    if on_kaggle() and not given:
         cure = f"add geoparslp/{KAGGLE_NAME} under Input"
         raise InputError(f"data set not attached (looked in {inputs}); {cure}")
-    if not demo:
-        raise InputError(f"no data in {data}; give --data-dir")
+    if given or not demo:
+        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {given or data}"
+        raise InputError(f"{fault}; name the folder that holds them in --data-dir")
     notice = f"No data set found: a small made-up one is written to {places[-1]}."
     print(f"{notice} Scores on it say nothing about real music.", file=sys.stderr)
     try:

@@ -68,11 +68,11 @@ def read_rows(path) -> pd.DataFrame:
     """Read the cells of a label file as text, indexed by line number, columns by name."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # -sig: with a byte order mark or not
-    except (OSError, UnicodeDecodeError) as error:
+        if "\0" in text:  # UTF-16 without its mark; pandas would end a cell there
+            raise ValueError("holds NUL characters")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise InputError(f"{path}: {reason}; expected a label file in UTF-8") from None
-    if "\0" in text:  # UTF-16 without its mark; pandas would end a cell there
-        raise InputError(f"{path}: holds NUL characters; expected a label file in UTF-8")
     header = text.partition("\n")[0]
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
