@@ -63,7 +63,6 @@ batches = {  # (B, T, F) and lengths (B,), standardised over all drawn clips
 }
 batch = batches["full"][0].to(step.device)
 n_full, n_beat = map(int, n_steps.median())
-n_full = min(n_full, batch.shape[1])
 counts = sorted({n_full, n_beat, *np.geomspace(n_beat / 2, n_full, 5).astype(int).tolist()})
 seconds = {n: lstm_seconds(batch[:, :n]) for n in counts}
 exponent = float(np.polyfit(np.log(counts), np.log(list(seconds.values())), 1)[0])
@@ -74,7 +73,7 @@ ax.set(xlabel="Time steps", ylabel=f"Time of a training pass (s, {n_batch} clips
 ax.set_xticks(counts, counts)
 ax.set_xticks([], minor=True)
 ax.grid(alpha=0.3)
-threads = f" ({torch.get_num_threads()} threads)" if step.device.type == "cpu" else ""
+threads = f" (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else ""
 caption = (
     f"Forward and backward pass of an LSTM of 128 units over {n_batch} clips, on {step.device}"
     f"{threads}: wall-clock time, the fastest of 8 passes. Both axes are logarithmic"
