@@ -13,8 +13,6 @@ two sounds (summary.md), the numbers (metrics.json).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
-import argparse
-import functools
 import itertools
 import time
 from pathlib import Path
@@ -29,20 +27,16 @@ from patrec.clips import sample_clips
 from patrec.errors import InputError
 from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR, extract_features, mel_to_waveform
 from patrec.files import FOLDERS, part_folder
-from patrec.measures import (
-    MEASURES,
-    array_facts,
-    compare_clips,
-    genre_share,
-    mean_spectrogram,
-    mel_measures,
-    spectrogram_similarity,
-)
+from patrec.measures import MEASURES, array_facts, genre_share, measure_table, mel_measures
 from patrec.plots import mel_ticks, plot_panels, plot_spectrogram
 from patrec.step import Step
 
 
-@functools.cache
+def add_flags(parser):
+    text = "a sound file of your own to show as well, e.g. mp3 or wav"
+    parser.add_argument("--audio", type=Path, metavar="FILE", help=text)
+
+
 def read_audio(path) -> np.ndarray:
     """Read a sound file, at most its middle 30 s as in the lab's clips -> array (140, T)."""
     waveform, damage = read_clip(path)
@@ -52,24 +46,6 @@ def read_audio(path) -> np.ndarray:
     if damage:
         print(f"{path}: {damage}")
     return extract_features(waveform)[0]
-
-
-def audio_file(text) -> Path:
-    """Type of --audio: what cannot be read stops the run before it writes anything."""
-    try:
-        read_audio(Path(text))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    return Path(text)
-
-
-def add_flags(parser):
-    own = "a sound file of your own to show as well, e.g. mp3 or wav"
-    parser.add_argument("--audio", type=audio_file, metavar="FILE", help=own)
-
-
-step = Step("step01_spectrograms", __doc__, parts=("genre",), add_flags=add_flags)
-smoke = step.args.smoke
 
 
 def matmul_seconds(device, n) -> float:
@@ -83,11 +59,9 @@ def matmul_seconds(device, n) -> float:
     return float(np.median(times[1:]))  # the first one loads libraries
 
 
-def measure_table(measures, index_name) -> pd.DataFrame:
-    """Mel measures, a row per clip or genre, as summary.md shows them: names and units."""
-    columns = {label: measures[key].map(unit.format) for key, (label, unit) in MEASURES.items()}
-    return pd.DataFrame(columns).rename_axis(index_name)
-
+step = Step("step01_spectrograms", __doc__, parts=("genre",), add_flags=add_flags)
+smoke, own_file = step.args.smoke, step.args.audio
+own = read_audio(own_file) if own_file else None  # first: a wrong name ends the run at once
 
 # %% 0. Browse the data folder, try CPU and GPU
 # The lab: os.listdir over the data folder, the GPU switched on and off. Networks mostly multiply
@@ -107,19 +81,14 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
             "arrays": len(sizes),
             "labelled clips": "no file" if lines is None else sum(map(bool, lines)) - 1,
             "MB": round(sum(sizes) / 1e6, 1),
-            "kB per array": round(np.mean(sizes) / 1e3) if sizes else "-",
         }
     )
 step.table(pd.DataFrame(parts).set_index("folder").astype(str), "What the data folder holds")
 n = 256 if smoke else 2048
 seconds = {device: matmul_seconds(device, n) for device in dict.fromkeys(["cpu", step.device.type])}
-times = {
-    device: {"time (ms)": f"{1e3 * s:.1f}", "GFLOP/s": f"{2 * n**3 / s / 1e9:.0f}"}
-    for device, s in seconds.items()
-}
-threads = f"CPU threads: {torch.get_num_threads()}"
-caption = f"Product of two {n} x {n} matrices, median wall-clock time of 5 runs ({threads})"
-step.table(pd.DataFrame(times).T.rename_axis("device"), caption)
+caption = f"Time of a product of two {n} x {n} matrices (CPU threads: {torch.get_num_threads()})"
+times = pd.DataFrame({"time (ms)": pd.Series(seconds) * 1e3}).rename_axis("device")
+step.table(times, f"{caption}, median of 5 runs")
 
 # %% 1a. Two random lines with different labels
 # The lab: choose them from train_labels.txt. Steps 2 and 3 draw the same two, by the same seed.
@@ -147,8 +116,8 @@ folder = part_folder(root, "genre") / "train"
 pair = [read_mel(folder / f"{clip.clip_id}.fused.full.npy") for clip in clips[:2]]
 # All clips, these two included, from the cache of the arrays, which the networks read too.
 mels = [clip.full[BANDS["mel"]] for clip in clips]  # each (128, T)
-facts = [array_facts(clip.full) for clip in clips[:2]]
-step.table(pd.DataFrame(facts, titles[:2]).rename_axis("clip"), "The two arrays")
+arrays = [array_facts(clip.full) for clip in clips[:2]]
+step.table(pd.DataFrame(arrays, titles[:2]).rename_axis("clip"), "The two arrays")
 step.text(f"""
 One column is one frame: the spectrum of {N_FFT} samples ({1e3 * N_FFT / SR:.0f} ms at {SR} Hz),
 taken every {HOP} samples ({1e3 * HOP / SR:.1f} ms). Its power is averaged, with triangular weights,
@@ -164,61 +133,42 @@ panels = [(title, mel, False) for title, mel in zip(titles[:2], pair, strict=Tru
 caption = f"Mel spectrograms of two clips: {titles[0]} and {titles[1]}"
 step.show_source(plot_spectrogram)
 step.figure(plot_panels(panels, 2, size=(6, 4)), "two_clips", caption)
-step.text("""
+measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
+step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
+bright = measures["centroid_hz"]
+step.text(f"""
 A spectrogram shows which frequencies sound, when, and how loud. A held note is a horizontal line
 with its overtones above it, a drum hit is a vertical line over many bands, and the spacing of these
 vertical lines shows the rhythm. A spectrogram does not show the phase, the absolute level, detail
 finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 dB below the maximum.
 
 - **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
-  sounds bright.
+  sounds bright. That of {titles[0]} is {bright.iloc[0]:.0f} Hz,
+  that of {titles[1]} is {bright.iloc[1]:.0f} Hz.
 - **Share of energy below 200 Hz**: bass and bass drum.
 - **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness.
 - **Onset rate**: how often per second the bands suddenly get louder, as notes and drum hits start.
 """)
-measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
-step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
-step.text(compare_clips(measures[:2]))
 
 # %% 1c. The two clips, to hear
-# The data set holds no sound, but a mel spectrogram can be turned into some: the filters are
-# inverted and the phase is estimated (Griffin & Lim, 1984). How close the sound comes is measured.
-close = {}
-for place, title in enumerate(titles[:2], start=1):
-    waveform = mel_to_waveform(mels[place - 1])
-    step.sound(waveform, f"clip_{place}", f"{title}, sound made from its mel spectrogram")
-    facts = spectrogram_similarity(waveform, mels[place - 1])
-    close[title] = {
-        "file": f"`clip_{place}.mp3`",
-        "correlation": f"{facts['correlation']:.3f}",
-        "mean distance": f"{facts['mean_distance_db']:.1f} dB",
-    }
-caption = "The mel spectrogram of the sound, compared with the one it was made from"
-step.table(pd.DataFrame(close).T.rename_axis("clip"), caption)
+# The data set holds no sound, but a mel spectrogram can be turned into some: the mel filters are
+# inverted and the phase is estimated (Griffin & Lim, 1984).
+for i in (0, 1):
+    waveform = mel_to_waveform(mels[i])
+    step.sound(waveform, f"clip_{i + 1}", f"{titles[i]}, sound made from its mel spectrogram")
 
 # %% 1c. Two clips or two genres?
-# Two clips of one genre differ too. So the pictures and measures are repeated for the drawn clips
-# of every genre, with the share of each measure's variance that the genre explains.
+# Two clips of one genre differ too. So the spectra and measures are compared over the drawn clips
+# of every genre, with the share of each measure's variance that the genre explains. Each clip's
+# own mean level is subtracted from its spectrum first, which leaves the shape.
 step.heading("1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 mean = measures.groupby(genres).mean().sort_values("centroid_hz", ascending=False)
-groups = {genre: [mels[i] for i in np.flatnonzero(genres == genre)] for genre in mean.index}
-panels = [
-    (f"{genre} ({len(group)} clips)", mean_spectrogram(group), False)
-    for genre, group in groups.items()
-]
-caption = "Mean mel spectrogram of the drawn clips of each genre, highest spectral centroid first"
-step.figure(plot_panels(panels, 4, size=(3.6, 2.2)), "genre_means", caption)
-
-# Averaged over time and compared with the mean of all genres, the differences stand out. Each
-# clip's own mean level is subtracted first, which leaves the shape of its spectrum.
-shapes = [
-    [mel.mean(1, dtype=float) - mel.mean(dtype=float) for mel in group] for group in groups.values()
-]
-spectra = np.array([np.mean(group, axis=0) for group in shapes])  # (genres, 128)
-apart = spectra - spectra.mean(0)
+shapes = np.array([mel.mean(1, dtype=float) - mel.mean(dtype=float) for mel in mels])
+spectra = pd.DataFrame(shapes).groupby(genres).mean().loc[mean.index]  # (genres, 128)
+apart = spectra - spectra.mean()
 fig, ax = plt.subplots(figsize=(9, 0.32 * len(mean) + 1.6), layout="constrained")
-limit = np.abs(apart).max()
+limit = np.abs(apart.to_numpy()).max()
 look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
 extent = (0, N_MELS, len(mean) - 0.5, -0.5)
 image = ax.imshow(apart, aspect="auto", extent=extent, **look)
@@ -231,21 +181,10 @@ caption = (
     "genres. A sharp edge at high frequencies may be the bandwidth of the recordings"
 )
 step.figure(fig, "genre_spectra", caption)
-
-n_clips = [len(group) for group in groups.values()]
-step.table(measure_table(mean, "genre").assign(clips=n_clips), "Mean over each genre's clips")
-shares = {
-    label: {
-        "lowest genre mean": unit.format(mean[key].min()),
-        "highest genre mean": unit.format(mean[key].max()),
-        "within a genre (sd)": unit.format(measures[key].groupby(genres).std(ddof=0).mean()),
-        "explained by genre": f"{genre_share(measures[key], genres):.0%}",
-    }
-    for key, (label, unit) in MEASURES.items()
-}
-caption = f"Between genres and within them, over {len(clips)} clips"
-step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
-share = {label: genre_share(measures[key], genres) for key, (label, _) in MEASURES.items()}
+share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measures}
+table = measure_table(mean, "genre")
+table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
+step.table(table, f"Mean over each genre's drawn clips, at most {per_genre} of a genre")
 most, least = max(share, key=share.get), min(share, key=share.get)
 step.text(f"""
 "Explained by genre" is the share of a measure's variance over clips that lies between the genres
@@ -256,18 +195,20 @@ The rest of the variance lies between clips of the same genre.
 
 # %% A sound file of your own, through the lab's extractor
 facts = {}
-if step.args.audio:
-    title = step.args.audio.name
-    own = read_audio(step.args.audio)[BANDS["mel"]]
-    facts["audio"] = mel_measures(own)
-    step.heading(f"Your own file: {title}")
-    fig = plot_panels([(title, own, False)], 1, size=(9, 4))
-    step.figure(fig, "own_audio", f"Mel spectrogram of {title}")
-    step.table(measure_table(pd.DataFrame([facts["audio"]], index=[title]), "file"))
+if own_file:
+    step.heading(f"Your own file: {own_file.name}")
+    own_mel = own[BANDS["mel"]]
+    facts["audio"] = mel_measures(own_mel)
+    fig = plot_panels([(own_file.name, own_mel, False)], 1, size=(9, 4))
+    step.figure(fig, "own_audio", f"Mel spectrogram of {own_file.name}")
+    step.table(measure_table(pd.DataFrame([facts["audio"]], index=[own_file.name]), "file"))
 
-pair = [
-    {"id": clip.clip_id, "genre": clip.genre} | measures.loc[title].to_dict()
-    for clip, title in zip(clips[:2], titles, strict=False)
-]
+two = measures[:2].assign(id=[clip.clip_id for clip in clips[:2]], genre=genres[:2])
 step0 = {"parts": parts, "matmul_n": n, "matmul_seconds": seconds}
-step.finish(step0=step0, pair=pair, n_clips=len(clips), genres=mean.to_dict("index"), **facts)
+step.finish(
+    step0=step0,
+    pair=two.to_dict("records"),
+    n_clips=len(clips),
+    genres=mean.to_dict("index"),
+    **facts,
+)

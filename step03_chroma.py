@@ -19,21 +19,17 @@ import pandas as pd
 from patrec.clips import sample_clips
 from patrec.features import BANDS, HOP, N_CHROMA, NOTES, SR
 from patrec.machine import seed_everything
-from patrec.measures import (
-    genre_share,
-    gradient_reach,
-    lstm_batch,
-    lstm_gradient,
-    lstm_seconds,
-    share_within_beats,
-    track_beats,
-)
+from patrec.measures import genre_share, gradient_reach, lstm_batch, lstm_gradient, lstm_seconds
 from patrec.plots import plot_panels
 from patrec.step import Step
 
 step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke
-FORMS = ("full", "beat-synced")
+COLUMNS = {
+    "strongest": "strongest pitch class",
+    "strong": "strong pitch classes",
+    "change": "change per step",
+}
 
 
 def chroma_measures(chroma) -> dict:
@@ -56,18 +52,19 @@ def chroma_measures(chroma) -> dict:
 step.heading("3, as 1a-b. The same two clips")
 clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
-chroma = {  # each (12, T)
-    "full": [clip.full[BANDS["chroma"]] for clip in clips],
-    "beat-synced": [clip.beat[BANDS["chroma"]] for clip in clips],
-}
+arrays = {"full": [clip.full for clip in clips], "beat-synced": [clip.beat for clip in clips]}
+chroma = {form: [array[BANDS["chroma"]] for array in some] for form, some in arrays.items()}
+cells = [(i, form) for i in (0, 1) for form in chroma]  # the two clips, in both forms
+names = [f"{titles[i]}, {form}" for i, form in cells]
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
 # %% 3, as 1c. What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ. Full and
 # beat-synced lie side by side, since step 2 asks the same of both.
 step.heading("3, as 1c. What they show")
-cells = [(i, form) for i in (0, 1) for form in FORMS]
-panels = [(f"{titles[i]}, {form}", chroma[form][i], form != "full") for i, form in cells]
+panels = [
+    (name, chroma[form][i], form != "full") for name, (i, form) in zip(names, cells, strict=True)
+]
 caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
 step.text("""
@@ -81,16 +78,9 @@ its strongest pitch class is 1. So quiet and loud frames count alike.
 - **Strong pitch classes**: how many are above .5 in a step, on average.
 - **Change per step**: mean absolute change of a pitch class from one step to the next.
 """)
-measures = {
-    form: pd.DataFrame([chroma_measures(c) for c in chroma[form]], index=titles) for form in FORMS
-}
-COLUMNS = {
-    "strongest": "strongest pitch class",
-    "strong": "strong pitch classes",
-    "change": "change per step",
-}
-rows = [measures[form][i : i + 1].set_axis([f"{titles[i]}, {form}"]) for i, form in cells]
-step.table(pd.concat(rows).rename(columns=COLUMNS).rename_axis("clip"), "The two clips, measured")
+measures = {form: pd.DataFrame(map(chroma_measures, some), titles) for form, some in chroma.items()}
+rows = pd.DataFrame([measures[form].iloc[i] for i, form in cells], names).rename_axis("clip")
+step.table(rows.rename(columns=COLUMNS), "The two clips, measured")
 first, second = (measures["full"].iloc[i] for i in (0, 1))
 step.text(f"""
 In {titles[0]} the strongest pitch class is {first["strongest"]}, in {titles[1]} it is
@@ -100,55 +90,39 @@ first clip and {second["strong"]:.1f} in the second; from frame to frame a pitch
 """)
 
 # %% 3, as 1c. Two clips or two genres?
-# Songs are in all keys, so a plain mean over a genre's clips blurs them. So each clip is also
-# rotated until its strongest note is row 0, and shows intervals. Values: shares of a clip's sum.
+# Songs are in all keys, so a mean over a genre's clips blurs the notes. So each clip is rotated
+# until its strongest note is row 0, and shows intervals. Values: shares of a clip's sum.
 step.heading("3, as 1c. Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
-classes = sorted(set(genres))
 profiles = np.array([c.mean(1, dtype=float) for c in chroma["full"]])  # (clips, 12)
-profiles /= profiles.sum(1, keepdims=True)
-turned = np.array([np.roll(profile, -profile.argmax()) for profile in profiles])
-views = (
-    (profiles, NOTES, "Pitch class"),
-    (turned, range(N_CHROMA), "Semitones above the clip's strongest pitch class"),
-)
-means = [np.array([rows[genres == g].mean(0) for g in classes]) for rows, *_ in views]
-size = (12, 0.32 * len(classes) + 1.6)
-fig, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-look = {"vmin": np.min(means), "vmax": np.max(means), "cmap": "viridis", "aspect": "auto"}
-for ax, shown, (_, ticks, label) in zip(axes, means, views, strict=True):  # (genres, 12)
-    image = ax.imshow(shown, interpolation="nearest", **look)
-    ax.set_xticks(range(N_CHROMA), ticks)
-    ax.set(xlabel=label)
-fig.colorbar(image, ax=axes, label="Share of the clip's chroma")
-axes[0].set_yticks(range(len(classes)), classes)
-axes[0].set_ylabel("Genre")
-caption = (
-    "Mean profile of each genre: by note (left), relative to each clip's strongest note (right)"
-)
+profiles = [np.roll(profile, -profile.argmax()) / profile.sum() for profile in profiles]
+by_interval = pd.DataFrame(profiles).groupby(genres).mean()  # (genres, 12)
+size = (7, 0.32 * len(by_interval) + 1.6)
+fig, ax = plt.subplots(figsize=size, layout="constrained")
+image = ax.imshow(by_interval, interpolation="nearest", aspect="auto")
+ax.set_xticks(range(N_CHROMA))
+ax.set_yticks(range(len(by_interval)), by_interval.index)
+ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre")
+fig.colorbar(image, ax=ax, label="Share of the clip's chroma")
+caption = "Mean chroma of each genre's drawn clips, relative to each clip's strongest pitch class"
 step.figure(fig, "genre_chroma", caption)
 
 values = pd.DataFrame(
     {
-        "strong pitch classes": measures["full"]["strong"].to_numpy(),
-        "change per frame": measures["full"]["change"].to_numpy(),
-        "change per beat": measures["beat-synced"]["change"].to_numpy(),
+        "strong pitch classes": measures["full"]["strong"],
+        "change per frame": measures["full"]["change"],
+        "change per beat": measures["beat-synced"]["change"],
     }
 )
-by_genre = values.groupby(genres).mean().rename_axis("genre")
-n_clips = [int((genres == genre).sum()) for genre in classes]
-step.table(by_genre.assign(clips=n_clips), "Mean over each genre's drawn clips")
-explained = {column: genre_share(values[column], genres) for column in values}
-explained["share of a pitch class, by note"] = np.mean([genre_share(c, genres) for c in profiles.T])
-intervals = np.mean([genre_share(c, genres) for c in turned[:, 1:].T])
-explained["share of a pitch class, from the strongest note"] = intervals
-shares = {name: {"explained by genre": f"{share:.0%}"} for name, share in explained.items()}
-caption = f"Share of the variance over {len(clips)} clips that lies between the genres"
-step.table(pd.DataFrame(shares).T.rename_axis("measure"), caption)
-most = max(explained, key=explained.get)
+by_genre = values.groupby(genres).mean()
+share = {name: genre_share(values[name], genres) for name in values}
+table = by_genre.map("{:.3f}".format).rename_axis("genre")
+table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
+step.table(table, "Mean over each genre's drawn clips")
+most = max(share, key=share.get)
 step.text(f"""
-Of these measures, "{most}" depends most on genre: {explained[most]:.0%} of its variance. For a
-measure that is unrelated to genre the share is 0 on average and may be negative.
+Of these measures, "{most}" depends most on genre: {share[most]:.0%} of its variance lies between
+the genres. For a measure that is unrelated to genre the share is 0 on average and may be negative.
 """)
 
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
@@ -156,16 +130,15 @@ measure that is unrelated to genre the share is 0 on average and may be negative
 # measurements of step 2 are repeated in the same way: what a training pass costs, and how far back
 # the gradient of an untrained LSTM's last output reaches.
 step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
-shapes = [[f"{N_CHROMA} x {chroma[form][i].shape[1]}" for form in FORMS] for i in (0, 1)]
+shapes = [" x ".join(map(str, chroma[form][i].shape)) for i, form in cells]
 caption = "Pitch classes x time steps of the two clips"
-step.table(pd.DataFrame(shapes, titles[:2], FORMS).rename_axis("clip"), caption)
+step.table(pd.DataFrame({"chromagram": shapes}, names).rename_axis("clip"), caption)
 n_batch = min(4 if smoke else 16, len(clips))
 frames_per_beat = float(np.median([clip.full.shape[1] / clip.beat.shape[1] for clip in clips]))
 lstm = {}
 for kind in ("chroma", "mel"):
     for form, frames in (("full", 1), ("beat-synced", frames_per_beat)):
-        arrays = [clip.full if form == "full" else clip.beat for clip in clips]
-        x, lengths = (part[:n_batch] for part in lstm_batch(arrays, kind))  # (B, T, F), (B,)
+        x, lengths = (part[:n_batch] for part in lstm_batch(arrays[form], kind))  # (B, T, F), (B,)
         seed_everything(step.args.seed)  # the same start for every row, and for step 2
         far, n = gradient_reach(lstm_gradient(x, lengths)), int(lengths.median())
         lstm[f"{kind}, {form}"] = {
@@ -194,44 +167,28 @@ beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
-# As in step 2: how much of the variance over time lies within a beat and is lost in a median per
-# beat, and how the measures above change.
+# The measures above, in both forms.
 step.heading("3, as 2b. What beat synchronisation changes")
-full, beat = (measures[form] for form in FORMS)
-beats = [track_beats(clip.full[BANDS["mel"]]) for clip in clips]
-on_beat = list(zip(chroma["full"], beats, strict=True))
-within, shifted = (
-    100 * np.mean([share_within_beats(*pair, offset) for pair in on_beat]) for offset in (0.0, 0.5)
-)
-same_strongest = float((full["strongest"] == beat["strongest"]).mean())
-means = {
-    form: {
-        "time steps (median)": f"{np.median([c.shape[1] for c in chroma[form]]):.0f}",
-        "strong pitch classes": f"{measures[form]['strong'].mean():.2f}",
-        "change per step": f"{measures[form]['change'].mean():.3f}",
-    }
-    for form in FORMS
-}
+means = pd.DataFrame({form: measures[form][["strong", "change"]].mean() for form in measures}).T
 caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
-step.table(pd.DataFrame(means).T.rename_axis("chromagrams"), caption)
+step.table(means.rename(columns=COLUMNS).rename_axis("chromagrams"), caption)
+same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 step.text(f"""
-- {within:.0f}% of the variance over time lies within a beat (beats tracked as in step 2); if the
-  cuts lay half a beat later, it would be {shifted:.0f}%.
-- The strongest pitch class is the same in both forms in {same_strongest:.0%} of {len(clips)} clips.
+- The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips.
 - A beat-synced step stands for {frames_per_beat:.0f} frames (median). From one beat to the next a
-  pitch class changes by {beat["change"].mean():.3f}, from one frame to the next by
-  {full["change"].mean():.3f}.
+  pitch class changes by {means.loc["beat-synced", "change"]:.3f}, from one frame to the next by
+  {means.loc["full", "change"]:.3f}.
 """)
 
 # %% The numbers for metrics.json
 pair = [
-    {"clip": title} | {form: measures[form].loc[title].to_dict() for form in FORMS}
+    {"clip": title} | {form: measures[form].loc[title].to_dict() for form in measures}
     for title in titles[:2]
 ]
-sync = {
-    "variance_within_beats_percent": float(within),
-    "shifted_grid_percent": float(shifted),
-    "same_strongest": same_strongest,
-    "change": {form: measures[form]["change"].mean() for form in FORMS},
-}
-step.finish(pair=pair, n_clips=len(clips), genres=by_genre.to_dict("index"), lstm=lstm, sync=sync)
+step.finish(
+    pair=pair,
+    n_clips=len(clips),
+    genres=by_genre.to_dict("index"),
+    lstm=lstm,
+    sync={"same_strongest": same, "change": means["change"].to_dict()},
+)

@@ -22,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from common import SpectrogramDataset, load_data, time_mask
 from patrec.clips import N_READERS, read_array
 from patrec.errors import InputError
-from patrec.features import DB_FLOOR, N_MELS
+from patrec.features import N_MELS
 from patrec.files import FOLDERS, part_folder
 from patrec.labels import MERGE, read_entries
 from patrec.machine import show_bars
@@ -46,8 +46,8 @@ root, merge = step.source.root, step.source.merge
 step.heading("4a. What the Dataset does: the helper's and ours")
 OPERATIONS = {
     "label file": (
-        "`<part>_labels.txt` without its header, split at tabs; for emotion at commas, where "
-        "`regression_label_index` is 1 for valence, 2 for energy, 3 for danceability",
+        "`<part>_labels.txt` without its header, split at tabs, for emotion at commas; "
+        "`regression_label_index` 1, 2, 3 is valence, energy, danceability",
         "columns are found by the names in the header, and every line is checked",
         "a column number is easily wrong; the error message names the file and the line",
     ),
@@ -57,18 +57,17 @@ OPERATIONS = {
         "a new or misspelt class is named, instead of ending in a KeyError",
     ),
     "file name": (
-        "drops `.gz`, replaces `beatsync.fused` (beat folder) and `full.fused` (test) by "
-        "`fused.full`; folder and split are found by splitting the path at `/`",
+        "drops `.gz`, replaces `beatsync.fused` and `full.fused` by `fused.full`; folder and split "
+        "are found by splitting the path at `/`",
         "the id before the first dot, then `.fused.full.npy`",
         "one rule for all folders and operating systems",
     ),
     "reading": (
-        "`np.load` of every array, one after the other, in float64; rows 0-127 (mel), 128-139 "
-        "(chroma) or all (fused), turned to (T, F), in a list",
+        "`np.load` of every array in float64; rows 0-127 (mel), 128-139 (chroma) or all (fused), "
+        "turned to (T, F), in a list",
         "`load_clips`: all clips in one tensor, time first, float16, in a cache file; rows are "
         "chosen when a batch is fetched",
-        "a quarter of the memory, and files are read only once; if a file is broken, the error "
-        "message names it",
+        "a quarter of the memory, and files are read only once; a broken file is named",
     ),
     "length": (
         "remembers each clip's length; `max_length` is the longest one or the given one",
@@ -102,8 +101,8 @@ step.show_source(SpectrogramDataset.__getitems__)
 # %% 4a. One clip, from its line in the label file to a batch
 # The lab: comment on the values that the Dataset returns. One training clip's mel rows, in both
 # forms, after each operation. Clips that cannot be read are left out; the audit below lists them.
-def follow(beat) -> tuple[dict, dict]:
-    """Follow one clip: {operation: its result}, and the shortest clip of its batch."""
+def follow(beat) -> dict[str, str]:
+    """Follow one clip: {operation: its result}."""
     source = dataclasses.replace(step.source, device="cpu", skip_bad=True)
     data = load_data(source, "mel", beat=beat)
     whole, index = data.train.dataset, data.train.indices[0]
@@ -115,15 +114,12 @@ def follow(beat) -> tuple[dict, dict]:
     worst = np.abs(kept.T.astype(float) - array).max()
     mean, std = (value.numpy() for value in whole.stats)
     x, target, length = whole[index]  # the item
-    t, band = int(array[:N_MELS].max(0).argmax()), int(array[:N_MELS].max(1).argmax())
+    mel, chroma = array[:N_MELS], array[N_MELS:]
+    band, t = np.unravel_index(mel.argmax(), mel.shape)
     xs, targets, lengths = next(iter(DataLoader(data.train, 8)))  # the batch
     mask = time_mask(lengths, xs.shape[1], xs.device)
     crop = window_size(GENRE_NETWORKS["beat_mel" if beat else "mel"])
-    crops = Subset(whole.variant(crop=crop), data.train.indices)
-    shape = tuple(next(iter(DataLoader(crops, 8)))[0].shape)
-    cropped = f"random crops of {crop} frames: x {shape}" if crop else "whole clips, as here"
-    mel, chroma = array[:N_MELS], array[N_MELS:]
-    values = {
+    return {
         "label line": f"`{line.replace(chr(9), '<TAB>')}`",
         "id, file": f"`{entry.clip_id}`, `{entry.path.parent.name}/{entry.path.name}`",
         "array": f"{array.shape[0]} x {array.shape[1]} {array.dtype}, mel {mel.min():.1f} to "
@@ -132,49 +128,20 @@ def follow(beat) -> tuple[dict, dict]:
         "stored": f"{kept.shape[0]} x {kept.shape[1]} {kept.dtype}, "
         f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off (dB, chroma)",
         "Subsets": f"{len(data.train)} training and {len(data.val)} validation clips",
-        "standardised": f"loudest cell, band {band}: ({array[band, t]:.1f} - {mean[band]:.1f}) / "
+        "standardised": f"loudest cell, band {band}: ({mel[band, t]:.1f} - {mean[band]:.1f}) / "
         f"{std[band]:.1f} = {float(x[t, band]):.2f}",
-        "item": f"({tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, {int(target)}, "
-        f"{int(length)})",
+        "item": f"({tuple(x.shape)} {x.dtype}, {int(target)}, {int(length)})",
         "batch of 8": f"x {tuple(xs.shape)}, targets {tuple(targets.shape)}, "
         f"lengths {tuple(lengths.shape)}",
-        "in step 5": cropped,
-        "padding": f"{1 - float(mask.mean()):.1%} of the batch, its values "
-        f"{float((xs * (1 - mask)).abs().max()):.0f}",
+        "padding": f"{1 - float(mask.mean()):.1%} of the batch",
+        "in step 5": f"random crops of {crop} frames" if crop else "whole clips",
     }
-    short = int(lengths.argmin())
-    n = int(lengths[short])
-    raw = np.zeros_like(xs[short].T)
-    raw[:, :n] = xs[short, :n].numpy().T * std[:, None] + mean[:, None]  # back in dB
-    return values, {"n": n, "our Dataset": xs[short].T.numpy(), "the helper": raw}
 
 
 step.heading("4a. One clip, from its line in the label file to a batch")
-followed, short_clip = {}, {}
-for form in ("full", "beat-synced"):
-    followed[form], short_clip = follow(beat=form != "full")
+followed = {"full": follow(beat=False), "beat-synced": follow(beat=True)}
 caption = "One training clip (mel rows) after each of our operations"
 step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
-
-fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
-in_db = {"vmin": DB_FLOOR, "vmax": 0, "cmap": "magma"}
-in_sd = {"vmin": -3, "vmax": 3, "cmap": "RdBu_r"}
-for ax, name, look, label in (
-    (axes[0], "the helper", in_db, "Power (dB)"),
-    (axes[1], "our Dataset", in_sd, "Standard deviations\nfrom the band's mean"),
-):
-    look |= {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-    image = ax.imshow(short_clip[name], **look)
-    ax.axvline(short_clip["n"] - 0.5, color="tab:green", linestyle="--", linewidth=2)
-    ax.set(xlabel="Time (beats)", title=f"Padded by {name}")
-    fig.colorbar(image, ax=ax, label=label, location="bottom", aspect=40)
-axes[0].set_ylabel("Mel band")
-caption = (
-    "The shortest clip of a beat-synced batch, padded with zeros as the helper does (in dB) and as "
-    "ours does (standardised). Right of the dashed line is padding; the helper pads even further, "
-    "to the longest clip of all"
-)
-step.figure(fig, "item", caption)
 
 # %% 4b. Similar classes merged, some left out
 # The lab: similar classes are merged and those with very few samples removed, by the table of the
@@ -247,7 +214,7 @@ FAULTS = {  # how a message of read_array begins -> column of the table
 
 def check_array(entry) -> dict:
     """Read one array and look for faults: a row of the list of files."""
-    row = {"id": entry.clip_id, "fault": "", "detail": "", "steps": 0, "digest": ""}
+    row = {"id": entry.clip_id, "fault": "", "detail": ""}
     try:
         array = read_array(entry.path)
     except InputError as error:
@@ -281,32 +248,32 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
         bar = tqdm(checked, where["where"], len(entries), disable=hidden, leave=False)
         rows += [where | row for row in bar]
 files = pd.DataFrame(rows, columns=["where", "id", "fault", "detail", "steps", "digest"])
-files = files.fillna({"steps": 0, "digest": ""})
 clips = files[~files["fault"].isin(["bad labels", "no label"])]
-sound = clips[clips["digest"] != ""]
-twin = sound.groupby(["where", "digest"])["id"].transform("first")
-twins = sound.assign(fault="duplicate", detail="the same array as " + twin)
-twins = twins[twin != sound["id"]]
-faults = [files[files["fault"] != ""], twins]
+twin = clips.groupby(["where", "digest"])["id"].transform("first")  # none without a digest
+twins = clips.assign(fault="duplicate", detail="the same array as " + twin)
+faults = [files[files["fault"] != ""], twins[twin.notna() & (twin != clips["id"])]]
 
 # %% Clips in two sets
 # A clip in both training and test set makes the test score too good. The same holds for an emotion
 # clip that the genre network was trained on (steps 9 and 10 start from that network) and for a
 # genre test clip in the training split of the other form (step 6 scores models of frames on beats).
-folder_of = {
-    (part, beat): part_folder(root, part, beat).name for part in FOLDERS for beat in (False, True)
-}
-sets = [(f"{name}/train", f"{name}/test") for name in folder_of.values()]
+sets = []
 for beat in (False, True):
-    sets.append((f"{folder_of['emotion', beat]}/train", f"{folder_of['genre', beat]}/test"))
-    sets.append((f"{folder_of['genre', beat]}/train", f"{folder_of['emotion', beat]}/train"))
-    sets.append((f"{folder_of['genre', beat]}/train", f"{folder_of['genre', not beat]}/test"))
+    genre, emotion = (part_folder(root, part, beat).name for part in ("genre", "emotion"))
+    other_form = part_folder(root, "genre", not beat).name
+    sets += [
+        (f"{genre}/train", f"{genre}/test"),
+        (f"{emotion}/train", f"{emotion}/test"),
+        (f"{emotion}/train", f"{genre}/test"),
+        (f"{genre}/train", f"{emotion}/train"),
+        (f"{genre}/train", f"{other_form}/test"),
+    ]
 leaks = {}
 for first, second in sets:
     train, test = clips[clips["where"] == first], clips[clips["where"] == second]
     shared = {
         "same id": test["id"].isin(train["id"]),
-        "same array": test["digest"].isin(train["digest"]) & (test["digest"] != ""),
+        "same array": test["digest"].isin(train["digest"]) & test["digest"].notna(),
     }
     where = f"{first}, {second}"
     leaks[where] = {kind: int(hit.sum()) for kind, hit in shared.items()}
@@ -319,7 +286,7 @@ folders = {}
 for where, rows in clips.groupby("where", sort=False):
     found = faults[faults["where"] == where]["fault"].value_counts()
     folders[where] = {"clips": len(rows)} | {kind: int(found.get(kind, 0)) for kind in kinds}
-    n = rows["steps"][rows["steps"] > 0]
+    n = rows["steps"].dropna()
     folders[where]["steps"] = f"{n.min():.0f} / {n.median():.0f} / {n.max():.0f}" if len(n) else "-"
 caption = "Clips, faults, and time steps (shortest / median / longest)"
 step.table(pd.DataFrame(folders).T.rename_axis("folder"), caption)

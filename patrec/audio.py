@@ -10,7 +10,9 @@ import collections
 import importlib.util
 from pathlib import Path
 
+import librosa
 import numpy as np
+import soundfile
 
 from patrec.errors import InputError
 from patrec.features import SR
@@ -21,28 +23,20 @@ HIGHEST = 1e6  # of a sample's value; 1 is full scale, 32,768 that of whole numb
 
 
 class Sound:
-    """A sound file that is decoded block by block.
-
-    Attributes
-    ----------
-    rate : int, samples per second, known from the first block on
-    seconds : float, decoded so far
-    stated : float, length that the file's header states, in s; 0 if unknown
-    lost : float, length of the packets that could not be decoded, in s
-    """
+    """A sound file that is decoded block by block."""
 
     def __init__(self, path):
-        self.path, self.rate = Path(path), 0
-        self.seconds = self.stated = self.lost = 0.0
+        self.path = Path(path)
+        self.rate = 0  # samples per second, known from the first block on
+        self.seconds = 0.0  # decoded so far
+        self.stated = 0.0  # length that the file's header states, in s; 0 if unknown
+        self.lost = 0.0  # length of the packets that could not be decoded, in s
         self.fault = ""  # why decoding ended before the end of the file
 
     def blocks(self, seconds=CLIP_S):
         """Yield the mean of the channels, float32 (n,), in blocks of so many seconds.
 
-        Raises
-        ------
-        InputError
-            No such file, no sound in it, or samples that are no numbers.
+        Raises InputError: no such file, no sound in it, or samples that are no numbers.
         """
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; give a sound file, e.g. wav or mp3")
@@ -67,29 +61,21 @@ class Sound:
         if n:
             yield self._mix(np.concatenate(pieces), form[0])
         if not self.seconds:
-            cure = "check that it plays, or convert it to wav"
-            if not importlib.util.find_spec("av"):
-                cure += ' or install PyAV, which reads most formats: "pip install av"'
-            raise InputError(
-                f"{self.path}: not readable as sound ({self.fault or 'none in it'}); {cure}"
-            )
+            cure = 'check that it plays, or convert it to wav (most others need "pip install av")'
+            fault = f"not readable as sound ({self.fault or 'none in it'})"
+            raise InputError(f"{self.path}: {fault}; {cure}")
 
     @property
     def damage(self) -> str:
         """What is wrong with a file that was read to the end, if it holds clearly more."""
         whole = max(self.stated, self.seconds + self.lost)
+        fault = f"decoding ended after {self.seconds:.1f} s ({self.fault})" if self.fault else ""
         if whole - self.seconds > max(1, 0.05 * whole):
             fault = f"only {self.seconds:.1f} s of {whole:.1f} s could be decoded"
-        elif self.fault:
-            fault = f"decoding ended after {self.seconds:.1f} s ({self.fault})"
-        else:
-            return ""
-        return f"{fault}; the file is damaged or incomplete"
+        return fault and f"{fault}; the file is damaged or incomplete"
 
     def _mix(self, block, rate) -> np.ndarray:
         """Mean of the channels (n, channels) -> (n,), at the rate of the file's first block."""
-        import librosa
-
         if not (np.abs(block) < HIGHEST).all():
             fault = f"holds samples that are not finite or beyond {HIGHEST:g}"
             raise InputError(f"{self.path}: {fault}; export it again, with samples in [-1, 1]")
@@ -102,7 +88,7 @@ class Sound:
 
     def _decode(self):
         """Yield (float32 samples (n, channels), rate), piece by piece."""
-        if not self.path.stat().st_size:
+        if not self.path.stat().st_size:  # of which PyAV would print a traceback
             raise ValueError("empty file")
         try:
             import av
@@ -129,8 +115,6 @@ class Sound:
                     yield to_float(frame), frame.sample_rate
 
     def _decode_with_soundfile(self):
-        import soundfile
-
         with soundfile.SoundFile(self.path) as sound:
             if sound.frames < 2**60:  # else unknown
                 self.stated = sound.frames / sound.samplerate
@@ -151,13 +135,8 @@ def to_float(frame) -> np.ndarray:
 def read_clip(path) -> tuple[np.ndarray, str]:
     """Read the middle 30 s of a file (all of a shorter one) at SR, as librosa.load does.
 
-    Returns
-    -------
-    waveform : np.ndarray [shape=(n,)], float32
-    damage : str, what could not be decoded, if anything
+    Returns the waveform (n,), float32, and what could not be decoded, if anything.
     """
-    import librosa
-
     sound, blocks, n_dropped, n = Sound(path), collections.deque(), 0, 0
     for block in sound.blocks():
         blocks.append(block)

@@ -9,14 +9,11 @@ import itertools
 import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,26 +22,19 @@ from tqdm.auto import tqdm
 
 from patrec.errors import InputError
 from patrec.features import DB_FLOOR, N_MELS, N_ROWS
-from patrec.files import cache_dir, part_folder
+from patrec.files import cache_dir, part_folder, write_bytes, write_text
 from patrec.labels import Entry, read_entries
 from patrec.machine import show_bars
 
 # NumPy parses headers with `ast`, which up to CPython 3.11.7 fails now and then while another
-# thread is in it too (python/cpython#106905): a sound clip would be called broken.
+# thread is in it too (python/cpython#106905).
 HEADER_LOCK = threading.Lock()
 
 
 def read_array(path) -> np.ndarray:
-    """Read one array and check it.
+    """Read one array, (140, T) float32, and check it.
 
-    Returns
-    -------
-    np.ndarray [shape=(140, T)], float32
-
-    Raises
-    ------
-    InputError
-        Missing, unreadable, of a wrong shape or kind, not finite, or out of range.
+    Raises InputError: missing, unreadable, of a wrong shape or kind, not finite, or out of range.
     """
     cure = "replace the file, or leave such clips out with --skip-bad"
     try:
@@ -113,8 +103,6 @@ class ClipStore:
     digests: list[str]
 
 
-CACHE_VERSION = 2
-
 N_READERS = (os.cpu_count() or 1) + 1  # threads: one waits for the disk while others compute
 
 
@@ -126,17 +114,14 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
     a .json file. The cache's name is a hash of every file's name, size and time, so a changed
     data set is read anew.
 
-    Raises
-    ------
-    InputError
-        For the first bad array, unless `skip_bad`: then bad clips are named on stderr and
-        left out.
+    Raises InputError for the first bad array, unless `skip_bad`: then bad clips are named on
+    stderr and left out.
     """
     if not entries:
         raise InputError("no clips to load; is the data set complete?")
     with ThreadPoolExecutor(threads) as pool:
         facts = list(pool.map(file_facts, entries))
-        key = hashlib.sha256(repr((CACHE_VERSION, facts)).encode()).hexdigest()[:24]
+        key = hashlib.sha256(repr(("version 2", facts)).encode()).hexdigest()[:24]
         cache = cache_dir() / f"{key}.json"
         try:
             clips, frames = open_cache(cache)
@@ -152,12 +137,12 @@ def load_clips(entries, skip_bad=False, threads=N_READERS) -> ClipStore:
         raise InputError(faults[0] + more)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    kept = [entry for entry, clip in zip(entries, clips, strict=True) if clip["length"]]
+    kept = [(e, clip) for e, clip in zip(entries, clips, strict=True) if "fault" not in clip]
     if not kept:
         raise InputError(f"{entries[0].path.parent}: none of {len(entries)} clips can be read")
-    lengths = torch.tensor([clip["length"] for clip in clips if clip["length"]])
-    digests = [clip["digest"] for clip in clips if clip["length"]]
-    return ClipStore(kept, frames, lengths.cumsum(0) - lengths, lengths, digests)
+    lengths = torch.tensor([clip["length"] for _, clip in kept])
+    starts, digests = lengths.cumsum(0) - lengths, [clip["digest"] for _, clip in kept]
+    return ClipStore([entry for entry, _ in kept], frames, starts, lengths, digests)
 
 
 def file_facts(entry) -> tuple:
@@ -170,12 +155,12 @@ def file_facts(entry) -> tuple:
         return path, None, None
 
 
-def convert(entry) -> tuple[np.ndarray | None, dict]:
+def convert(entry) -> tuple[np.ndarray, dict]:
     """Read one clip as (T, 140) float16, time first: a crop is one block. And its row of .json."""
     try:  # torch converts to half precision several times as fast as NumPy
         array = torch.from_numpy(read_array(entry.path)).half().numpy()
     except InputError as error:
-        return None, {"length": 0, "fault": str(error)}
+        return np.empty((0, N_ROWS), "<f2"), {"length": 0, "fault": str(error)}
     frames = np.ascontiguousarray(array.T)
     digest = hashlib.blake2b(frames[::16].tobytes(), digest_size=8).hexdigest()
     return frames, {"length": len(frames), "digest": digest}
@@ -183,32 +168,30 @@ def convert(entry) -> tuple[np.ndarray | None, dict]:
 
 def fill_cache(cache, entries, pool) -> None:
     """Write the frames of all clips into a .npy file, and a row for each clip into `cache`."""
-    for leftover in cache.parent.glob("*.clips"):  # of killed runs; none is filled for a day
+    for leftover in cache.parent.glob(".*.tmp"):  # of killed runs; none is filled for a day
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(leftover)
+                leftover.unlink()
     blocks = (entries[n : n + 512] for n in range(0, len(entries), 512))  # few wait in memory
     converted = itertools.chain.from_iterable(pool.map(convert, block) for block in blocks)
     bar = {"desc": "reading clips", "total": len(entries), "disable": not show_bars()}
-    header, shape = {"descr": "<f2", "fortran_order": False}, (0, N_ROWS)
     clips = []
-    try:
-        with tempfile.TemporaryDirectory(suffix=".clips", dir=cache.parent) as folder:
-            with open(f"{folder}/npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-                for frames, clip in tqdm(converted, leave=False, **bar):
-                    clips.append(clip)
-                    if frames is not None:
-                        file.write(frames)
-                shape = (sum(clip["length"] for clip in clips), N_ROWS)
-                file.seek(0)  # NumPy leaves room in the header for any number of frames
-                np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-            Path(folder, "json").write_text(json.dumps(clips))
-            os.replace(f"{folder}/npy", cache.with_suffix(".npy"))
-            os.replace(f"{folder}/json", cache)  # last: it says that the cache is whole
-    except OSError as error:
-        cure = "point $PATREC_CACHE to a folder with more room"
-        raise InputError(f"{cache}: cannot be written ({error.strerror}); {cure}") from error
+
+    def write_header(file):
+        file.seek(0)  # NumPy leaves room in the header for any number of frames
+        shape = (sum(clip["length"] for clip in clips), N_ROWS)
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def write_frames(file):
+        write_header(file)
+        for frames, clip in tqdm(converted, leave=False, **bar):
+            clips.append(clip)
+            file.write(frames)
+        write_header(file)
+
+    write_bytes(cache.with_suffix(".npy"), write_frames)
+    write_text(cache, json.dumps(clips))  # last: it says that the cache is whole
 
 
 def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
@@ -227,32 +210,26 @@ def open_cache(cache) -> tuple[list[dict], torch.Tensor]:
         return clips, torch.from_numpy(frames)
 
 
-def find_leak(train, test) -> list[str]:
-    """Ids of test clips that the training clips hold too, by id or by content."""
+def find_leak(train, test, rows=None) -> list[str]:
+    """Ids of test clips (of some rows, or all) that the training clips hold too, by id or array."""
     ids, digests = {entry.clip_id for entry in train.entries}, set(train.digests)
-    return [
-        entry.clip_id
-        for entry, digest in zip(test.entries, test.digests, strict=True)
-        if entry.clip_id in ids or digest in digests
-    ]
+    rows = range(len(test.entries)) if rows is None else rows
+    clips = ((test.entries[i].clip_id, test.digests[i]) for i in rows)
+    return [clip_id for clip_id, digest in clips if clip_id in ids or digest in digests]
 
 
 def find_emotion_leak(source, held_out) -> str | None:
-    """What must not be: held-out emotion clips in the genre training split. None: there are none.
-
-    Found are equal ids and equal arrays, not other excerpts of a song.
+    """Say which held-out emotion clips are in the genre training split too, if any.
 
     held_out : Subset of emotion clips
-    Raises InputError, unless --allow-leak.
+    Raises InputError if there are any, unless --allow-leak.
     """
-    store, rows = held_out.dataset.store, held_out.indices
     genre = read_entries(source.root, "genre", "train", merge=source.merge)
-    entries, digests = [store.entries[i] for i in rows], [store.digests[i] for i in rows]
-    test = dataclasses.replace(store, entries=entries, digests=digests)
-    leaked = find_leak(load_clips(genre, source.skip_bad), test)
+    train = load_clips(genre, source.skip_bad)
+    leaked = find_leak(train, held_out.dataset.store, held_out.indices)
     if not leaked:
         return None
-    count = f"{len(leaked)} of {len(rows)} held-out emotion clips"
+    count = f"{len(leaked)} of {len(held_out)} held-out emotion clips"
     fault = f"{count} are in the genre training split too, e.g. {leaked[0]}"
     if not source.allow_leak:
         folder = part_folder(source.root, "emotion")
@@ -283,18 +260,15 @@ def sample_clips(data_dir, per_genre, seed, skip_bad=False, beat=True) -> list[C
     for entry in lines:
         drawn.setdefault(entry.label, []).append(entry)
     chosen = [group[i] for i in range(per_genre) for group in drawn.values() if i < len(group)]
-
-    def arrays(entries):
+    arrays = []  # {clip id: (140, T)}, of both forms
+    for form in (False, True) if beat else (False,):
+        folder = part_folder(data_dir, "genre", form) / "train"
+        entries = [entry._replace(path=folder / entry.path.name) for entry in chosen]
         store = load_clips(entries, skip_bad)
-        ids, ends = [entry.clip_id for entry in store.entries], store.starts + store.lengths
-        spans = zip(ids, store.starts.tolist(), ends.tolist(), strict=True)
-        return {clip_id: store.frames[start:end].T.numpy() for clip_id, start, end in spans}
-
-    full = arrays(chosen)
-    synced = dict.fromkeys(full)
-    if beat:
-        folder = part_folder(data_dir, "genre", beat=True) / "train"
-        synced = arrays([entry._replace(path=folder / entry.path.name) for entry in chosen])
+        spans = store.frames.split(store.lengths.tolist())
+        ids = [entry.clip_id for entry in store.entries]
+        arrays.append(dict(zip(ids, (span.T.numpy() for span in spans), strict=True)))
+    full, synced = arrays if beat else (arrays[0], dict.fromkeys(arrays[0]))
     clips = [
         Clip(clip_id, label, full[clip_id], synced[clip_id])
         for clip_id, _, label in chosen

@@ -12,20 +12,14 @@ import warnings
 from pathlib import Path
 
 import filelock
-import numpy as np
 import torch
 
-from patrec.demo import write_demo
+from patrec.demo import FOLDERS, write_demo
 from patrec.errors import InputError
 from patrec.machine import kaggle_root, on_kaggle
 
 PROJECT = Path(__file__).resolve().parents[1]  # the folder of the steps
-FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
-
-KAGGLE_MOUNTS = (  # the classic layout and the one of newer kernels
-    "input/patreco3-multitask-affective-music/data",
-    "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
-)
+KAGGLE_NAME = "patreco3-multitask-affective-music"  # of the lab's data set, by geoparslp
 
 
 def part_folder(root, part, beat=False) -> Path:
@@ -36,26 +30,23 @@ def part_folder(root, part, beat=False) -> Path:
 def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
     """Find the folder that holds fma_genre_spectrograms and its three siblings.
 
-    Looks at `data_dir`, else $PATREC_DATA, else the Kaggle mounts, else data/ beside the
+    Looks at `data_dir`, else $PATREC_DATA, else Kaggle's inputs, else data/ beside the
     scripts; as a last resort, and never on Kaggle, makes the demo set.
 
     parts : those that a step needs; of the demo set no others are made
     demo : False: make none
 
-    Raises
-    ------
-    InputError
-        Nothing found; the message names the places tried.
+    Raises InputError if nothing is found; the message names the place tried.
     """
     given = data_dir or os.environ.get("PATREC_DATA")
+    inputs, data = kaggle_root() / "input", PROJECT / "data"
     if given:
         places = [Path(given)]
-    elif on_kaggle():  # after the two known mounts, anybody's copy of the data set
-        inputs = kaggle_root() / "input"
-        places = [kaggle_root() / mount for mount in KAGGLE_MOUNTS]
-        places += [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
+    elif on_kaggle():  # the classic layout and the one of newer kernels, the lab's own data first
+        mounts = [*sorted(inputs.glob("*")), *sorted(inputs.glob("datasets/*/*"))]
+        places = sorted(mounts, key=lambda path: path.name != KAGGLE_NAME)
     else:
-        places = [PROJECT / "data", PROJECT / "data" / "demo"]
+        places = [data, data / "demo"]
     names = {part_folder(".", part, beat).name for part in FOLDERS for beat in (False, True)}
     for place in places:
         # One level too high or too low is what people hand in most often: take it. Too low
@@ -63,23 +54,16 @@ def find_data(data_dir=None, parts=tuple(FOLDERS), demo=True) -> Path:
         inside = place.is_dir() and place.resolve().name in names
         for root in (place, place / "data", *([place.resolve().parent] if inside else [])):
             there = [part for part in FOLDERS if part_folder(root, part).is_dir()]
-            is_demo = place == PROJECT / "data" / "demo"  # found without being named
-            if there and not (is_demo and set(parts) - set(there)):
+            if there and (place != data / "demo" or set(parts) <= set(there)):
                 return root.resolve()
-    tried = ", ".join(map(str, places[:2]))
-    if given:
-        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {tried}"
+    if on_kaggle() and not given:
+        cure = f"add geoparslp/{KAGGLE_NAME} under Input"
+        raise InputError(f"data set not attached (looked in {inputs}); {cure}")
+    if given or not demo:
+        fault = f"no {FOLDERS['genre']} or {FOLDERS['emotion']} folder in {given or data}"
         raise InputError(f"{fault}; name the folder that holds them in --data-dir")
-    if on_kaggle():
-        cure = "add geoparslp/patreco3-multitask-affective-music under Input"
-        raise InputError(f"data set not attached (looked in {tried}); {cure}")
-    if not demo:
-        raise InputError(f"no data in {tried}; give --data-dir")
-    print(
-        f"No data set found: a small made-up one is written to {places[-1]}. Scores on it say "
-        "nothing about real music.",
-        file=sys.stderr,
-    )
+    notice = f"No data set found: a small made-up one is written to {places[-1]}."
+    print(f"{notice} Scores on it say nothing about real music.", file=sys.stderr)
     try:
         return write_demo(places[-1], parts).resolve()
     except OSError as error:
@@ -92,17 +76,9 @@ def cache_dir() -> Path:
 
     $PATREC_CACHE, else /tmp on Kaggle, else ~/.cache. It may be deleted at any time.
     """
-    if "PATREC_CACHE" in os.environ:
-        folder = Path(os.environ["PATREC_CACHE"])
-    elif on_kaggle():
-        folder = Path(tempfile.gettempdir()) / "patrec-music"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "patrec-music"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fault = f"no cache folder can be made there ({error.strerror})"
-        raise InputError(f"{folder}: {fault}; set $PATREC_CACHE") from error
+    scratch = Path(tempfile.gettempdir()) if on_kaggle() else Path.home() / ".cache"
+    folder = Path(os.environ.get("PATREC_CACHE", scratch / "patrec-music"))
+    make_folder(folder, "cache", "set $PATREC_CACHE")
     return folder
 
 
@@ -121,13 +97,13 @@ def output_folder(given=None) -> Path:
     return Path(given or outputs)
 
 
-def make_folder(folder) -> None:
-    """Make an output folder, parents included; one that is there already is fine."""
+def make_folder(folder, kind="output", cure="choose another --out-dir") -> None:
+    """Make a folder, parents included; one that is there already is fine."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file in its place, no permission, a read-only or full disk
-        fault = f"no output folder can be made there ({error.strerror})"
-        raise InputError(f"{folder}: {fault}; choose another --out-dir") from None
+        fault = f"no {kind} folder can be made there ({error.strerror})"
+        raise InputError(f"{folder}: {fault}; {cure}") from None
 
 
 def write_bytes(path, write) -> None:
@@ -141,7 +117,7 @@ def write_bytes(path, write) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        cure = "free some space or choose another --out-dir"
+        cure = "free some space, or choose another --out-dir or $PATREC_CACHE"
         raise InputError(f"{path}: cannot be written ({error.strerror}); {cure}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -195,6 +171,6 @@ def to_json(facts) -> str:
     """JSON of facts that may hold NumPy's numbers and arrays, or paths."""
 
     def plain(value):
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+        return value.tolist() if hasattr(value, "tolist") else str(value)
 
     return json.dumps(facts, indent=2, default=plain)

@@ -68,44 +68,38 @@ def read_rows(path) -> pd.DataFrame:
     """Read the cells of a label file as text, indexed by line number, columns by name."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # -sig: with a byte order mark or not
-    except (OSError, UnicodeDecodeError) as error:
+        if "\0" in text:  # UTF-16 without its mark; pandas would end a cell there
+            raise ValueError("holds NUL characters")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise InputError(f"{path}: {reason}; expected a label file in UTF-8") from None
-    if "\0" in text:  # UTF-16 without its mark; pandas would end a cell there
-        raise InputError(f"{path}: holds NUL characters; expected a label file in UTF-8")
-    n_blank = len(text) - len(text.lstrip("\n"))
-    header = text[n_blank:].partition("\n")[0]
+    header = text.partition("\n")[0]
     separator = "\t" if "\t" in header else ","
     columns = [name.strip() for name in header.split(separator)]
     # Columns are found by name: a fixed number is how valence once was read as energy.
     if sorted(columns) != sorted(["Id", "Genre"] if separator == "\t" else ["Id", *EMOTIONS]):
         expected = f"'Id,{','.join(EMOTIONS)}' or, with a tab between them, 'Id' and 'Genre'"
         raise InputError(f"{path}: header {header!r}; expected {expected}")
-    as_text = {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}  # "NA" is a name
-    every_line = {"header": None, "skiprows": n_blank, "skip_blank_lines": False}
+    options = {"header": None, "skip_blank_lines": False}  # line numbers stay the file's
+    options |= {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}  # "NA" is a name
     try:
-        rows = pd.read_csv(io.StringIO(text), sep=separator, **as_text, **every_line)
+        rows = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except pd.errors.ParserError as error:  # "Expected 2 fields in line 6, saw 3"
         fault = str(error).rpartition("C error: ")[2].strip()
         raise InputError(f"{path}: {fault}; mend or remove the line") from None
     rows = rows.apply(lambda column: column.str.strip()).set_axis(columns, axis=1)
-    rows = rows.set_axis(rows.index + n_blank + 1)[(rows != "").any(axis=1).to_numpy()][1:]
+    rows = rows.set_axis(rows.index + 1)[1:]
+    rows = rows[(rows != "").any(axis=1)]
     if rows.empty:
         raise InputError(f"{path}: a header and no clips; is the data set complete?")
     return rows
 
 
 def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
-    """List the clips of one split of one part.
+    """List the clips of one split ('train' or 'test') of one part ('genre' or 'emotion').
 
-    Parameters
-    ----------
-    part : 'genre' or 'emotion'
-    split : 'train' or 'test'
-    beat : bool
-        Beat-synchronised arrays instead of full ones.
-    merge : bool
-        Apply the lab's merge of classes (genre only).
+    beat : beat-synchronised arrays instead of full ones
+    merge : apply the lab's merge of classes (genre only)
     """
     folder = part_folder(data_dir, part, beat)
     if not folder.is_dir():
@@ -126,12 +120,12 @@ def read_entries(data_dir, part, split, beat=False, merge=False) -> list[Entry]:
 
 def merge_classes(entries) -> list[Entry]:
     """Apply MERGE: rename merged classes, leave out dropped ones (lab, step 4b)."""
-    unknown = sorted({entry.label for entry in entries} - set(MERGE))
+    fault = "the lab's merge drops every class in it"
+    if unknown := sorted({entry.label for entry in entries} - set(MERGE)):
+        fault = f"class {unknown[0]!r} is not one of the lab's 20"
     merged = [entry._replace(label=MERGE.get(entry.label)) for entry in entries]
     merged = [entry for entry in merged if entry.label]
     if unknown or not merged:
-        class_fault = f"class {unknown[0]!r} is not one of the lab's 20" if unknown else ""
-        fault = class_fault or "the lab's merge drops every class in it"
         raise InputError(f"{label_file(entries)}: {fault}; --no-merge keeps classes as they are")
     return merged
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
 
+import librosa
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR
-
-
-def spectrogram_similarity(waveform, mel_db) -> dict:
-    """How close a sound's mel spectrogram is to one in dB (128, T): correlation, mean distance."""
-    import librosa
-
-    power = librosa.feature.melspectrogram(y=waveform, sr=SR, n_fft=N_FFT, hop_length=HOP)
-    again, mel_db = librosa.power_to_db(power, ref=np.max), np.asarray(mel_db, dtype=float)
-    n = min(again.shape[1], mel_db.shape[1])
-    again, mel_db = again[:, :n], mel_db[:, :n] - mel_db[:, :n].max()
-    correlation = float(np.corrcoef(again.ravel(), mel_db.ravel())[0, 1])
-    return {"correlation": correlation, "mean_distance_db": float(np.abs(again - mel_db).mean())}
-
+from patrec.features import BANDS, HOP, N_MELS, SR
 
 # Each measure of a mel spectrogram: its name and how it is written.
 MEASURES = {
@@ -42,8 +29,6 @@ def mel_measures(mel_db, beat=False) -> dict:
     dynamic_range_db : from the 10th to the 95th percentile of the steps' loudness
     onsets_per_s : peaks of the spectral flux; only of frames, not of beats
     """
-    import librosa
-
     mel_db = np.asarray(mel_db, dtype=float)
     edges = librosa.mel_frequencies(N_MELS + 2, fmax=SR / 2)
     centres, widths = edges[1:-1], (edges[2:] - edges[:-2]) / 2
@@ -74,15 +59,10 @@ def array_facts(array) -> dict:
     }
 
 
-def compare_clips(measures) -> str:
-    """Two clips' `mel_measures`, a row each under its title, as sentences."""
-    (one, first), (other, second) = measures.iterrows()
-    sentences = []
-    for key in measures:
-        label, unit = MEASURES[key]
-        values = unit.format(first[key]), unit.format(second[key])
-        sentences.append(f"The {label} of {one} is {values[0]}, that of {other} is {values[1]}.")
-    return " ".join(sentences)
+def measure_table(measures, index_name) -> pd.DataFrame:
+    """`mel_measures` of clips or genres, a row each, as the steps show them: names and units."""
+    columns = {MEASURES[key][0]: measures[key].map(MEASURES[key][1].format) for key in measures}
+    return pd.DataFrame(columns).rename_axis(index_name)
 
 
 def genre_share(values, genres) -> float:
@@ -118,30 +98,23 @@ def lstm_seconds(x) -> float:
     return min(times[1:])
 
 
-def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
-    """How strongly each step moves the last output of a textbook LSTM.
+def lstm_gradient(x, lengths) -> np.ndarray:
+    """How strongly each step moves the last output of an untrained textbook LSTM.
 
-    Parameters
-    ----------
     x, lengths : a batch (B, T, F) and its clips' lengths (B,)
-    lstm : nn.LSTM, optional; else an untrained one
 
-    Returns
-    -------
-    np.ndarray [shape=(median length,)]
-        Norm of d(last output)/d(input) by steps before the clip's last one, relative to
-        the last one, averaged over the clips that are so long.
+    Returns the norm of d(last output)/d(input), (median length,), by steps before the clip's
+    last one, relative to the last one, averaged over the clips that are so long.
     """
     # In double precision: in single, what is below 1e-45 would read as 0.
-    lstm = copy.deepcopy(lstm or nn.LSTM(x.shape[2], 128, batch_first=True)).cpu().double()
+    lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
     x = x.double().requires_grad_()
     last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
     # The squared norm of a product with random signs is on average that of the Jacobian
     # (Hutchinson, 1990).
     (last * torch.randn_like(last).sign()).sum().backward()
     norms = x.grad.norm(dim=2)  # (B, T)
-    steps_back = torch.arange(int(lengths.median()))
-    back = lengths[:, None] - 1 - steps_back  # (B, median length): the step so far back
+    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # the step so far back
     relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
 
@@ -149,49 +122,3 @@ def lstm_gradient(x, lengths, lstm=None) -> np.ndarray:
 def gradient_reach(norms, share=0.01) -> int:
     """Steps back from the last one until `lstm_gradient` first falls below a share of it."""
     return int(np.argmax(norms < share)) or len(norms)  # the first value is 1
-
-
-def track_beats(mel_db) -> np.ndarray:
-    """Frames of the beats of a mel spectrogram (128, T) in dB, tracked on its own onsets.
-
-    The data set does not store the beat times of its beat-synchronised twin.
-
-    Source: Ellis, 2007, Beat tracking by dynamic programming.
-    """
-    import librosa
-
-    onsets = librosa.onset.onset_strength(S=np.asarray(mel_db, dtype=float), sr=SR, hop_length=HOP)
-    return librosa.beat.beat_track(onset_envelope=onsets, sr=SR, hop_length=HOP)[1]
-
-
-def share_within_beats(rows, beats, offset=0.0) -> float:
-    """Share of the variance over time of (F, T) rows that lies within a beat.
-
-    The variance of frames is that of the beats' means plus that of the frames about the
-    mean of their beat (law of total variance): the second part is what one value per beat
-    cannot hold. Without any beats, the clip is one.
-
-    Parameters
-    ----------
-    beats : frames, see `track_beats`
-    offset : move the beats by this share of their median distance; by .5 the cuts fall
-        between beats, which tells what any grid of that width would give
-    """
-    rows = np.asarray(rows, dtype=float)
-    width = np.median(np.diff(beats)) if len(beats) > 1 else 0
-    cuts = np.unique((beats + offset * width).astype(int))
-    cuts = cuts[(cuts > 0) & (cuts < rows.shape[1])]
-    spans = np.split(rows, cuts, axis=1)  # each (F, frames of a beat)
-    within = sum(span.var(1) * span.shape[1] for span in spans).sum() / rows.shape[1]
-    return float(within / max(rows.var(1).sum(), 1e-12))
-
-
-def mean_spectrogram(arrays) -> np.ndarray:
-    """Mean of (F, T) arrays step by step, as far as at least half of them reach."""
-    n_steps = int(np.median([array.shape[1] for array in arrays]))
-    total, count = np.zeros((len(arrays[0]), n_steps)), np.zeros(n_steps)
-    for array in arrays:
-        part = array[:, :n_steps]
-        total[:, : part.shape[1]] += part
-        count[: part.shape[1]] += 1
-    return total / count

@@ -60,13 +60,11 @@ TABLE = {  # file: rows of (name, old text, new text, test)
          '        with open(path, "wb") as file:\n            write(file)\n',
          "system/test_bad_input.py::test_full_disk"),
     ],
-    "patrec/measures.py": [
-        ("mel: power taken for amplitude",
-         "librosa.power_to_db(power, ref=np.max)",
-         "librosa.amplitude_to_db(power, ref=np.max)",
-         "unit/test_features.py::test_same_as_the_labs_extractor"),
-    ],
     "patrec/features.py": [
+        ("mel: power taken for amplitude",
+         "librosa.power_to_db(mel_power, ref=np.max)",
+         "librosa.amplitude_to_db(mel_power, ref=np.max)",
+         "unit/test_features.py::test_same_as_the_labs_extractor"),
         ("bands: chroma is the first 12 mel bands",
          '"chroma": slice(N_MELS, N_ROWS)',
          '"chroma": slice(0, N_CHROMA)',
@@ -204,8 +202,8 @@ TABLE = {  # file: rows of (name, old text, new text, test)
     ],
     "patrec/clips.py": [
         ("leak check: arrays not compared",
-         "if entry.clip_id in ids or digest in digests",
-         "if entry.clip_id in ids",
+         "if clip_id in ids or digest in digests",
+         "if clip_id in ids",
          "unit/test_clips.py::test_leak_is_found_by_id_and_by_content"),
     ],
     "patrec/batches.py": [
@@ -284,8 +282,8 @@ TABLE = {  # file: rows of (name, old text, new text, test)
     ],
     "step04_dataset.py": [
         ("step 4: the same array in two sets not seen",
-         '(test["digest"] != "")',
-         '(test["digest"] == "")',
+         'test["digest"].notna()',
+         'test["digest"].isna()',
          "steps/test_step04.py::test_audit_finds_leaks_between_sets"),
     ],
     "step06_eval.py": [

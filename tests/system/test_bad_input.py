@@ -99,9 +99,6 @@ FAULTS = {
                     [f"{BEAT}/test", "NaN", "--skip-bad"]),  # found after training
     "a leak": (TINY, lambda d: shutil.copy(clip_file(d, "train"), clip_file(d, "test")),
                [f"{BEAT}/test", "1 test clips", "--allow-leak"]),
-    # Step 2 takes the lengths from the headers, of clips also that it has not drawn.
-    "a header": (("step02_beat_sync", "--smoke"), lambda d: clip_file(d, "train").write_bytes(b""),
-                 [f"{BEAT}/train", "not a readable", "--skip-bad"]),
 }  # fmt: skip
 
 

@@ -338,14 +338,16 @@ def test_two_files_of_different_caches_are_made_anew(entries, tmp_path):
 
 
 def test_what_killed_runs_left_in_the_cache_goes_after_a_day(entries, tmp_path):
-    folders = [tmp_path / "cache" / name for name in ("old.clips", "new.clips", "strangers")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "npy").write_bytes(b"half")
-    for folder in (folders[0], folders[2]):
-        os.utime(folder, (time.time() - 25 * 3600,) * 2)
+    files = [
+        tmp_path / "cache" / name for name in (".old.npy.1.tmp", ".new.npy.2.tmp", "strangers")
+    ]
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_bytes(b"half")
+    for file in (files[0], files[2]):
+        os.utime(file, (time.time() - 25 * 3600,) * 2)
     load_clips(entries)  # a fresh one may be another process's, a stranger's is not ours
-    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert [file.exists() for file in files] == [False, True, True]
 
 
 def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
@@ -353,7 +355,7 @@ def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", full)  # when the frames are written and the rows are not
+        patch.setattr(os, "fsync", full)
         with pytest.raises(InputError, match=r"cache.*No space left on device.*\$PATREC_CACHE"):
             load_clips(entries)
     assert not list((tmp_path / "cache").iterdir())

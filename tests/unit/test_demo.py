@@ -126,14 +126,11 @@ def test_chroma_and_mel_show_the_same_tones():
     assert (ranks[strongest, np.arange(len(strongest))] <= 2).mean() > 0.8
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(root, tmp_path):
+def test_the_bytes_are_always_the_same(root, tmp_path):
     began = time.process_time()  # of this process alone: others may keep the machine busy
     again = write_demo(tmp_path / "again")
     assert time.process_time() - began < 10
     assert contents(again) == contents(root)
-    other = write_demo(tmp_path / "other", ["emotion"], seed=1)
-    unlike = contents(other).items() - contents(root).items()
-    assert len(unlike) == len(contents(other)) - 1  # all but DEMO.txt
 
 
 def test_parts_are_added_one_by_one(root, tmp_path):
