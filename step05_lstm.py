@@ -16,7 +16,6 @@ class (predictions.csv).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--features mel --epochs 20").
-import pandas as pd
 import torch
 from torch import nn
 
@@ -37,12 +36,13 @@ from common import (
     train_epoch,
     true_labels,
 )
+from patrec.files import part_folder
 from patrec.machine import seed_everything
 from patrec.plots import plot_histories, plot_overfit
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import genre_scores
 from patrec.step import Step
-from patrec.tables import prediction_rows, with_interval, write_predictions
+from patrec.tables import genre_table, prediction_rows, training_table, write_predictions
 
 
 def add_flags(parser):
@@ -142,28 +142,14 @@ step.text(f"""
 
     Of these, `--plain` uses the schedule, clipping, dropout and the rule for the epoch, with Adam.
 """)
-items = {"mel": "5c", "beat_mel": "5d", "chroma": "5e", "beat_chroma": "5e", "plain_mel": "5c"}
-rows = {}
-for name, run in runs.items():
-    network, crop, facts = GENRE_NETWORKS[name], window_size(GENRE_NETWORKS[name]), run.facts
-    time_step = "1 beat: median" if network.beat else "8 frames: mean, sd, mean change"
-    lowest = run.history["val_loss"].argmin() + 1
-    rows[name] = {
-        "item": items.get(name, "5f"),
-        "input": network.features,
-        "time step": "1 frame" if network.plain else time_step,
-        "training example": f"crop of {crop} frames" if crop else "whole clip",
-        "examples per epoch": facts["examples_per_epoch"],
-        "weights": facts["weights"],
-        "seconds": round(facts["train_seconds"]),
-        "epochs (lowest val loss, kept)": f"{facts['epochs']} ({lowest}, {facts['best_epoch']})",
-        "val macro-F1": facts["val"]["macro_f1"],
-    }
-caption = "Input and training of each LSTM. Wall-clock time, with trainings running in parallel"
-step.table(pd.DataFrame(rows).T.rename_axis("LSTM"), caption)
-step.text("""
-The LSTMs differ in more than the kind of input, see the columns *time step* and *training example*.
-Where the validation loss rises again while the training loss still falls, the network overfits.
+caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
+step.table(training_table(runs, "macro-F1"), caption)
+step.text(f"""
+    `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f. The
+    LSTMs differ in more than the kind of input: those of beats are trained on whole clips, with one
+    beat per time step, the others on random crops of {window_size(GENRE_NETWORKS["mel"])} frames
+    (`plain_mel`: on whole clips, with one frame per time step). Where the validation loss rises
+    again while the training loss still falls, the network overfits.
 """)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
@@ -180,20 +166,17 @@ LSTMs of beats are scored on the beat-synchronised test set, the others on the f
 that was trained on crops predicts from the mean of its outputs over overlapping windows of the
 clip. Step 6 compares the LSTMs on the same clips.
 """)
-rows, scores, table = [], {}, {}
+rows, scores = [], {}
 for name, run in runs.items():
     test = load_test(step.source, run.settings)
     predictions = predict_clips(run.model, test, run.settings, step.device)
     true = true_labels(test, run.settings)
-    test_set = test.store.entries[0].path.parts[-3]
+    test_set = part_folder(".", "genre", run.settings["beat"]).name
     rows.append(prediction_rows(name, true, predictions, test_set=test_set, seed=step.args.seed))
-    score = scores[name] = genre_scores(true, predictions)
-    cells = [with_interval(score, key) for key in ("accuracy", "macro_f1")]
-    table[name] = [test_set, score["n_clips"], *cells]
+    scores[name] = genre_scores(true, predictions)
 write_predictions(step.folder, rows)
-table = pd.DataFrame(table, ["test set", "clips", "test accuracy", "test macro-F1"]).T
 caption = "Test scores with 95% intervals, which show how much a score depends on the test clips"
-step.table(table.rename_axis("LSTM"), caption)
+step.table(genre_table(scores), caption)
 step.finish(
     {name: run.facts | {"test": scores[name]} for name, run in runs.items()},
     overfit={names[0]: check.facts},

@@ -158,3 +158,32 @@ def markdown_table(frame) -> str:
     rows = [[cell(str(index)), *map(cell, row)] for index, row in pairs]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def genre_table(scores) -> pd.DataFrame:
+    """{model: genre_scores} -> table of accuracy and macro-F1 with their intervals."""
+    rows = {
+        name: [row["n_clips"], with_interval(row, "accuracy"), with_interval(row, "macro_f1")]
+        for name, row in scores.items()
+    }
+    columns = ["test clips", "test accuracy", "test macro-F1"]
+    return pd.DataFrame(rows, columns).T.rename_axis("model")
+
+
+def training_table(runs, score="Spearman") -> pd.DataFrame:
+    """{run: Result} -> table of what each was trained on, for how long, and its best score.
+
+    score : str, what the column of the validation score is called
+    """
+    rows = {}
+    for name, run in runs.items():
+        facts = run.facts
+        rows[name] = {
+            "training clips": facts["n_train"],
+            "trained weights": facts["trained_weights"],
+            "examples": facts["epochs"] * facts["examples_per_epoch"],
+            "epochs (kept)": epochs_kept(run),
+            "seconds": round(facts["train_seconds"]),
+            f"validation {score}": next(iter(facts["val"].values())),
+        }
+    return pd.DataFrame(rows).T.rename_axis("run")
