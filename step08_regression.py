@@ -10,15 +10,14 @@ labelled clips, because the test clips have no public labels.
     python step08_regression.py --overfit-batch  # only check that both networks can learn
 
 Input: the emotion data set; the validation scores of step 5. Output, in
-outputs/step08_regression/: a checkpoint and a history per run, learning curves, scatter plots,
-scores (summary.md, metrics.json), predictions.csv for the held-out clips and submission.csv
-for the clips without labels.
+outputs/step08_regression/: a checkpoint and a history per run, learning curves, scores
+(summary.md, metrics.json), predictions.csv for the held-out clips and submission.csv for the
+clips without labels.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
@@ -38,9 +37,9 @@ from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS, read_entries
-from patrec.plots import COLORS, plot_emotion_scores, plot_histories, run_title
+from patrec.plots import plot_emotion_scores, plot_histories
 from patrec.recipes import GENRE_NETWORKS
-from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
 
 
@@ -78,6 +77,12 @@ step.text(f"""
       gradient, and it too rewards predictions that rise with the labels.
 
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
+
+    In all else, the six models are trained like the networks of steps 5 and 7. The CNN's mixup
+    averages the labels too. We keep the epoch with the highest validation Spearman among the last
+    20% of the epochs. The validation clips are few, so this score is noisy, and as the highest of
+    several it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
+    the number of examples and in augmentation too, not in architecture alone.
 """)
 step.show_source(Regressor.forward, regression_loss)
 
@@ -107,39 +112,15 @@ trainings = [
 runs = train_all(step.training, trainings)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
-    pair = {name: runs[f"{kind}_{emotion}"] for kind, name in networks.items()}
-    if letter == "b":
-        step.text(f"""
-            The six models are trained with the loss of 8a and otherwise like the networks of steps
-            5 and 7: AdamW (Adam with decoupled weight decay of .01), a one-cycle learning rate,
-            averaged weights and the same augmentation. The CNN's mixup averages the labels too.
-
-            We keep the epoch with the highest validation Spearman among the last 20% of the epochs.
-            With {pair["cnn_mel"].facts["n_val"]} validation clips this score is noisy, and as the
-            highest of several it is optimistic. The clips of 8e play no part in this choice.
-
-            Seconds are wall-clock time, with other trainings running in parallel. The training loss
-            is measured on augmented crops with dropout, the validation loss on whole clips with
-            averaged weights. With several folds, the curves are those of the first. CNN and LSTM
-            differ in the number of examples and in augmentation too, not in architecture alone.
-        """)
-    table = {
-        run_title(name): {
-            "training clips": run.facts["n_train"],
-            "weights": run.facts["weights"],
-            "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
-            "epochs (kept)": tables.epochs_kept(run),
-            "seconds": round(run.facts["train_seconds"]),
-            "validation Spearman": run.facts["val"][emotion],
-        }
-        for name, run in pair.items()
-    }
-    step.table(pd.DataFrame(table).T.rename_axis("network"))
+    pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
+    caption = "Seconds are wall-clock time, with other trainings running in parallel."
+    step.table(tables.training_table(pair), caption)
     step.figure(
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and validation score against the epoch. The dot marks the "
-        "epoch that is kept, the shaded area the epochs among which it is chosen.",
+        f"{emotion.capitalize()}: loss and validation score against the epoch (of several folds: "
+        "the first one). The dot marks the epoch that is kept, the shaded area the epochs among "
+        "which it is chosen. Only the training loss is measured with augmentation and dropout.",
     )
 
 # %% 8e. Spearman's correlation on the held-out clips
@@ -171,29 +152,16 @@ step.text("""
     much depends on the choice of the held-out clips, but not on the seed of the training.
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
-differences = {
-    pair: paired_difference(true, *(predictions[name] for name in pair)) for pair in pairs
-}
-step.text("\n".join(f"- {tables.difference_line(*pair, d)}" for pair, d in differences.items()))
+step.text(tables.difference_lines(true, predictions, pairs))
 caption = "Spearman's correlation on the held-out clips, with 95% intervals"
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
-fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained", sharey=True)
-for (kind, emotion), ax in zip(itertools.product(networks, EMOTIONS), axes.flat, strict=True):
-    x, y = true[emotion], predictions[kind].loc[true.index, emotion]
-    ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect prediction")
-    ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean of the labels")
-    ax.scatter(x, y, s=14, alpha=0.6, color=COLORS[0])
-    ax.set(xlabel=f"True {emotion}", ylabel=f"Predicted {emotion}", xlim=(-0.03, 1.03))
-    numbers = f"Spearman {scores[kind][emotion]:.2f}, RMSE {rmse[kind][emotion]:.2f}"
-    ax.set_title(f"{run_title(networks[kind])}: {numbers}", fontsize="medium")
-axes[0, 0].legend(fontsize="small", loc="upper left")
-step.figure(fig, "scatter", "Predicted against true values. Each dot is a held-out clip.")
-
 # %% Predictions for the clips without labels, in the competition's format
 # By the network with the higher validation score; of several folds, the average.
-test = {name: emotion_scores(run.truth, run.predictions) for name, run in runs.items()}
-facts = {name: run.facts | {"test": test[name]} for name, run in runs.items()}
+facts = {
+    name: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
+    for name, run in runs.items()
+}
 for kind, name in networks.items():
     parts = {emotion: facts[f"{kind}_{emotion}"] for emotion in EMOTIONS}
     facts[kind] = combine_emotions(parts, scores[kind]) | {"network": name}

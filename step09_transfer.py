@@ -20,7 +20,6 @@ training from scratch; a fine-tuning gets a share of it.
 import functools
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
@@ -44,9 +43,9 @@ from patrec.clips import find_emotion_leak
 from patrec.errors import InputError
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS
-from patrec.plots import COLORS, plot_histories
+from patrec.plots import plot_emotion_scores, plot_histories
 from patrec.recipes import GENRE_NETWORKS, make_recipe, window_size
-from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
 
 
@@ -93,9 +92,9 @@ if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
 step.text(f"""
     We transfer `{genre_name}`, the network with the highest validation macro-F1 (`cnn_mel`, if
-    steps 5 and 7 have saved none). We expect that features that recognise
-    the genre of new clips also help with emotions. The score of so few validation clips is noisy,
-    so a difference of a few hundredths can be due to chance. Test clips play no part in the choice.
+    steps 5 and 7 have saved none). We expect that features that recognise the genre of new clips
+    also help with emotions. The score of so few validation clips is noisy, so a difference of a few
+    hundredths can be due to chance. Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
@@ -210,40 +209,23 @@ names = {key: run.name for key, run in (first | second).items()}
 runs = {key: done[name] for key, name in names.items()}
 
 frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
-table = {
-    names[kind, emotion]: {
-        "frozen blocks": frozen.get(kind, 0),
-        "trained weights": run.facts["trained_weights"],
-        "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
-        "epochs (kept)": tables.epochs_kept(run),
-        "seconds": round(run.facts["train_seconds"]),
-        "validation Spearman": run.facts["val"][emotion],
-    }
-    for (kind, emotion), run in runs.items()
-}
+table = tables.training_table(done)
+table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 caption = f"{len(data.train)} training clips. Seconds are wall-clock time, with other trainings "
-step.table(pd.DataFrame(table).T.rename_axis("run"), caption + "running in parallel.")
+step.table(table, caption + "running in parallel.")
 step.text("""
     `head` is the first phase, `transfer` the second one. The others start from random weights, with
     the full learning rate. `scratch` has about the examples of both phases, `scratch_full` those of
     step 8, whose predictions are used if step 8 has trained this network. The input of the copied
     network is standardised as in genre training, that of the others by the emotion training clips.
 """)
-size = (5 * len(emotions) + 2, 4)
-fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
-for ax, emotion in zip(panels.flat, emotions, strict=True):
-    head, tuned, scratch = (
-        run.history.set_index(run.facts["examples_per_epoch"] * run.history["epoch"])["val_score"]
-        for run in (runs[kind, emotion] for kind in ("head", "transfer", "scratch"))
-    )
-    end = head.index[-1]
-    tuned.index += end
-    pd.concat([head, tuned]).plot(ax=ax, style=".-", color=COLORS[0], label="from genre weights")
-    scratch.plot(ax=ax, style=".--", color=COLORS[3], label="from random weights (scratch)")
-    ax.axvline(end, color="grey", linestyle=":", label="end of the first phase (head alone)")
-    ax.set(xlabel="Training examples shown", ylabel="Validation Spearman", title=emotion)
-fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-step.figure(fig, "epochs", f"Spearman's correlation on {len(data.val)} validation clips")
+shown = ("head", "transfer", "scratch")
+curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}
+caption = (
+    f"Loss and Spearman's correlation on {len(data.val)} validation clips. The dot marks the epoch "
+    "that is kept, the shaded area the epochs among which it is chosen"
+)
+step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
 # %% 9e. Against step 8
 # The lab: compare with step 8. Do the genre weights help if both are trained equally long
@@ -254,7 +236,7 @@ predictions = {
     kind: pd.concat([runs[kind, emotion].predictions for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
 }
-shown = {kind: table for kind, table in predictions.items() if "frozen" not in kind}
+shown = dict(predictions)
 for kind, table in step8.predictions.items():
     title = f"scratch_full = {kind} (step 8)" if kind == twin else f"{kind} (step 8)"
     shown[title] = table[list(emotions)]
@@ -266,35 +248,22 @@ step.table(
 if step8.predictions:
     step.text(BASELINES)
 others = [name for name in shown if name not in ("transfer", "constant (step 8)")]
-differences = {name: paired_difference(true, shown["transfer"], shown[name]) for name in others}
-step.text("\n".join(f"- {tables.difference_line('transfer', *d)}" for d in differences.items()))
+step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
 step.text("""
     The intervals show how much depends on the choice of the held-out clips, but not on the seed of
-    the training. Of several 95% intervals, one may exclude 0 by chance.
+    the training. Of several 95% intervals, one may exclude 0 by chance. In `transfer_frozenN`
+    (`--compare-depths`), the first N blocks keep the weights of genre training.
 """)
+caption = "Spearman's correlation on the held-out clips, with 95% intervals"
+step.figure(plot_emotion_scores(scores), "scores", caption)
 
-# %% 9e. How many blocks to freeze (--compare-depths): one fine-tuning per number of blocks
-if step.args.compare_depths:
-    step.heading("9e. Frozen blocks")
-    fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
-    for ax, emotion in zip(panels.flat, emotions, strict=True):
-        tried = pd.DataFrame([test[kind, emotion] for kind in tunings.values()], depths)
-        ax.plot(tried[emotion], "o-", color=COLORS[0], label="held-out clips")
-        low, high = zip(*tried[f"{emotion}_ci95"], strict=True)
-        ax.fill_between(depths, low, high, color=COLORS[0], alpha=0.15, label="95% interval")
-        val = [runs[kind, emotion].facts["val"][emotion] for kind in tunings.values()]
-        ax.plot(depths, val, "s--", color=COLORS[2], label="validation clips")
-        ax.axhline(scores["scratch"][emotion], color=COLORS[3], linestyle=":", label="scratch")
-        ax.set(xlabel="Frozen blocks", ylabel="Spearman", title=emotion, xticks=list(depths))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    step.figure(fig, "depths", "Spearman's correlation against the number of frozen blocks")
-
+# %% What the report reads
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)
 tables.write_predictions(step.folder, rows)
 facts = {names[key]: run.facts | {"test": test[key]} for key, run in runs.items()}
 if len(emotions) == len(EMOTIONS):
-    for kind, table in predictions.items():
+    for kind in predictions:
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
-        facts[kind] = combine_emotions(parts, emotion_scores(true, table))
+        facts[kind] = combine_emotions(parts, scores[kind])
 record = {"genre_model": genre_name, "frozen_blocks": step.args.freeze}
-step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE}, differences=differences)
+step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE})

@@ -12,6 +12,7 @@ import pandas as pd
 from patrec.errors import InputError
 from patrec.files import earlier_folders, write_text
 from patrec.labels import EMOTIONS, fingerprint
+from patrec.scores import paired_difference
 
 
 def epochs_kept(run) -> str:
@@ -187,3 +188,12 @@ def training_table(runs, score="Spearman") -> pd.DataFrame:
             f"validation {score}": next(iter(facts["val"].values())),
         }
     return pd.DataFrame(rows).T.rename_axis("run")
+
+
+def difference_lines(true, predictions, pairs) -> str:
+    """{model: predictions}, compared pair by pair on the same clips: a `difference_line` each."""
+    lines = []
+    for pair in pairs:
+        difference = paired_difference(true, *(predictions[name] for name in pair))
+        lines.append(f"- {difference_line(*pair, difference)}")
+    return "\n".join(lines)
