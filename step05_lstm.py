@@ -19,23 +19,7 @@ class (predictions.csv).
 import torch
 from torch import nn
 
-from common import (
-    Classifier,
-    Experiment,
-    LSTMBackbone,
-    frame_statistics,
-    layer_table,
-    load_data,
-    load_test,
-    make_backbone,
-    masked_mean_max,
-    overfit,
-    predict_clips,
-    train,
-    train_all,
-    train_epoch,
-    true_labels,
-)
+import common
 from patrec.files import part_folder
 from patrec.machine import seed_everything
 from patrec.plots import plot_histories, plot_overfit
@@ -75,25 +59,28 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
 
 def classifier(network, data):
     """LSTM for one kind of input, with an output per class."""
-    return Classifier(make_backbone(network), n_classes=len(data.names))
+    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
 
 
 network = GENRE_NETWORKS[names[0]]
-data = load_data(step.source, network.features, network.beat, crop=window_size(network))
+data = common.load_data(step.source, network.features, network.beat, crop=window_size(network))
 seed_everything(step.args.seed)
 model = classifier(network, data).to(step.device)
-step.show_source(make_backbone, LSTMBackbone, frame_statistics, masked_mean_max)
-step.table(*layer_table(model, data))
+step.show_source(
+    common.make_backbone, common.LSTMBackbone, common.frame_statistics, common.masked_mean_max
+)
+step.table(*common.layer_table(model, data))
 
 # %% 5b. Overfitting a few batches
 # The lab: a boolean parameter overfit_batch of train(). If it is True, a few batches are learned
 # until the loss is close to 0. A network that cannot do that most likely has a fault.
 step.heading("5b. Overfitting a few batches")
-step.show_source(train, train_epoch, overfit)
+step.show_source(common.train, common.train_epoch, common.overfit)
 loss_fn = nn.CrossEntropyLoss()  # without label smoothing, which keeps the loss above 0
 optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
 recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
-check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
+options = {"device": step.device, "overfit_batch": True}
+check = common.train(model, data, loss_fn, optimizer, recipe, **options)
 facts = check.facts
 step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
@@ -117,7 +104,8 @@ recipe = {
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
     "optimizer": optimizer,
 }
-runs = train_all(step.training, [Experiment(n, GENRE_NETWORKS[n], **recipe) for n in names])
+trainings = [common.Experiment(name, GENRE_NETWORKS[name], **recipe) for name in names]
+runs = common.train_all(step.training, trainings)
 facts = runs[names[0]].facts
 step.text(f"""
     The labelled clips are split at random with `torch.utils.data.Subset` (in `load_data`):
@@ -168,9 +156,9 @@ clip. Step 6 compares the LSTMs on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():
-    test = load_test(step.source, run.settings)
-    predictions = predict_clips(run.model, test, run.settings, step.device)
-    true = true_labels(test, run.settings)
+    test = common.load_test(step.source, run.settings)
+    predictions = common.predict_clips(run.model, test, run.settings, step.device)
+    true = common.true_labels(test, run.settings)
     test_set = part_folder(".", "genre", run.settings["beat"]).name
     rows.append(prediction_rows(name, true, predictions, test_set=test_set, seed=step.args.seed))
     scores[name] = genre_scores(true, predictions)

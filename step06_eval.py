@@ -29,10 +29,10 @@ from patrec.files import part_folder, write_text
 from patrec.labels import read_entries
 from patrec.plots import plot_confusions, plot_scores
 from patrec.recipes import LSTM_NAMES
-from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.scores import average_predictions, genre_scores
 from patrec.splits import encode_labels
 from patrec.step import Step
-from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
+from patrec.tables import difference_lines, prediction_rows, with_interval, write_predictions
 
 SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronised
 SVMS = {"full": "svm", "beat": "beat_svm"}  # the baseline of each
@@ -94,9 +94,8 @@ for name, model in models.items():
     backbone = model.model.backbone
     usual = backbone.frames_per_step
     for set_name, beat in SETS.items():
-        settings = model.settings
-        test = tests[set_name] = load_test(step.source, settings, beat=beat)
-        true[set_name] = true_labels(test, settings)
+        test = tests[set_name] = load_test(step.source, model.settings, beat=beat)
+        true[set_name], settings = true_labels(test, model.settings), model.settings
         if set_name != own_set[name]:
             backbone.frames_per_step = 1 if beat else frames_per_beat
             settings = settings | {"window": None}
@@ -156,8 +155,8 @@ are in the files `report_<model>_<test set>.txt`. The precision of a class that 
 is 0/0 and counts as 0. `support` is the number of test clips of a class.
 """)
 for (name, set_name), table in predictions.items():
-    predicted = table.columns[table.to_numpy().argmax(1)]
     options = {"labels": classes, "digits": 3, "zero_division": 0}
+    predicted = table.idxmax(axis=1)
     report = classification_report(true[set_name][table.index], predicted, **options).rstrip()
     if set_name == own_set[name]:
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
@@ -174,9 +173,8 @@ step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), 
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
 for ax, set_name in zip(axes, SETS, strict=True):
     found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
-    values, intervals = zip(
-        *((s["macro_f1"], s["macro_f1_ci95"]) for s in found.values()), strict=True
-    )
+    values = [s["macro_f1"] for s in found.values()]
+    intervals = [s["macro_f1_ci95"] for s in found.values()]
     plot_scores(ax, list(found), values, intervals, "Macro-F1 (line: 95% interval)")
     for name, bar in zip(found, ax.patches, strict=True):
         bar.set_alpha(0.35 if name in models and own_set[name] != set_name else 1)
@@ -185,18 +183,16 @@ caption = "Macro-F1. Pale bars: LSTMs on the kind of input that they were not tr
 step.figure(fig, "macro_f1", caption)
 pairs = [(best, name) for name in models if name != best]
 for set_name, svm in SVMS.items():
-    pairs.append((max((name for name in models if own_set[name] == set_name), key=val.get), svm))
+    lstms = [name for name in models if own_set[name] == set_name]
+    pairs.append((max(lstms, key=val.get), svm))
 step.text("""
 Paired differences on the same clips, each model on its own kind of input, with 95% intervals over
 test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. Of many
 such intervals, some exclude 0 by chance.
 """)
-lines = []
-for pair in pairs:
-    first, second = (predictions[name, own_set[name]] for name in pair)
-    difference = paired_difference(true[own_set[pair[0]]], first, second)
-    lines.append(f"- {difference_line(*pair, difference)}")
-step.text("\n".join(lines))
+own = {name: predictions[name, set_name] for name, set_name in own_set.items()}
+labels = true["full"].combine_first(true["beat"])  # an unreadable clip may be missing in one
+step.text(difference_lines(labels, own, pairs))
 
 # %% 6d. Micro averages
 # The lab: the same three, averaged over clips.

@@ -25,22 +25,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from common import (
-    Classifier,
-    CNNBackbone,
-    Experiment,
-    average_frames,
-    count_weights,
-    genre_models,
-    genre_val_scores,
-    layer_table,
-    load_data,
-    load_test,
-    predict_clips,
-    train,
-    train_all,
-    true_labels,
-)
+import common
 from patrec import plots, tables
 from patrec.features import HOP, SR
 from patrec.files import part_folder
@@ -56,21 +41,26 @@ def add_flags(parser):
     parser.add_argument("--ensemble", action="store_true", help=averaged)
 
 
+def classifier(network, data):
+    """The CNN with an output per class."""
+    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
+
+
 def learn_by_heart(step, data):
     """7d: a new network of this step on four fixed batches; returns what metrics.json keeps."""
     step.heading("7d. Overfitting a few batches")
     seed_everything(step.args.seed)
-    model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
+    model = classifier(network, data).to(step.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
     recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
     loss_fn = nn.CrossEntropyLoss()  # with label smoothing the loss could not come near 0
-    check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
+    options = {"device": step.device, "overfit_batch": True}
+    check = common.train(model, data, loss_fn, optimizer, recipe, **options)
     facts = check.facts
     step.text(f"""
-    {facts["clips"]} clips in {facts["batches"]} fixed batches are learned with Adam at a constant
-    rate. Dropout, augmentation and label smoothing are off, because they prevent overfitting. The
-    goal is a loss under .01 with every clip classified correctly. After {facts["passes"]} passes
-    the loss is {facts["loss"]:.4f}, the accuracy {facts["accuracy"]:.3f}.
+    As in step 5b, {facts["clips"]} clips in {facts["batches"]} fixed batches are learned without
+    dropout, augmentation and label smoothing. After {facts["passes"]} passes the loss is
+    {facts["loss"]:.4f} (the goal is .01), the accuracy {facts["accuracy"]:.3f}.
     """)
     caption = "Training loss on fixed batches of training crops, regularisation off"
     step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
@@ -80,7 +70,7 @@ def learn_by_heart(step, data):
 
 step = Step("step07_cnn", __doc__, parts=("genre",), training=True, add_flags=add_flags)
 network = GENRE_NETWORKS["cnn_mel"]
-data = load_data(step.source, network.features, crop=window_size(network))
+data = common.load_data(step.source, network.features, crop=window_size(network))
 # The cells keep the lab's order, in which the check (d) follows the training (b). With
 # --overfit-batch only the check runs; do that after every change of the network.
 if step.args.overfit_batch:
@@ -103,9 +93,8 @@ step.text("""
 >    *Training Stats* (examples seen, validation accuracy).
 > 3. Press *resume*, wait for about 20,000 examples, press *pause*, and take both again.
 > 4. Look, layer by layer, at the *Weights* of the first convolution (strokes and edges, or noise?),
->    at its *Activations* beside the input, at what relu turns black, at how small pool makes the
->    maps, at the probabilities of softmax, and, at the bottom of the page, at the digits that are
->    confused.
+>    at its *Activations*, at what relu turns black, at how small pool makes the maps, at the
+>    probabilities of softmax, and, at the bottom of the page, at the digits that are confused.
 """)
 
 # %% 7a. The same experiment here: a small network on small digits
@@ -166,7 +155,7 @@ n_epochs, n_seeds = (3, 2) if step.args.smoke else (15, 3)
 digit_models, accuracy = train_digits(digits, step.args.seed, n_epochs)
 step.text(f"""
 The same experiment here: two blocks of the four operations of 7b and an output layer
-({count_weights(digit_models[0])} weights), trained on {len(known)} of scikit-learn's digits.
+({common.count_weights(digit_models[0])} weights), trained on {len(known)} of scikit-learn's digits.
 Accuracy on the other {len(tested)}: {accuracy[0]:.3f} untrained, {accuracy[1]:.3f} after one epoch,
 {accuracy[-1]:.3f} after {n_epochs}.
 """)
@@ -199,22 +188,22 @@ is convolution, batch normalisation, ReLU and max pooling, in this order, in one
 After the fourth block the channels are pooled over time (mean and maximum), but not over
 frequency. One dense layer gives one output (logit) per class.
 """)
-model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, Classifier)
-step.table(*layer_table(model, data))
+model = classifier(network, data).to(step.device)
+step.show_source(common.CNNBackbone, common.Classifier)
+step.table(*common.layer_table(model, data))
 
 # %% 7b. The training
 # With the recipe of step 5, but for the augmentation.
-seeds = [step.args.seed + i for i in range(3 if step.args.ensemble else 1)]
 recipe = {
-    "make_model": lambda network, data: Classifier(CNNBackbone(), n_classes=len(data.names)),
+    "make_model": classifier,
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
     "optimizer": torch.optim.AdamW,
 }
-trainings = [Experiment("cnn_mel", network, **recipe)]
-for seed in seeds[1:]:  # --ensemble: other weights, batches and validation clips
-    trainings.append(Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
-runs = train_all(step.training, trainings)
+trainings = [common.Experiment("cnn_mel", network, **recipe)]
+if step.args.ensemble:  # two more, with other weights, batches and validation clips
+    for seed in (step.args.seed + 1, step.args.seed + 2):
+        trainings.append(common.Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
+runs = common.train_all(step.training, trainings)
 cnn = runs["cnn_mel"]
 step.text("""
 The recipe is that of step 5: AdamW, a one-cycle learning rate, label smoothing .1, averaged
@@ -241,9 +230,9 @@ predicted, true, scores, rows = {}, {}, {}, {}
 def score_test(runs):
     """Predict the test clips with some trained genre networks, and score the predictions."""
     for name, run in runs.items():
-        test = load_test(step.source, run.settings)
-        predicted[name] = predict_clips(run.model, test, run.settings, step.device)
-        true[name] = true_labels(test, run.settings)
+        test = common.load_test(step.source, run.settings)
+        predicted[name] = common.predict_clips(run.model, test, run.settings, step.device)
+        true[name] = common.true_labels(test, run.settings)
         scores[name] = genre_scores(true[name], predicted[name])
         test_set = part_folder(".", "genre", run.settings["beat"]).name
         made = {"test_set": test_set, "seed": run.settings["seed"]}
@@ -266,7 +255,7 @@ for label, without in variants.items():
     last = [curve[-1] for _, curve in twins]
     left_out[label] = {
         "test accuracy": f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}",
-        "weights": str(count_weights(twins[0][0][0])),
+        "weights": str(common.count_weights(twins[0][0][0])),
     }
 caption = f"Digits, {n_epochs} epochs: one operation left out, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
@@ -278,7 +267,7 @@ clips = [data.val[i] for i in range(min(32, len(data.val)))]
 n_frames = min(cnn.settings["window"], *(int(length) for _, _, length in clips))  # no padding
 x = torch.stack([x[(n - n_frames) // 2 :][:n_frames].cpu() for x, _, n in clips])  # (B, T, F)
 lengths = torch.full((len(x),), n_frames)
-image = average_frames(x, lengths, backbone.frames_per_step)[0].unsqueeze(1)  # (B, 1, T', F)
+image = common.average_frames(x, lengths, backbone.frames_per_step)[0].unsqueeze(1)  # (B, 1, T', F)
 maps = {name: output for (_, name), output in activations(backbone.blocks[:1], image).items()}
 channel = int(maps["ReLU"][0].flatten(1).std(1).argmax())  # the one that varies most in a clip
 caption = (
@@ -317,9 +306,10 @@ check_facts = learn_by_heart(step, data)
 # The lab: compare with the LSTM on the same input. The best LSTM of step 5, by validation
 # macro-F1, is shown too.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
-lstms = genre_models(step.training, ["mel"])
-best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_NAMES)
-lstms |= genre_models(step.training, {best_lstm} - {"mel"})
+lstms = common.genre_models(step.training, ["mel"])
+ranking = common.genre_val_scores(step.training).index  # the best network first
+best_lstm = next(name for name in ranking if name in LSTM_NAMES)
+lstms |= common.genre_models(step.training, {best_lstm} - {"mel"})
 score_test(lstms)
 members = {}
 if step.args.ensemble:  # log-probabilities are averaged, clip by clip

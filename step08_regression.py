@@ -21,18 +21,7 @@ import itertools
 import pandas as pd
 import torch
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    emotion_baselines,
-    genre_val_scores,
-    make_backbone,
-    overfit_emotions,
-    predict_unlabelled,
-    regression_loss,
-    train_all,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.flags import bounded
@@ -54,7 +43,7 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 # The lab: adjust the best model of step 5 and the one of step 7 for regression by changing
 # the loss. The best LSTM is chosen by its validation score, so that no test score has a say.
 step.heading("8a. From classifier to regressor")
-genre_val = genre_val_scores(step.training)
+genre_val = common.genre_val_scores(step.training)
 lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]]
 networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
 if len(lstms):
@@ -84,11 +73,11 @@ step.text(f"""
     several it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
     the number of examples and in augmentation too, not in architecture alone.
 """)
-step.show_source(Regressor.forward, regression_loss)
+step.show_source(common.Regressor.forward, common.regression_loss)
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
     pair = {f"{kind}_valence": (GENRE_NETWORKS[n], "valence") for kind, n in networks.items()}
-    overfit_emotions(step, pair)
+    common.overfit_emotions(step, pair)
 
 
 # %% 8b-d. One model of each network per emotion
@@ -97,19 +86,19 @@ if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step
 # every choice on the validation clips.
 def regressor(network, data):
     """The backbone of a genre network, with random weights and one head per emotion."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 recipe = {
-    "make_loss": lambda data: RegressionLoss(data.std),
+    "make_loss": lambda data: common.RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "n_folds": step.args.folds,
 }
-trainings = [
-    Experiment(f"{kind}_{emotion}", GENRE_NETWORKS[name], regressor, target=emotion, **recipe)
-    for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items())
-]
-runs = train_all(step.training, trainings)
+trainings = []
+for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
+    run, network = f"{kind}_{emotion}", GENRE_NETWORKS[name]
+    trainings.append(common.Experiment(run, network, regressor, target=emotion, **recipe))
+runs = common.train_all(step.training, trainings)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
@@ -132,7 +121,7 @@ predictions = {
     for kind in networks
 }
 true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
-predictions |= emotion_baselines(step.source, step.args.folds)
+predictions |= common.emotion_baselines(step.source, step.args.folds)
 scores = {name: emotion_scores(true, table) for name, table in predictions.items()}
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
 step.table(
@@ -176,7 +165,8 @@ step.text(f"""
     ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
 """)
 if unlabelled:
-    columns = [predict_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
+    chosen = [runs[f"{best}_{emotion}"] for emotion in EMOTIONS]
+    columns = [common.predict_unlabelled(step.source, run) for run in chosen]
     tables.write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
 rows = tables.held_out_rows(true, predictions, step.args.seed, runs["cnn_valence"].folds)
 tables.write_predictions(step.folder, rows)

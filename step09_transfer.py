@@ -23,27 +23,14 @@ import itertools
 import pandas as pd
 import torch
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    clip_ids,
-    genre_models,
-    genre_val_scores,
-    load_backbone,
-    load_data,
-    make_backbone,
-    overfit_emotions,
-    train_all,
-    true_labels,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.clips import find_emotion_leak
 from patrec.errors import InputError
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS
-from patrec.plots import plot_emotion_scores, plot_histories
+from patrec.plots import plot_histories
 from patrec.recipes import GENRE_NETWORKS, make_recipe, window_size
 from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
@@ -83,11 +70,11 @@ so with networks that are copied to their *own* task.
 # The lab: choose a model of steps 5 and 7 and explain why. 9c trains it on
 # fma_genre_spectrograms, so the networks on beats are not candidates.
 step.heading("9b. The model that is transferred")
-val = genre_val_scores(step.training)
+val = common.genre_val_scores(step.training)
 val = val.loc[[name for name in val.index if not GENRE_NETWORKS[name].beat]]
 genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_NETWORKS[genre_name]
-n_blocks = len(make_backbone(network).blocks)
+n_blocks = len(common.make_backbone(network).blocks)
 if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
 step.text(f"""
@@ -101,10 +88,10 @@ if step.args.freeze > n_blocks:
     raise InputError(f"--freeze {step.args.freeze}: {fault}")
 
 # The held-out clips are those of step 8. The genre network must not have been trained on them.
-data = load_data(step.source, network.features, target="emotion", crop=window_size(network))
-true = true_labels(data.held_out, data.settings)
+data = common.load_data(step.source, network.features, target="emotion", crop=window_size(network))
+true = common.true_labels(data.held_out, data.settings)
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
-    overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
+    common.overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
 if leak := find_emotion_leak(step.source, data.held_out):
     step.text(f"**Warning:** {leak}.")
 
@@ -112,7 +99,7 @@ if leak := find_emotion_leak(step.source, data.held_out):
 # The lab: train the model on fma_genre_spectrograms and save the weights of its best epoch;
 # explain the metric and the set. If steps 5 and 7 have not trained it, it is trained here.
 step.heading("9c. Genre training, and the epoch that is kept")
-genre = genre_models(step.training, [genre_name])[genre_name]
+genre = common.genre_models(step.training, [genre_name])[genre_name]
 step.text(f"""
 {genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs were trained. We transfer
 the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
@@ -136,7 +123,7 @@ if "val_score" in genre.history:
 HEAD = {"share": 0.05, "lr_factor": 1.0}  # of the budget and the rate of a training from scratch
 TUNE = {"share": 0.25, "lr_factor": 0.3}
 step.heading("9d. A short fine-tuning")
-step.show_source(load_backbone)
+step.show_source(common.load_backbone)
 step.text(f"""
 1. Only the new head is trained, for {HEAD["share"]:.0%} of the examples of a training from scratch.
    The gradients of a random head would distort the copied features (Kumar et al., 2022,
@@ -151,8 +138,8 @@ by cross-validation (docs/experiments.md). Those of the first phase and of `scra
 
 def copied(network, data, frozen, head=None):
     """The genre network's backbone with the head of the first phase, or else a new one."""
-    backbone = load_backbone(genre_path, frozen=frozen)
-    regressor = Regressor(backbone, data.names, data.mean, data.std)
+    backbone = common.load_backbone(genre_path, frozen=frozen)
+    regressor = common.Regressor(backbone, data.names, data.mean, data.std)
     if head is not None:
         regressor.heads.load_state_dict(head.state_dict())
     return regressor
@@ -160,7 +147,7 @@ def copied(network, data, frozen, head=None):
 
 def untrained(network, data):
     """A regressor with random weights, as in step 8."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 def is_twin(kind):
@@ -175,13 +162,13 @@ def is_twin(kind):
 
 # Two trainings from scratch to compare with: `scratch` has as many examples as both phases,
 # `scratch_full` as many as step 8. If step 8 has trained this network, it is not trained again.
-step8 = tables.earlier_predictions(step.training, "step08_regression", clip_ids(data.held_out))
+step8 = tables.earlier_predictions(step.training, "step08_regression", true.index)
 step.text(step8.note)
 twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
 genre_path, genre_stats = genre.path, genre.settings["stats"]
-recipe = {"make_loss": lambda data: RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
+recipe = {"make_loss": lambda data: common.RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
 from_genre = recipe | {"stats": genre_stats}
 both = {"share": HEAD["share"] + TUNE["share"]}
 new_head = functools.partial(copied, frozen=n_blocks)
@@ -190,12 +177,11 @@ new_head = functools.partial(copied, frozen=n_blocks)
 kinds = {"head": (new_head, from_genre | HEAD), "scratch": (untrained, recipe | both)}
 if twin is None:
     kinds["scratch_full"] = untrained, recipe
-first = {  # (model, emotion) -> Experiment
-    (kind, emotion): Experiment(f"{kind}_{emotion}", network, make, target=emotion, **options)
-    for emotion in emotions
-    for kind, (make, options) in kinds.items()
-}
-done = train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
+first = {}  # (model, emotion) -> Experiment
+for emotion, (kind, (make, options)) in itertools.product(emotions, kinds.items()):
+    name = f"{kind}_{emotion}"
+    first[kind, emotion] = common.Experiment(name, network, make, target=emotion, **options)
+done = common.train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
 
 # Second phase, with the head of the first one.
 second = {}
@@ -203,16 +189,17 @@ for emotion, (depth, kind) in itertools.product(emotions, tunings.items()):
     name = kind.replace("transfer", f"transfer_{emotion}")
     head = done[f"head_{emotion}"].model.heads
     tuned = functools.partial(copied, frozen=depth, head=head)
-    second[kind, emotion] = Experiment(name, network, tuned, target=emotion, **from_genre, **TUNE)
-done |= train_all(step.training, second.values())
+    options = from_genre | TUNE
+    second[kind, emotion] = common.Experiment(name, network, tuned, target=emotion, **options)
+done |= common.train_all(step.training, second.values())
 names = {key: run.name for key, run in (first | second).items()}
 runs = {key: done[name] for key, name in names.items()}
 
 frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
 table = tables.training_table(done)
 table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
-caption = f"{len(data.train)} training clips. Seconds are wall-clock time, with other trainings "
-step.table(table, caption + "running in parallel.")
+seconds = "Seconds are wall-clock time, with other trainings running in parallel."
+step.table(table, f"{len(data.train)} training clips. {seconds}")
 step.text("""
     `head` is the first phase, `transfer` the second one. The others start from random weights, with
     the full learning rate. `scratch` has about the examples of both phases, `scratch_full` those of
@@ -254,8 +241,6 @@ step.text("""
     the training. Of several 95% intervals, one may exclude 0 by chance. In `transfer_frozenN`
     (`--compare-depths`), the first N blocks keep the weights of genre training.
 """)
-caption = "Spearman's correlation on the held-out clips, with 95% intervals"
-step.figure(plot_emotion_scores(scores), "scores", caption)
 
 # %% What the report reads
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)

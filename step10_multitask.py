@@ -19,20 +19,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    emotion_baselines,
-    genre_models,
-    load_backbone,
-    load_data,
-    make_backbone,
-    overfit_emotions,
-    predict_unlabelled,
-    regression_loss,
-    train_all,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.clips import find_emotion_leak
@@ -79,15 +66,15 @@ serve three labels of each clip.
 # is divided by the variance of the emotion's labels. The loss is shown here on one batch.
 def untrained(network, data):
     """The backbone of a genre network, with random weights and one head per emotion."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 step.heading("10b. A loss for three emotions")
-step.show_source(RegressionLoss, regression_loss)
+step.show_source(common.RegressionLoss, common.regression_loss)
 cut = {"crop": window_size(cnn), "n_folds": step.args.folds}
-data = load_data(step.source, cnn.features, target="emotion", **cut)
+data = common.load_data(step.source, cnn.features, target="emotion", **cut)
 seed_everything(step.args.seed)
-model, loss_fn = untrained(cnn, data).to(step.device), RegressionLoss(data.std)
+model, loss_fn = untrained(cnn, data).to(step.device), common.RegressionLoss(data.std)
 x, targets, lengths = next(iter(DataLoader(data.train, step.args.batch_size, shuffle=True)))
 with torch.no_grad():
     outputs = model.train()(x.to(step.device), lengths).float().cpu()  # (B, 3)
@@ -113,37 +100,37 @@ step.text(f"""
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
-    overfit_emotions(step, pair)
+    common.overfit_emotions(step, pair)
 
 # %% 10c. One backbone, three heads
 # The lab: train a model with this loss. The held-out clips are those of step 8. A genre network
 # that was trained on some of them would know them, so we check this before training.
 step.heading("10c. One backbone, three heads")
 for fold in range(step.args.folds):
-    held_out = load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds).held_out
-    if leak := find_emotion_leak(step.source, held_out):
+    part = common.load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds)
+    if leak := find_emotion_leak(step.source, part.held_out):
         step.text(f"**Warning:** {leak}.")
-genre = genre_models(step.training, ["cnn_mel"])["cnn_mel"]
+genre = common.genre_models(step.training, ["cnn_mel"])["cnn_mel"]
 genre_path, genre_stats = genre.path, genre.settings["stats"]
 
 
 def from_genre(network, data):
     """The trained backbone of the genre network, with new heads; nothing is frozen."""
-    return Regressor(load_backbone(genre_path), data.names, data.mean, data.std)
+    return common.Regressor(common.load_backbone(genre_path), data.names, data.mean, data.std)
 
 
 recipe = {
-    "make_loss": lambda data: RegressionLoss(data.std),
+    "make_loss": lambda data: common.RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "target": "emotion",
     "n_folds": step.args.folds,
 }
 trainings = [
-    Experiment("multitask", cnn, untrained, **recipe),
-    Experiment("multitask_from_genre", cnn, from_genre, stats=genre_stats, **recipe),
-    Experiment("multitask_lstm", lstm, untrained, **recipe),
+    common.Experiment("multitask", cnn, untrained, **recipe),
+    common.Experiment("multitask_from_genre", cnn, from_genre, stats=genre_stats, **recipe),
+    common.Experiment("multitask_lstm", lstm, untrained, **recipe),
 ]
-runs = train_all(step.training, trainings)
+runs = common.train_all(step.training, trainings)
 facts = {name: run.facts for name, run in runs.items()}
 step.text(f"""
     - `multitask` is the CNN of step 7 with random weights and three heads. It can be compared with
@@ -181,7 +168,7 @@ alone = [step8.runs.get(f"cnn_{emotion}", {}) for emotion in EMOTIONS]
 if alone[0].get("n_train") == facts["multitask"]["n_train"]:
     baselines = {name: single[name] for name in ("constant", "ridge", "svr")}  # same clips
 else:
-    baselines = emotion_baselines(step.source, step.args.folds)
+    baselines = common.emotion_baselines(step.source, step.args.folds)
 predictions |= baselines
 earlier = {f"{name} (step 8)": single.get(name) for name in ("lstm", "cnn")}
 earlier["transfer (step 9)"] = step9.predictions.get("transfer")
@@ -233,7 +220,7 @@ step.heading("Predictions for the clips without labels")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"`submission.csv` has the predictions of `multitask_average`: {len(unlabelled)} clips.")
 if unlabelled:
-    members = (predict_unlabelled(step.source, runs[name]) for name in averaged)
+    members = (common.predict_unlabelled(step.source, runs[name]) for name in averaged)
     tables.write_submission(step.folder / "submission.csv", average_predictions(members))
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds)
 tables.write_predictions(step.folder, rows)

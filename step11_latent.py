@@ -29,15 +29,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
-from common import (
-    adjust_logits,
-    build_model,
-    clip_ids,
-    genre_models,
-    load_test,
-    model_spec,
-    predict,
-)
+import common
 from patrec.errors import InputError
 from patrec.files import part_folder, write_bytes
 from patrec.machine import seed_everything
@@ -58,7 +50,7 @@ step = Step("step11_latent", __doc__, parts=("genre",))
 # one trained on beats gets the test set of beats. Both are chosen by the validation score in
 # their checkpoints: the test scores belong to the very clips that are shown here.
 step.heading("11a. The vectors before the output layer, with their genres")
-models = genre_models(step.training, [*LSTM_NAMES, "cnn_mel"])
+models = common.genre_models(step.training, [*LSTM_NAMES, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
 best = max((name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat), key=val.get)
 worst = min((name for name in LSTM_NAMES if name != best), key=val.get)
@@ -80,11 +72,11 @@ def latent_vectors(model, settings):
     dict of np.ndarray
         vectors (N, feature_size), labels (N,) class numbers, ids (N,), classes (K,)
     """
-    test = load_test(step.source, settings)
+    test = common.load_test(step.source, settings)
     loader = DataLoader(test, 64)
-    vectors, labels = predict(model.backbone, loader, step.device, settings["window"])
+    vectors, labels = common.predict(model.backbone, loader, step.device, settings["window"])
     found = {"vectors": vectors.numpy(), "labels": labels.numpy()}
-    return found | {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
+    return found | {"ids": np.array(common.clip_ids(test)), "classes": np.array(settings["names"])}
 
 
 latent, runs, table = {}, {}, {}
@@ -99,7 +91,7 @@ for name, title in titles.items():
     # The output layer is linear: its output for a clip's mean vector is the clip's mean output.
     with torch.no_grad():
         logits = model.eval().head(torch.tensor(clips["vectors"], device=step.device))
-    chances, predicted = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
+    chances, predicted = common.adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
     clips |= {"predicted": predicted.numpy(), "probability": chances.numpy()}
     write_arrays(f"latent_{name}.npz", clips)
     scores = classification_scores(labels, clips["predicted"], classes)
@@ -195,7 +187,7 @@ untrained, hits, kept, measures, per_class = {}, {}, {}, {}, {}
 for name, title in titles.items():
     labels = latent[name]["labels"]
     seed_everything(step.args.seed)
-    twin = build_model(model_spec(models[name].model)).to(step.device)
+    twin = common.build_model(common.model_spec(models[name].model)).to(step.device)
     untrained[name] = scaled(latent_vectors(twin, models[name].settings)["vectors"])
     shares = PCA(svd_solver="full").fit(spaces[name]).explained_variance_ratio_
     facts = kept[name] = {"pca_variance_2d": shares[:2].sum()}
