@@ -60,7 +60,7 @@ def learn_by_heart(step, data):
     step.text(f"""
     As in step 5b, {facts["clips"]} clips in {facts["batches"]} fixed batches are learned without
     dropout, augmentation and label smoothing. After {facts["passes"]} passes the loss is
-    {facts["loss"]:.4f} (the goal is .01), the accuracy {facts["accuracy"]:.3f}.
+    {facts["loss"]:.4f} (the goal: under .01), the accuracy {facts["accuracy"]:.3f}.
     """)
     caption = "Training loss on fixed batches of training crops, regularisation off"
     step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
