@@ -16,33 +16,17 @@ class (predictions.csv).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--features mel --epochs 20").
-import pandas as pd
 import torch
 from torch import nn
 
-from common import (
-    Classifier,
-    Experiment,
-    LSTMBackbone,
-    frame_statistics,
-    layer_table,
-    load_data,
-    load_test,
-    make_backbone,
-    masked_mean_max,
-    overfit,
-    predict_clips,
-    train,
-    train_all,
-    train_epoch,
-    true_labels,
-)
+import common
+from patrec.files import part_folder
 from patrec.machine import seed_everything
 from patrec.plots import plot_histories, plot_overfit
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import genre_scores
 from patrec.step import Step
-from patrec.tables import prediction_rows, with_interval, write_predictions
+from patrec.tables import genre_table, prediction_rows, training_table, write_predictions
 
 
 def add_flags(parser):
@@ -75,25 +59,28 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
 
 def classifier(network, data):
     """LSTM for one kind of input, with an output per class."""
-    return Classifier(make_backbone(network), n_classes=len(data.names))
+    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
 
 
 network = GENRE_NETWORKS[names[0]]
-data = load_data(step.source, network.features, network.beat, crop=window_size(network))
+data = common.load_data(step.source, network.features, network.beat, crop=window_size(network))
 seed_everything(step.args.seed)
 model = classifier(network, data).to(step.device)
-step.show_source(make_backbone, LSTMBackbone, frame_statistics, masked_mean_max)
-step.table(*layer_table(model, data))
+step.show_source(
+    common.make_backbone, common.LSTMBackbone, common.frame_statistics, common.masked_mean_max
+)
+step.table(*common.layer_table(model, data))
 
 # %% 5b. Overfitting a few batches
 # The lab: a boolean parameter overfit_batch of train(). If it is True, a few batches are learned
 # until the loss is close to 0. A network that cannot do that most likely has a fault.
 step.heading("5b. Overfitting a few batches")
-step.show_source(train, train_epoch, overfit)
+step.show_source(common.train, common.train_epoch, common.overfit)
 loss_fn = nn.CrossEntropyLoss()  # without label smoothing, which keeps the loss above 0
 optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
 recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
-check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
+options = {"device": step.device, "overfit_batch": True}
+check = common.train(model, data, loss_fn, optimizer, recipe, **options)
 facts = check.facts
 step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
@@ -117,7 +104,8 @@ recipe = {
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
     "optimizer": optimizer,
 }
-runs = train_all(step.training, [Experiment(n, GENRE_NETWORKS[n], **recipe) for n in names])
+trainings = [common.Experiment(name, GENRE_NETWORKS[name], **recipe) for name in names]
+runs = common.train_all(step.training, trainings)
 facts = runs[names[0]].facts
 step.text(f"""
     The labelled clips are split at random with `torch.utils.data.Subset` (in `load_data`):
@@ -142,28 +130,14 @@ step.text(f"""
 
     Of these, `--plain` uses the schedule, clipping, dropout and the rule for the epoch, with Adam.
 """)
-items = {"mel": "5c", "beat_mel": "5d", "chroma": "5e", "beat_chroma": "5e", "plain_mel": "5c"}
-rows = {}
-for name, run in runs.items():
-    network, crop, facts = GENRE_NETWORKS[name], window_size(GENRE_NETWORKS[name]), run.facts
-    time_step = "1 beat: median" if network.beat else "8 frames: mean, sd, mean change"
-    lowest = run.history["val_loss"].argmin() + 1
-    rows[name] = {
-        "item": items.get(name, "5f"),
-        "input": network.features,
-        "time step": "1 frame" if network.plain else time_step,
-        "training example": f"crop of {crop} frames" if crop else "whole clip",
-        "examples per epoch": facts["examples_per_epoch"],
-        "weights": facts["weights"],
-        "seconds": round(facts["train_seconds"]),
-        "epochs (lowest val loss, kept)": f"{facts['epochs']} ({lowest}, {facts['best_epoch']})",
-        "val macro-F1": facts["val"]["macro_f1"],
-    }
-caption = "Input and training of each LSTM. Wall-clock time, with trainings running in parallel"
-step.table(pd.DataFrame(rows).T.rename_axis("LSTM"), caption)
-step.text("""
-The LSTMs differ in more than the kind of input, see the columns *time step* and *training example*.
-Where the validation loss rises again while the training loss still falls, the network overfits.
+caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
+step.table(training_table(runs, "macro-F1"), caption)
+step.text(f"""
+    `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f. The
+    LSTMs differ in more than the kind of input: those of beats are trained on whole clips, with one
+    beat per time step, the others on random crops of {window_size(GENRE_NETWORKS["mel"])} frames
+    (`plain_mel`: on whole clips, with one frame per time step). Where the validation loss rises
+    again while the training loss still falls, the network overfits.
 """)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
@@ -180,20 +154,17 @@ LSTMs of beats are scored on the beat-synchronised test set, the others on the f
 that was trained on crops predicts from the mean of its outputs over overlapping windows of the
 clip. Step 6 compares the LSTMs on the same clips.
 """)
-rows, scores, table = [], {}, {}
+rows, scores = [], {}
 for name, run in runs.items():
-    test = load_test(step.source, run.settings)
-    predictions = predict_clips(run.model, test, run.settings, step.device)
-    true = true_labels(test, run.settings)
-    test_set = test.store.entries[0].path.parts[-3]
+    test = common.load_test(step.source, run.settings)
+    predictions = common.predict_clips(run.model, test, run.settings, step.device)
+    true = common.true_labels(test, run.settings)
+    test_set = part_folder(".", "genre", run.settings["beat"]).name
     rows.append(prediction_rows(name, true, predictions, test_set=test_set, seed=step.args.seed))
-    score = scores[name] = genre_scores(true, predictions)
-    cells = [with_interval(score, key) for key in ("accuracy", "macro_f1")]
-    table[name] = [test_set, score["n_clips"], *cells]
+    scores[name] = genre_scores(true, predictions)
 write_predictions(step.folder, rows)
-table = pd.DataFrame(table, ["test set", "clips", "test accuracy", "test macro-F1"]).T
 caption = "Test scores with 95% intervals, which show how much a score depends on the test clips"
-step.table(table.rename_axis("LSTM"), caption)
+step.table(genre_table(scores), caption)
 step.finish(
     {name: run.facts | {"test": scores[name]} for name, run in runs.items()},
     overfit={names[0]: check.facts},

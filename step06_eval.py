@@ -8,7 +8,7 @@ averages; d) their micro averages; and what these metrics mean.
     python step06_eval.py --ensemble   # also scores the average of all their predictions
 
 Input: the checkpoints of step 5, the genre data set. Output, in outputs/step06_eval/: tables,
-confusion matrices, classification reports and the lab's questions (summary.md, report_*.txt), all
+a confusion matrix, classification reports and the lab's questions (summary.md, report_*.txt), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
 """
 
@@ -27,12 +27,12 @@ from patrec.baselines import band_features
 from patrec.clips import load_clips
 from patrec.files import part_folder, write_text
 from patrec.labels import read_entries
-from patrec.plots import plot_confusion, plot_scores, run_title
+from patrec.plots import plot_confusions, plot_scores
 from patrec.recipes import LSTM_NAMES
-from patrec.scores import average_predictions, genre_scores, paired_difference
+from patrec.scores import average_predictions, genre_scores
 from patrec.splits import encode_labels
 from patrec.step import Step
-from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
+from patrec.tables import difference_lines, prediction_rows, with_interval, write_predictions
 
 SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronised
 SVMS = {"full": "svm", "beat": "beat_svm"}  # the baseline of each
@@ -77,14 +77,11 @@ step.text(f"""
     clip. Their C and class weights are chosen by cross-validation. With `--ensemble`,
     `lstm_ensemble` is the mean of the log-probabilities of all LSTMs, each on its own input.
 """)
-step.table(
-    pd.DataFrame({"val macro-F1": val}).rename_axis("model"),
-    f"Before testing. LSTMs: the kept epoch on {n_val} validation clips, an optimistic "
-    "estimate. SVMs: cross-validation on training and validation clips. The two cannot be compared",
-)
+step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Scores before testing")
 step.text(f"""
-    The best LSTM by validation macro-F1 is `{best}`. This choice is noisy: a single clip changes
-    the validation accuracy by {1 / n_val:.3f}.
+    The best LSTM by validation macro-F1 is `{best}`. This choice is noisy, because there are only
+    {n_val} validation clips. The SVMs' scores are from cross-validation on training and validation
+    clips. The LSTMs' are from the kept epoch, which is optimistic, so the two cannot be compared.
 """)
 
 # %% Predictions for both test sets
@@ -121,8 +118,8 @@ scores = {key: genre_scores(true[key[1]], table) for key, table in predictions.i
 rows = []
 for (name, set_name), table in predictions.items():
     test_set = part_folder(".", "genre", SETS[set_name]).name
-    where = {"test_set": test_set, "seed": step.args.seed}
-    rows.append(prediction_rows(name, true[set_name], table, **where))
+    seed = step.args.seed
+    rows.append(prediction_rows(name, true[set_name], table, test_set=test_set, seed=seed))
 write_predictions(step.folder, rows)
 
 
@@ -135,19 +132,6 @@ def both_sets(cell):
     return table[sorted(table, key=lambda column: column.startswith("beat"))]
 
 
-def plot_both_sets(key, label):
-    """One panel per test set: a score of every model with its interval."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
-    for ax, set_name in zip(axes, SETS, strict=True):
-        found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
-        values, intervals = zip(*((s[key], s[f"{key}_ci95"]) for s in found.values()), strict=True)
-        plot_scores(ax, list(found), values, intervals, f"{label} (line: 95% interval)")
-        for name, bar in zip(found, ax.patches, strict=True):
-            bar.set_alpha(0.35 if name in models and own_set[name] != set_name else 1)
-        ax.set_title(f"{set_name} test set ({len(true[set_name])} clips)")
-    return fig
-
-
 # %% 6a. Accuracy
 # The share of clips whose class is predicted correctly, on both test sets.
 step.heading("6a. Accuracy")
@@ -158,11 +142,8 @@ step.text(f"""
     one beat per time step. A beat has no deviation and no change within the step, so both are set
     to their training means.
 """)
-intervals = "95% intervals over test clips, for one training seed"
 table = both_sets(lambda s: {"accuracy": with_interval(s, "accuracy")})
-step.table(table, f"Accuracy on the test sets, with {intervals}")
-pale = "Pale bars: LSTMs on the kind of input that they were not trained on"
-step.figure(plot_both_sets("accuracy", "Accuracy"), "accuracy", f"Accuracy of every model. {pale}")
+step.table(table, "Accuracy on the test sets, with 95% intervals over test clips, for one seed")
 
 # %% 6b. Precision, recall and F1 of each class
 # The lab: sklearn's classification_report. It prints the accuracy in place of the micro average,
@@ -174,51 +155,44 @@ are in the files `report_<model>_<test set>.txt`. The precision of a class that 
 is 0/0 and counts as 0. `support` is the number of test clips of a class.
 """)
 for (name, set_name), table in predictions.items():
-    predicted = table.columns[table.to_numpy().argmax(1)]
     options = {"labels": classes, "digits": 3, "zero_division": 0}
+    predicted = table.idxmax(axis=1)
     report = classification_report(true[set_name][table.index], predicted, **options).rstrip()
     if set_name == own_set[name]:
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
-shown = [name for name in own_set if name != "majority"]
-n_rows = -(-len(shown) // 3)
-fig = plt.figure(figsize=(15.6, 5 * n_rows), layout="constrained")
-for place, name in enumerate(shown, 1):
-    ax, set_name = fig.add_subplot(n_rows, 3, place), own_set[name]
-    title = f"{run_title(name)} ({set_name} test set)"
-    plot_confusion(ax, scores[name, set_name]["confusion"], classes, title)
-caption = "Confusion matrices. The numbers are clips, the colour is the share of the true class"
-step.figure(fig, "confusion", caption)
+caption = "The best LSTM. The numbers are clips, the colour is the share of the true class"
+step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "confusion", caption)
 
 # %% 6c. Macro averages
 # The mean over the classes. Paired differences compare two models on the same clips.
 step.heading("6c. Macro-averaged precision, recall and F1")
 step.text("A macro average is the mean over the classes. Each class counts the same.")
 step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
-caption = f"Macro-F1 of every model, with {intervals}. {pale}"
-step.figure(plot_both_sets("macro_f1", "Macro-F1"), "macro_f1", caption)
-own_f1 = {name: scores[name, set_name]["macro_f1"] for name, set_name in own_set.items()}
+fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
+for ax, set_name in zip(axes, SETS, strict=True):
+    found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
+    values = [s["macro_f1"] for s in found.values()]
+    intervals = [s["macro_f1_ci95"] for s in found.values()]
+    plot_scores(ax, list(found), values, intervals, "Macro-F1 (line: 95% interval)")
+    for name, bar in zip(found, ax.patches, strict=True):
+        bar.set_alpha(0.35 if name in models and own_set[name] != set_name else 1)
+    ax.set_title(f"{set_name} test set ({len(true[set_name])} clips)")
+caption = "Macro-F1. Pale bars: LSTMs on the kind of input that they were not trained on"
+step.figure(fig, "macro_f1", caption)
 pairs = [(best, name) for name in models if name != best]
 for set_name, svm in SVMS.items():
     lstms = [name for name in models if own_set[name] == set_name]
     pairs.append((max(lstms, key=val.get), svm))
-    lower = sum(own_f1[name] < own_f1[svm] for name in lstms)
-    step.text(f"""
-        The macro-F1 of `{svm}` on the {set_name} test set is {own_f1[svm]:.3f}. This is higher than
-        that of {lower} of the {len(lstms)} LSTMs that were trained on this kind of input.
-    """)
 step.text("""
 Paired differences on the same clips, each model on its own kind of input, with 95% intervals over
 test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. Of many
 such intervals, some exclude 0 by chance.
 """)
-lines = []
-for pair in pairs:
-    first, second = (predictions[name, own_set[name]] for name in pair)
-    difference = paired_difference(true[own_set[pair[0]]], first, second)
-    lines.append(f"- {difference_line(*pair, difference)}")
-step.text("\n".join(lines))
+own = {name: predictions[name, set_name] for name, set_name in own_set.items()}
+labels = true["full"].combine_first(true["beat"])  # an unreadable clip may be missing in one
+step.text(difference_lines(labels, own, pairs))
 
 # %% 6d. Micro averages
 # The lab: the same three, averaged over clips.
@@ -236,8 +210,6 @@ one, lowest = scores[best, own_set[best]], scores["majority", "full"]
 per_class = pd.DataFrame(one["per_class"]).T
 unequal = (per_class["precision"] - per_class["recall"]).abs().idxmax()
 row, hardest, support = per_class.loc[unequal], per_class["f1"].idxmin(), per_class["support"]
-gaps = {name: scores[name, own_set[name]]["accuracy"] - own_f1[name] for name in models}
-widest = max(gaps, key=lambda name: abs(gaps[name]))
 step.heading("6. What the metrics mean")
 step.text(f"""
 The numbers are those of `{best}`, the best LSTM by validation, on its own test set.
@@ -258,8 +230,7 @@ is {one["micro_f1"]:.3f}.
 **When do accuracy and F1 differ much?** They differ when a model recognises large classes and
 misses small ones. This hardly changes accuracy, but it lowers macro-F1. The extreme case is a model
 that always predicts {commonest}: accuracy {lowest["accuracy"]:.3f}, macro-F1
-{lowest["macro_f1"]:.3f}. Among the LSTMs, accuracy minus macro-F1 is furthest from 0 for
-`{widest}`: {gaps[widest]:+.3f}. A macro-F1 above the accuracy often means that small classes are
+{lowest["macro_f1"]:.3f}. A macro-F1 above the accuracy often means that small classes are
 recognised better than large ones. In a task with one rare class, its F1 can be near 0 while the
 accuracy is near 1.
 

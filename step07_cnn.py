@@ -25,38 +25,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from common import (
-    Classifier,
-    CNNBackbone,
-    Experiment,
-    average_frames,
-    count_weights,
-    genre_models,
-    genre_val_scores,
-    layer_table,
-    load_data,
-    load_test,
-    predict_clips,
-    train,
-    train_all,
-    true_labels,
-)
+import common
+from patrec import plots, tables
 from patrec.features import HOP, SR
 from patrec.files import part_folder
 from patrec.machine import seed_everything
-from patrec.plots import (
-    plot_activations,
-    plot_confusions,
-    plot_histories,
-    plot_operations,
-    plot_overfit,
-    plot_per_class,
-)
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import average_predictions, genre_scores, paired_difference
 from patrec.splits import split_indices
 from patrec.step import Step
-from patrec.tables import difference_line, prediction_rows, with_interval, write_predictions
 
 
 def add_flags(parser):
@@ -64,31 +41,36 @@ def add_flags(parser):
     parser.add_argument("--ensemble", action="store_true", help=averaged)
 
 
+def classifier(network, data):
+    """The CNN with an output per class."""
+    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
+
+
 def learn_by_heart(step, data):
     """7d: a new network of this step on four fixed batches; returns what metrics.json keeps."""
     step.heading("7d. Overfitting a few batches")
     seed_everything(step.args.seed)
-    model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
+    model = classifier(network, data).to(step.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
     recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
     loss_fn = nn.CrossEntropyLoss()  # with label smoothing the loss could not come near 0
-    check = train(model, data, loss_fn, optimizer, recipe, device=step.device, overfit_batch=True)
+    options = {"device": step.device, "overfit_batch": True}
+    check = common.train(model, data, loss_fn, optimizer, recipe, **options)
     facts = check.facts
-    step.table(pd.DataFrame([facts], index=["cnn_mel"]).rename_axis("CNN"))
     step.text(f"""
-    {facts["clips"]} clips in {facts["batches"]} fixed batches, Adam at a constant rate, no dropout,
-    augmentation or label smoothing, which are there to prevent this. The goal is a loss under .01
-    with every clip right. After {facts["passes"]} passes the loss is {facts["loss"]:.4f}.
+    As in step 5b, {facts["clips"]} clips in {facts["batches"]} fixed batches are learned without
+    dropout, augmentation and label smoothing. After {facts["passes"]} passes the loss is
+    {facts["loss"]:.4f} (the goal: under .01), the accuracy {facts["accuracy"]:.3f}.
     """)
     caption = "Training loss on fixed batches of training crops, regularisation off"
-    step.figure(plot_overfit({"cnn_mel": check}), "overfit", caption)
-    step.require(check.learned, f"four batches were not learned by heart: {check.facts}")
-    return {"cnn_mel": check.facts}
+    step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
+    step.require(check.learned, f"four batches were not learned by heart: {facts}")
+    return {"cnn_mel": facts}
 
 
 step = Step("step07_cnn", __doc__, parts=("genre",), training=True, add_flags=add_flags)
 network = GENRE_NETWORKS["cnn_mel"]
-data = load_data(step.source, network.features, crop=window_size(network))
+data = common.load_data(step.source, network.features, crop=window_size(network))
 # The cells keep the lab's order, in which the check (d) follows the training (b). With
 # --overfit-batch only the check runs; do that after every change of the network.
 if step.args.overfit_batch:
@@ -111,9 +93,8 @@ step.text("""
 >    *Training Stats* (examples seen, validation accuracy).
 > 3. Press *resume*, wait for about 20,000 examples, press *pause*, and take both again.
 > 4. Look, layer by layer, at the *Weights* of the first convolution (strokes and edges, or noise?),
->    at its *Activations* beside the input, at what relu turns black, at how small pool makes the
->    maps, at the probabilities of softmax, and, at the bottom of the page, at the digits that are
->    confused.
+>    at its *Activations*, at what relu turns black, at how small pool makes the maps, at the
+>    probabilities of softmax, and, at the bottom of the page, at the digits that are confused.
 """)
 
 # %% 7a. The same experiment here: a small network on small digits
@@ -170,11 +151,11 @@ images, labels = load_digits(return_X_y=True)
 x = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
 known, tested = split_indices(len(images), 0.2, step.args.seed, labels)
 digits = (x[known], torch.tensor(labels)[known], x[tested], torch.tensor(labels)[tested])
-n_epochs, n_seeds = (3, 1) if step.args.smoke else (15, 3)
+n_epochs, n_seeds = (3, 2) if step.args.smoke else (15, 3)
 digit_models, accuracy = train_digits(digits, step.args.seed, n_epochs)
 step.text(f"""
 The same experiment here: two blocks of the four operations of 7b and an output layer
-({count_weights(digit_models[0])} weights), trained on {len(known)} of scikit-learn's digits.
+({common.count_weights(digit_models[0])} weights), trained on {len(known)} of scikit-learn's digits.
 Accuracy on the other {len(tested)}: {accuracy[0]:.3f} untrained, {accuracy[1]:.3f} after one epoch,
 {accuracy[-1]:.3f} after {n_epochs}.
 """)
@@ -194,7 +175,7 @@ caption = (
     "One test digit through the network, top to bottom: before, early in and after training. "
     "Red is positive, blue negative, white zero; the number at the right is the darkest colour"
 )
-step.figure(plot_activations(columns, int(digits[3][0])), "digit_activations", caption)
+step.figure(plots.plot_activations(columns, int(digits[3][0])), "digit_activations", caption)
 
 # %% 7b. The network
 # The lab: four layers of convolution, batch normalisation, ReLU and max pooling on the
@@ -207,61 +188,59 @@ is convolution, batch normalisation, ReLU and max pooling, in this order, in one
 After the fourth block the channels are pooled over time (mean and maximum), but not over
 frequency. One dense layer gives one output (logit) per class.
 """)
-model = Classifier(CNNBackbone(), n_classes=len(data.names)).to(step.device)
-step.show_source(CNNBackbone, Classifier)
-step.table(*layer_table(model, data))
+model = classifier(network, data).to(step.device)
+step.show_source(common.CNNBackbone, common.Classifier)
+step.table(*common.layer_table(model, data))
 
 # %% 7b. The training
-# With the recipe of step 5: AdamW, one-cycle rate, label smoothing, averaged weights, and the best
-# of the last fifth of the epochs by validation macro-F1. The CNN's augmentation has mixup too.
-seeds = [step.args.seed + i for i in range(3 if step.args.ensemble else 1)]
+# With the recipe of step 5, but for the augmentation.
 recipe = {
-    "make_model": lambda network, data: Classifier(CNNBackbone(), n_classes=len(data.names)),
+    "make_model": classifier,
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
     "optimizer": torch.optim.AdamW,
 }
-trainings = [Experiment("cnn_mel", network, **recipe)]
-for seed in seeds[1:]:  # --ensemble: other weights, batches and validation clips
-    trainings.append(Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
-runs = train_all(step.training, trainings)
+trainings = [common.Experiment("cnn_mel", network, **recipe)]
+if step.args.ensemble:  # two more, with other weights, batches and validation clips
+    for seed in (step.args.seed + 1, step.args.seed + 2):
+        trainings.append(common.Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
+runs = common.train_all(step.training, trainings)
 cnn = runs["cnn_mel"]
-step.text(f"""
-Trained on {cnn.facts["n_train"]} clips for {cnn.facts["epochs"]} of {cnn.facts["planned_epochs"]}
-planned epochs of {cnn.facts["examples_per_epoch"]:,} crops each, with AdamW (Loshchilov & Hutter,
-2019), a one-cycle learning rate of at most {cnn.facts["lr"]:g}, batches of
-{cnn.facts["batch_size"]}, and cross-entropy with label smoothing .1, so the loss does not reward
-extreme confidence. We keep the running average of the weights after epoch
-{cnn.facts["best_epoch"]}: among the last 20% of the epochs it has the highest macro-F1 on the
-{cnn.facts["n_val"]} validation clips, {cnn.facts["val"]["macro_f1"]:.3f}, an optimistic estimate.
+step.text("""
+The recipe is that of step 5: AdamW, a one-cycle learning rate, label smoothing .1, averaged
+weights, and the epoch with the highest validation macro-F1 among the last 20%, which is an
+optimistic estimate. Augmentation: the mel bands of a crop are shifted up or down by up to 2, a
+stripe of up to 16 bands and one of up to 38 frames (0.9 s) are set to the mean (SpecAugment, Park
+et al., 2019), and the crop is mixed with another one, as are their labels (mixup, Zhang et al.,
+2018).
 """)
+step.table(tables.training_table(runs, "macro-F1"))
 caption = (
     "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept, from the shaded "
     "last ones. Only the training loss is measured with augmentation and dropout"
 )
 histories = {name: run.history for name, run in runs.items()}
-step.figure(plot_histories(histories, "macro-F1"), "learning_curve", caption)
+step.figure(plots.plot_histories(histories, "macro-F1"), "learning_curve", caption)
 
 # %% 7b. Its performance on the test set
 # The test set is read only now, when the network is finished; the LSTMs that 7e may have to train
 # do not depend on it. Predictions are log-probabilities, a row per test clip.
-predicted, true = {}, {}
+predicted, true, scores, rows = {}, {}, {}, {}
 
 
-def predict_test(runs):
-    """Predict the test clips with some trained genre networks."""
+def score_test(runs):
+    """Predict the test clips with some trained genre networks, and score the predictions."""
     for name, run in runs.items():
-        test = load_test(step.source, run.settings)
-        predicted[name] = predict_clips(run.model, test, run.settings, step.device)
-        true[name] = true_labels(test, run.settings)
+        test = common.load_test(step.source, run.settings)
+        predicted[name] = common.predict_clips(run.model, test, run.settings, step.device)
+        true[name] = common.true_labels(test, run.settings)
+        scores[name] = genre_scores(true[name], predicted[name])
+        test_set = part_folder(".", "genre", run.settings["beat"]).name
+        made = {"test_set": test_set, "seed": run.settings["seed"]}
+        rows[name] = tables.prediction_rows(name, true[name], predicted[name], **made)
 
 
-predict_test(runs)
-cnn_scores = genre_scores(true["cnn_mel"], predicted["cnn_mel"])
-step.text(f"""
-On the {cnn_scores["n_clips"]} test clips: accuracy {with_interval(cnn_scores, "accuracy")},
-macro-F1 {with_interval(cnn_scores, "macro_f1")} (95% intervals over test clips, for one training
-seed).
-""")
+score_test(runs)
+step.table(tables.genre_table(scores), "Scores on the test set, with 95% intervals over its clips")
 
 # %% 7c. What the four operations do
 # The lab: function and role of convolution, batch normalisation, ReLU and max pooling. Each is
@@ -273,68 +252,46 @@ variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
 variants |= {f"without {name}": name for name in OPERATIONS[1:]}
 for label, without in variants.items():
     twins = [train_digits(digits, step.args.seed + i, n_epochs, without) for i in range(n_seeds)]
-    last = np.array([scores[-1] for _, scores in twins])  # (seeds,)
+    last = [curve[-1] for _, curve in twins]
     left_out[label] = {
-        "test accuracy": f"{last.mean():.3f} ± {last.std(ddof=min(1, n_seeds - 1)):.3f}",
-        "weights": str(count_weights(twins[0][0][0])),
+        "test accuracy": f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}",
+        "weights": str(common.count_weights(twins[0][0][0])),
     }
 caption = f"Digits, {n_epochs} epochs: one operation left out, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
 
 # %% 7c. The trained genre network at work
-# Validation clips, the middle of each, are taken through the four blocks operation by operation.
+# Validation clips, the middle of each, are taken through the first block operation by operation.
 backbone = copy.deepcopy(cnn.model.backbone).cpu().eval()
 clips = [data.val[i] for i in range(min(32, len(data.val)))]
 n_frames = min(cnn.settings["window"], *(int(length) for _, _, length in clips))  # no padding
 x = torch.stack([x[(n - n_frames) // 2 :][:n_frames].cpu() for x, _, n in clips])  # (B, T, F)
 lengths = torch.full((len(x),), n_frames)
-image = average_frames(x, lengths, backbone.frames_per_step)[0].unsqueeze(1)  # (B, 1, T', F)
-maps = activations(backbone.blocks, image)
-seconds, column_s = n_frames * HOP / SR, backbone.frames_per_step * HOP / SR
-
-first = {name: maps[1, name] for name in OPERATIONS}  # {operation: (B, C, t, f)}
-fig = plot_operations(first, int(first["ReLU"][0].flatten(1).std(1).argmax()), seconds)
+image = common.average_frames(x, lengths, backbone.frames_per_step)[0].unsqueeze(1)  # (B, 1, T', F)
+maps = {name: output for (_, name), output in activations(backbone.blocks[:1], image).items()}
+channel = int(maps["ReLU"][0].flatten(1).std(1).argmax())  # the one that varies most in a clip
 caption = (
     "The operations of block 1, left to right. Above: one channel of the same clip (bands x "
     f"columns; red positive, blue negative). Below: all values of all channels and {len(x)} clips"
 )
-step.figure(fig, "block_operations", caption)
+step.figure(plots.plot_operations(maps, channel, n_frames * HOP / SR), "block_operations", caption)
 
-# %% 7c. The four operations in numbers and in words
-# The receptive field: a kernel of k cells adds k - 1 cells of its own layer to it, a pooling by p
-# adds p - 1 of them, and after that pooling neighbouring cells lie p times as far apart.
-operations = {}
-field, stride = np.array([1, 1]), np.array([1, 1])  # of a cell and to the next: columns, bands
-for place, block in enumerate(backbone.blocks, start=1):
-    conv, norm, relu, pool = (maps[place, name] for name in OPERATIONS)  # (B, C, t, f)
-    kernel, pooled = (np.array(block[i].kernel_size) for i in (0, 3))
-    field, stride = field + (kernel + pooled - 2) * stride, stride * pooled
-    sds = [values.std((0, 2, 3)).sort().values for values in (conv, norm)]
-    operations[place] = {
-        "bands x columns after pooling": f"{pool.shape[3]} x {pool.shape[2]}",
-        "receptive field of a cell": f"{field[1]} bands, {field[0] * column_s:.1f} s",
-        "channel sds before BN": f"{sds[0][0]:.2f} to {sds[0][-1]:.2f}",
-        "channel sds after BN": f"{sds[1][0]:.2f} to {sds[1][-1]:.2f}",
-        "zeros after ReLU": f"{(relu == 0).float().mean():.0%}",
-        "zeros after pooling": f"{(pool == 0).float().mean():.0%}",
-    }
-caption = f"Genre network, in scoring mode, on {seconds:.1f} s of each of {len(x)} validation clips"
-step.table(pd.DataFrame(operations).rename_axis("block"), caption)
+# %% 7c. The four operations in words
 step.text("""
 **Convolution** takes a weighted sum over a small neighbourhood in time and frequency and over all
 input channels, with the same weights at every place. So a pattern is found wherever it occurs, and
 few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbours.
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
-all places, then scales and shifts it by two learned numbers; scoring uses averages from training,
-so the table's "after BN" may differ from 1. The activations keep a steady size, which allows higher
-learning rates (Ioffe & Szegedy, 2015); why it works is still debated (Santurkar et al., 2018).
+all places, then scales and shifts it by two learned numbers. Scoring uses averages from training.
+The activations keep a steady size, which allows higher learning rates (Ioffe & Szegedy, 2015). Why
+it works is still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
 It makes the network non-linear. Convolutions in a row without it are only one linear map.
 
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
-and each of them sees more of the clip (row "receptive field"). Where exactly a pattern was is lost.
+and each of them sees more of the clip. Where exactly a pattern was is lost.
 
 On the digits, leaving out pooling or ReLU may cost nothing. The images have only 8 x 8 cells, so
 pooling has little to summarise, and without it the output layer has more weights. Without ReLU, max
@@ -349,50 +306,33 @@ check_facts = learn_by_heart(step, data)
 # The lab: compare with the LSTM on the same input. The best LSTM of step 5, by validation
 # macro-F1, is shown too.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
-lstms = genre_models(step.training, ["mel"])
-best_lstm = next(name for name in genre_val_scores(step.training).index if name in LSTM_NAMES)
-lstms |= genre_models(step.training, {best_lstm} - {"mel"})
-predict_test(lstms)
+lstms = common.genre_models(step.training, ["mel"])
+ranking = common.genre_val_scores(step.training).index  # the best network first
+best_lstm = next(name for name in ranking if name in LSTM_NAMES)
+lstms |= common.genre_models(step.training, {best_lstm} - {"mel"})
+score_test(lstms)
 members = {}
 if step.args.ensemble:  # log-probabilities are averaged, clip by clip
     members = {"cnn_ensemble": list(runs), "cnn_lstm_ensemble": [*runs, best_lstm]}
     predicted["cnn_ensemble"] = average_predictions(predicted[name] for name in runs)
     both = [predicted["cnn_ensemble"], predicted[best_lstm]]
     predicted["cnn_lstm_ensemble"] = average_predictions(both)
-    true |= dict.fromkeys(members, true["cnn_mel"])
-scores = {name: genre_scores(true[name], table) for name, table in predicted.items()}
-settings = {name: run.settings for name, run in (runs | lstms).items()}
-rows, test_sets = [], {}
-for name, table in predicted.items():
-    made = settings.get(name, {"beat": False, "seed": ""})  # an average has no seed of its own
-    test_sets[name] = part_folder(".", "genre", made["beat"]).name
-    where = {"test_set": test_sets[name], "seed": made["seed"]}
-    rows.append(prediction_rows(name, true[name], table, **where))
-write_predictions(step.folder, rows)
+for name in members:
+    scores[name] = genre_scores(true["cnn_mel"], predicted[name])
+    made = {"test_set": part_folder(".", "genre").name, "seed": ""}  # it has no seed of its own
+    rows[name] = tables.prediction_rows(name, true["cnn_mel"], predicted[name], **made)
+tables.write_predictions(step.folder, rows.values())
 
 # %% 7e. The scores, and what else is different between the models
-table = {}
-for name, run in (runs | lstms).items():
-    crop = window_size(GENRE_NETWORKS.get(name, network))  # further seeds: the same network
-    facts, length = run.facts, f"{crop * HOP / SR:.0f} s" if crop else "whole clips"
-    table[name] = {
-        "test set": test_sets[name],
-        "training examples": f"{facts['epochs'] * facts['examples_per_epoch']:,} ({length})",
-        "epochs (planned)": f"{facts['epochs']} ({facts['planned_epochs']})",
-        "weights": f"{facts['weights']:,}",
-        "val macro-F1": facts["val"]["macro_f1"],
-    }
-for name in scores:
-    table.setdefault(name, {"test set": test_sets[name]})
-    table[name]["test accuracy"] = with_interval(scores[name], "accuracy")
-    table[name]["test macro-F1"] = with_interval(scores[name], "macro_f1")
-caption = f"{cnn_scores['n_clips']} test clips, with 95% intervals over the clips"
-step.table(pd.DataFrame(table).T.fillna("-").rename_axis("model"), caption)
+facts = pd.DataFrame({name: run.facts for name, run in (runs | lstms).items()}).T
+facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
+caption = "Scores on the test set, with 95% intervals over its clips"
+step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text("""
-More than the network differs: the CNN is trained on shorter and usually more examples (see the
-table), with mixup of two clips (Zhang et al., 2018). Both are scored with the mean over overlapping
-windows of a clip (an LSTM of beats reads the whole clip) and with logit adjustment: half the log of
-each class's share of the training clips is subtracted from its logit (after Menon et al., 2021).
+The models differ in more than the network. The CNN is trained on crops of 6 s with mixup. The LSTM
+is trained on crops of 15 s without it, and usually on fewer examples. (An LSTM of beats is trained
+on whole clips and has a test set of its own, of the same clips.) All predict with the logit
+adjustment of step 5.
 """)
 seed_spread = {}
 if step.args.ensemble:
@@ -411,21 +351,15 @@ paired = {}
 for name in lstms:
     paired[name] = paired_difference(true["cnn_mel"], predicted["cnn_mel"], predicted[name])
     step.text(f"""
-    {difference_line("cnn_mel", name, paired[name])}. Right only in `cnn_mel`:
+    {tables.difference_line("cnn_mel", name, paired[name])}. Right only in `cnn_mel`:
     {paired[name]["only_first"]} clips, only in `{name}`: {paired[name]["only_second"]}.
     """)
 
 shown = {name: scores[name] for name in ("cnn_mel", *lstms)}
-tables = {name: pd.DataFrame(facts["per_class"]).T for name, facts in shown.items()}
-per_class = pd.concat(tables, axis=1)
-table = per_class.drop(columns="support", level=1)
-table.columns = [" ".join(column) for column in table.columns]
-table["clips"] = per_class["cnn_mel", "support"].astype(int)
-step.table(table.rename_axis("class"), "Per class, on the test set")
 caption = "F1 per class, CNN and LSTM; in a class of few test clips, one clip moves the bar a lot"
-step.figure(plot_per_class(shown), "per_class", caption)
+step.figure(plots.plot_per_class(shown), "per_class", caption)
 caption = "Confusion matrices on the test set: colour is the share of the true class, numbers clips"
-step.figure(plot_confusions(shown, data.names), "confusion", caption)
+step.figure(plots.plot_confusions(shown, data.names), "confusion", caption)
 
 # %% What later steps and the report read
 results = {name: run.facts | {"test": scores[name]} for name, run in (runs | lstms).items()}
@@ -437,5 +371,4 @@ step.finish(
     seed_spread=seed_spread,
     overfit=check_facts,
     digits={"accuracy": accuracy, "left_out": left_out, "n_seeds": n_seeds},
-    operations=operations,
 )

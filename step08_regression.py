@@ -10,37 +10,25 @@ labelled clips, because the test clips have no public labels.
     python step08_regression.py --overfit-batch  # only check that both networks can learn
 
 Input: the emotion data set; the validation scores of step 5. Output, in
-outputs/step08_regression/: a checkpoint and a history per run, learning curves, scatter plots,
-scores (summary.md, metrics.json), predictions.csv for the held-out clips and submission.csv
-for the clips without labels.
+outputs/step08_regression/: a checkpoint and a history per run, learning curves, scores
+(summary.md, metrics.json), predictions.csv for the held-out clips and submission.csv for the
+clips without labels.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    emotion_baselines,
-    genre_val_scores,
-    make_backbone,
-    overfit_emotions,
-    predict_unlabelled,
-    regression_loss,
-    train_all,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS, read_entries
-from patrec.plots import COLORS, plot_emotion_scores, plot_histories, run_title
+from patrec.plots import plot_emotion_scores, plot_histories
 from patrec.recipes import GENRE_NETWORKS
-from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
 
 
@@ -55,7 +43,7 @@ step = Step("step08_regression", __doc__, parts=("emotion",), training=True, add
 # The lab: adjust the best model of step 5 and the one of step 7 for regression by changing
 # the loss. The best LSTM is chosen by its validation score, so that no test score has a say.
 step.heading("8a. From classifier to regressor")
-genre_val = genre_val_scores(step.training)
+genre_val = common.genre_val_scores(step.training)
 lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]]
 networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
 if len(lstms):
@@ -78,12 +66,18 @@ step.text(f"""
       gradient, and it too rewards predictions that rise with the labels.
 
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
+
+    In all else, the six models are trained like the networks of steps 5 and 7. The CNN's mixup
+    averages the labels too. We keep the epoch with the highest validation Spearman among the last
+    20% of the epochs. The validation clips are few, so this score is noisy, and as the highest of
+    several it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
+    the number of examples and in augmentation too, not in architecture alone.
 """)
-step.show_source(Regressor.forward, regression_loss)
+step.show_source(common.Regressor.forward, common.regression_loss)
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
     pair = {f"{kind}_valence": (GENRE_NETWORKS[n], "valence") for kind, n in networks.items()}
-    overfit_emotions(step, pair)
+    common.overfit_emotions(step, pair)
 
 
 # %% 8b-d. One model of each network per emotion
@@ -92,54 +86,30 @@ if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step
 # every choice on the validation clips.
 def regressor(network, data):
     """The backbone of a genre network, with random weights and one head per emotion."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 recipe = {
-    "make_loss": lambda data: RegressionLoss(data.std),
+    "make_loss": lambda data: common.RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "n_folds": step.args.folds,
 }
-trainings = [
-    Experiment(f"{kind}_{emotion}", GENRE_NETWORKS[name], regressor, target=emotion, **recipe)
-    for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items())
-]
-runs = train_all(step.training, trainings)
+trainings = []
+for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
+    run, network = f"{kind}_{emotion}", GENRE_NETWORKS[name]
+    trainings.append(common.Experiment(run, network, regressor, target=emotion, **recipe))
+runs = common.train_all(step.training, trainings)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
-    pair = {name: runs[f"{kind}_{emotion}"] for kind, name in networks.items()}
-    if letter == "b":
-        step.text(f"""
-            The six models are trained with the loss of 8a and otherwise like the networks of steps
-            5 and 7: AdamW (Adam with decoupled weight decay of .01), a one-cycle learning rate,
-            averaged weights and the same augmentation. The CNN's mixup averages the labels too.
-
-            We keep the epoch with the highest validation Spearman among the last 20% of the epochs.
-            With {pair["cnn_mel"].facts["n_val"]} validation clips this score is noisy, and as the
-            highest of several it is optimistic. The clips of 8e play no part in this choice.
-
-            Seconds are wall-clock time, with other trainings running in parallel. The training loss
-            is measured on augmented crops with dropout, the validation loss on whole clips with
-            averaged weights. With several folds, the curves are those of the first. CNN and LSTM
-            differ in the number of examples and in augmentation too, not in architecture alone.
-        """)
-    table = {
-        run_title(name): {
-            "training clips": run.facts["n_train"],
-            "weights": run.facts["weights"],
-            "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
-            "epochs (kept)": tables.epochs_kept(run),
-            "seconds": round(run.facts["train_seconds"]),
-            "validation Spearman": run.facts["val"][emotion],
-        }
-        for name, run in pair.items()
-    }
-    step.table(pd.DataFrame(table).T.rename_axis("network"))
+    pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
+    caption = "Seconds are wall-clock time, with other trainings running in parallel."
+    step.table(tables.training_table(pair), caption)
     step.figure(
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and validation score against the epoch. The dot marks the "
-        "epoch that is kept, the shaded area the epochs among which it is chosen.",
+        f"{emotion.capitalize()}: loss and validation score against the epoch (of several folds: "
+        "the first one). The dot marks the epoch that is kept, the shaded area the epochs among "
+        "which it is chosen. Only the training loss is measured with augmentation and dropout.",
     )
 
 # %% 8e. Spearman's correlation on the held-out clips
@@ -151,7 +121,7 @@ predictions = {
     for kind in networks
 }
 true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
-predictions |= emotion_baselines(step.source, step.args.folds)
+predictions |= common.emotion_baselines(step.source, step.args.folds)
 scores = {name: emotion_scores(true, table) for name, table in predictions.items()}
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
 step.table(
@@ -171,29 +141,16 @@ step.text("""
     much depends on the choice of the held-out clips, but not on the seed of the training.
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
-differences = {
-    pair: paired_difference(true, *(predictions[name] for name in pair)) for pair in pairs
-}
-step.text("\n".join(f"- {tables.difference_line(*pair, d)}" for pair, d in differences.items()))
+step.text(tables.difference_lines(true, predictions, pairs))
 caption = "Spearman's correlation on the held-out clips, with 95% intervals"
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
-fig, axes = plt.subplots(2, len(EMOTIONS), figsize=(12, 8.2), layout="constrained", sharey=True)
-for (kind, emotion), ax in zip(itertools.product(networks, EMOTIONS), axes.flat, strict=True):
-    x, y = true[emotion], predictions[kind].loc[true.index, emotion]
-    ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect prediction")
-    ax.axhline(x.mean(), color=COLORS[3], linestyle="--", linewidth=1, label="mean of the labels")
-    ax.scatter(x, y, s=14, alpha=0.6, color=COLORS[0])
-    ax.set(xlabel=f"True {emotion}", ylabel=f"Predicted {emotion}", xlim=(-0.03, 1.03))
-    numbers = f"Spearman {scores[kind][emotion]:.2f}, RMSE {rmse[kind][emotion]:.2f}"
-    ax.set_title(f"{run_title(networks[kind])}: {numbers}", fontsize="medium")
-axes[0, 0].legend(fontsize="small", loc="upper left")
-step.figure(fig, "scatter", "Predicted against true values. Each dot is a held-out clip.")
-
 # %% Predictions for the clips without labels, in the competition's format
 # By the network with the higher validation score; of several folds, the average.
-test = {name: emotion_scores(run.truth, run.predictions) for name, run in runs.items()}
-facts = {name: run.facts | {"test": test[name]} for name, run in runs.items()}
+facts = {
+    name: run.facts | {"test": emotion_scores(run.truth, run.predictions)}
+    for name, run in runs.items()
+}
 for kind, name in networks.items():
     parts = {emotion: facts[f"{kind}_{emotion}"] for emotion in EMOTIONS}
     facts[kind] = combine_emotions(parts, scores[kind]) | {"network": name}
@@ -208,7 +165,8 @@ step.text(f"""
     ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
 """)
 if unlabelled:
-    columns = [predict_unlabelled(step.source, runs[f"{best}_{emotion}"]) for emotion in EMOTIONS]
+    chosen = [runs[f"{best}_{emotion}"] for emotion in EMOTIONS]
+    columns = [common.predict_unlabelled(step.source, run) for run in chosen]
     tables.write_submission(step.folder / "submission.csv", pd.concat(columns, axis=1))
 rows = tables.held_out_rows(true, predictions, step.args.seed, runs["cnn_valence"].folds)
 tables.write_predictions(step.folder, rows)

@@ -20,33 +20,19 @@ training from scratch; a fine-tuning gets a share of it.
 import functools
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    clip_ids,
-    genre_models,
-    genre_val_scores,
-    load_backbone,
-    load_data,
-    make_backbone,
-    overfit_emotions,
-    train_all,
-    true_labels,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.clips import find_emotion_leak
 from patrec.errors import InputError
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS
-from patrec.plots import COLORS, plot_histories
+from patrec.plots import plot_histories
 from patrec.recipes import GENRE_NETWORKS, make_recipe, window_size
-from patrec.scores import combine_emotions, emotion_scores, paired_difference
+from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
 
 
@@ -84,28 +70,28 @@ so with networks that are copied to their *own* task.
 # The lab: choose a model of steps 5 and 7 and explain why. 9c trains it on
 # fma_genre_spectrograms, so the networks on beats are not candidates.
 step.heading("9b. The model that is transferred")
-val = genre_val_scores(step.training)
+val = common.genre_val_scores(step.training)
 val = val.loc[[name for name in val.index if not GENRE_NETWORKS[name].beat]]
 genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_NETWORKS[genre_name]
-n_blocks = len(make_backbone(network).blocks)
+n_blocks = len(common.make_backbone(network).blocks)
 if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
 step.text(f"""
     We transfer `{genre_name}`, the network with the highest validation macro-F1 (`cnn_mel`, if
-    steps 5 and 7 have saved none). We expect that features that recognise
-    the genre of new clips also help with emotions. The score of so few validation clips is noisy,
-    so a difference of a few hundredths can be due to chance. Test clips play no part in the choice.
+    steps 5 and 7 have saved none). We expect that features that recognise the genre of new clips
+    also help with emotions. The score of so few validation clips is noisy, so a difference of a few
+    hundredths can be due to chance. Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
     raise InputError(f"--freeze {step.args.freeze}: {fault}")
 
 # The held-out clips are those of step 8. The genre network must not have been trained on them.
-data = load_data(step.source, network.features, target="emotion", crop=window_size(network))
-true = true_labels(data.held_out, data.settings)
+data = common.load_data(step.source, network.features, target="emotion", crop=window_size(network))
+true = common.true_labels(data.held_out, data.settings)
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
-    overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
+    common.overfit_emotions(step, {f"scratch_{emotions[0]}": (network, emotions[0])})
 if leak := find_emotion_leak(step.source, data.held_out):
     step.text(f"**Warning:** {leak}.")
 
@@ -113,7 +99,7 @@ if leak := find_emotion_leak(step.source, data.held_out):
 # The lab: train the model on fma_genre_spectrograms and save the weights of its best epoch;
 # explain the metric and the set. If steps 5 and 7 have not trained it, it is trained here.
 step.heading("9c. Genre training, and the epoch that is kept")
-genre = genre_models(step.training, [genre_name])[genre_name]
+genre = common.genre_models(step.training, [genre_name])[genre_name]
 step.text(f"""
 {genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs were trained. We transfer
 the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
@@ -137,7 +123,7 @@ if "val_score" in genre.history:
 HEAD = {"share": 0.05, "lr_factor": 1.0}  # of the budget and the rate of a training from scratch
 TUNE = {"share": 0.25, "lr_factor": 0.3}
 step.heading("9d. A short fine-tuning")
-step.show_source(load_backbone)
+step.show_source(common.load_backbone)
 step.text(f"""
 1. Only the new head is trained, for {HEAD["share"]:.0%} of the examples of a training from scratch.
    The gradients of a random head would distort the copied features (Kumar et al., 2022,
@@ -152,8 +138,8 @@ by cross-validation (docs/experiments.md). Those of the first phase and of `scra
 
 def copied(network, data, frozen, head=None):
     """The genre network's backbone with the head of the first phase, or else a new one."""
-    backbone = load_backbone(genre_path, frozen=frozen)
-    regressor = Regressor(backbone, data.names, data.mean, data.std)
+    backbone = common.load_backbone(genre_path, frozen=frozen)
+    regressor = common.Regressor(backbone, data.names, data.mean, data.std)
     if head is not None:
         regressor.heads.load_state_dict(head.state_dict())
     return regressor
@@ -161,7 +147,7 @@ def copied(network, data, frozen, head=None):
 
 def untrained(network, data):
     """A regressor with random weights, as in step 8."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 def is_twin(kind):
@@ -176,13 +162,13 @@ def is_twin(kind):
 
 # Two trainings from scratch to compare with: `scratch` has as many examples as both phases,
 # `scratch_full` as many as step 8. If step 8 has trained this network, it is not trained again.
-step8 = tables.earlier_predictions(step.training, "step08_regression", clip_ids(data.held_out))
+step8 = tables.earlier_predictions(step.training, "step08_regression", true.index)
 step.text(step8.note)
 twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
 genre_path, genre_stats = genre.path, genre.settings["stats"]
-recipe = {"make_loss": lambda data: RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
+recipe = {"make_loss": lambda data: common.RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
 from_genre = recipe | {"stats": genre_stats}
 both = {"share": HEAD["share"] + TUNE["share"]}
 new_head = functools.partial(copied, frozen=n_blocks)
@@ -191,12 +177,11 @@ new_head = functools.partial(copied, frozen=n_blocks)
 kinds = {"head": (new_head, from_genre | HEAD), "scratch": (untrained, recipe | both)}
 if twin is None:
     kinds["scratch_full"] = untrained, recipe
-first = {  # (model, emotion) -> Experiment
-    (kind, emotion): Experiment(f"{kind}_{emotion}", network, make, target=emotion, **options)
-    for emotion in emotions
-    for kind, (make, options) in kinds.items()
-}
-done = train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
+first = {}  # (model, emotion) -> Experiment
+for emotion, (kind, (make, options)) in itertools.product(emotions, kinds.items()):
+    name = f"{kind}_{emotion}"
+    first[kind, emotion] = common.Experiment(name, network, make, target=emotion, **options)
+done = common.train_all(step.training, first.values(), to_come=len(emotions) * len(tunings))
 
 # Second phase, with the head of the first one.
 second = {}
@@ -204,46 +189,30 @@ for emotion, (depth, kind) in itertools.product(emotions, tunings.items()):
     name = kind.replace("transfer", f"transfer_{emotion}")
     head = done[f"head_{emotion}"].model.heads
     tuned = functools.partial(copied, frozen=depth, head=head)
-    second[kind, emotion] = Experiment(name, network, tuned, target=emotion, **from_genre, **TUNE)
-done |= train_all(step.training, second.values())
+    options = from_genre | TUNE
+    second[kind, emotion] = common.Experiment(name, network, tuned, target=emotion, **options)
+done |= common.train_all(step.training, second.values())
 names = {key: run.name for key, run in (first | second).items()}
 runs = {key: done[name] for key, name in names.items()}
 
 frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
-table = {
-    names[kind, emotion]: {
-        "frozen blocks": frozen.get(kind, 0),
-        "trained weights": run.facts["trained_weights"],
-        "examples": run.facts["epochs"] * run.facts["examples_per_epoch"],
-        "epochs (kept)": tables.epochs_kept(run),
-        "seconds": round(run.facts["train_seconds"]),
-        "validation Spearman": run.facts["val"][emotion],
-    }
-    for (kind, emotion), run in runs.items()
-}
-caption = f"{len(data.train)} training clips. Seconds are wall-clock time, with other trainings "
-step.table(pd.DataFrame(table).T.rename_axis("run"), caption + "running in parallel.")
+table = tables.training_table(done)
+table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
+seconds = "Seconds are wall-clock time, with other trainings running in parallel."
+step.table(table, f"{len(data.train)} training clips. {seconds}")
 step.text("""
     `head` is the first phase, `transfer` the second one. The others start from random weights, with
     the full learning rate. `scratch` has about the examples of both phases, `scratch_full` those of
     step 8, whose predictions are used if step 8 has trained this network. The input of the copied
     network is standardised as in genre training, that of the others by the emotion training clips.
 """)
-size = (5 * len(emotions) + 2, 4)
-fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
-for ax, emotion in zip(panels.flat, emotions, strict=True):
-    head, tuned, scratch = (
-        run.history.set_index(run.facts["examples_per_epoch"] * run.history["epoch"])["val_score"]
-        for run in (runs[kind, emotion] for kind in ("head", "transfer", "scratch"))
-    )
-    end = head.index[-1]
-    tuned.index += end
-    pd.concat([head, tuned]).plot(ax=ax, style=".-", color=COLORS[0], label="from genre weights")
-    scratch.plot(ax=ax, style=".--", color=COLORS[3], label="from random weights (scratch)")
-    ax.axvline(end, color="grey", linestyle=":", label="end of the first phase (head alone)")
-    ax.set(xlabel="Training examples shown", ylabel="Validation Spearman", title=emotion)
-fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-step.figure(fig, "epochs", f"Spearman's correlation on {len(data.val)} validation clips")
+shown = ("head", "transfer", "scratch")
+curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}
+caption = (
+    f"Loss and Spearman's correlation on {len(data.val)} validation clips. The dot marks the epoch "
+    "that is kept, the shaded area the epochs among which it is chosen"
+)
+step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
 # %% 9e. Against step 8
 # The lab: compare with step 8. Do the genre weights help if both are trained equally long
@@ -254,7 +223,7 @@ predictions = {
     kind: pd.concat([runs[kind, emotion].predictions for emotion in emotions], axis=1)
     for kind in dict.fromkeys(kind for kind, _ in runs)
 }
-shown = {kind: table for kind, table in predictions.items() if "frozen" not in kind}
+shown = dict(predictions)
 for kind, table in step8.predictions.items():
     title = f"scratch_full = {kind} (step 8)" if kind == twin else f"{kind} (step 8)"
     shown[title] = table[list(emotions)]
@@ -266,35 +235,20 @@ step.table(
 if step8.predictions:
     step.text(BASELINES)
 others = [name for name in shown if name not in ("transfer", "constant (step 8)")]
-differences = {name: paired_difference(true, shown["transfer"], shown[name]) for name in others}
-step.text("\n".join(f"- {tables.difference_line('transfer', *d)}" for d in differences.items()))
+step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
 step.text("""
     The intervals show how much depends on the choice of the held-out clips, but not on the seed of
-    the training. Of several 95% intervals, one may exclude 0 by chance.
+    the training. Of several 95% intervals, one may exclude 0 by chance. In `transfer_frozenN`
+    (`--compare-depths`), the first N blocks keep the weights of genre training.
 """)
 
-# %% 9e. How many blocks to freeze (--compare-depths): one fine-tuning per number of blocks
-if step.args.compare_depths:
-    step.heading("9e. Frozen blocks")
-    fig, panels = plt.subplots(1, len(emotions), figsize=size, squeeze=False, layout="constrained")
-    for ax, emotion in zip(panels.flat, emotions, strict=True):
-        tried = pd.DataFrame([test[kind, emotion] for kind in tunings.values()], depths)
-        ax.plot(tried[emotion], "o-", color=COLORS[0], label="held-out clips")
-        low, high = zip(*tried[f"{emotion}_ci95"], strict=True)
-        ax.fill_between(depths, low, high, color=COLORS[0], alpha=0.15, label="95% interval")
-        val = [runs[kind, emotion].facts["val"][emotion] for kind in tunings.values()]
-        ax.plot(depths, val, "s--", color=COLORS[2], label="validation clips")
-        ax.axhline(scores["scratch"][emotion], color=COLORS[3], linestyle=":", label="scratch")
-        ax.set(xlabel="Frozen blocks", ylabel="Spearman", title=emotion, xticks=list(depths))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    step.figure(fig, "depths", "Spearman's correlation against the number of frozen blocks")
-
+# %% What the report reads
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)
 tables.write_predictions(step.folder, rows)
 facts = {names[key]: run.facts | {"test": test[key]} for key, run in runs.items()}
 if len(emotions) == len(EMOTIONS):
-    for kind, table in predictions.items():
+    for kind in predictions:
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
-        facts[kind] = combine_emotions(parts, emotion_scores(true, table))
+        facts[kind] = combine_emotions(parts, scores[kind])
 record = {"genre_model": genre_name, "frozen_blocks": step.args.freeze}
-step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE}, differences=differences)
+step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE})

@@ -15,25 +15,11 @@ submission.csv for the clips without labels.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
-import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from common import (
-    Experiment,
-    RegressionLoss,
-    Regressor,
-    emotion_baselines,
-    genre_models,
-    load_backbone,
-    load_data,
-    make_backbone,
-    overfit_emotions,
-    predict_unlabelled,
-    regression_loss,
-    train_all,
-)
+import common
 from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.clips import find_emotion_leak
@@ -80,78 +66,71 @@ serve three labels of each clip.
 # is divided by the variance of the emotion's labels. The loss is shown here on one batch.
 def untrained(network, data):
     """The backbone of a genre network, with random weights and one head per emotion."""
-    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
 
 step.heading("10b. A loss for three emotions")
-step.show_source(RegressionLoss, regression_loss)
+step.show_source(common.RegressionLoss, common.regression_loss)
 cut = {"crop": window_size(cnn), "n_folds": step.args.folds}
-data = load_data(step.source, cnn.features, target="emotion", **cut)
+data = common.load_data(step.source, cnn.features, target="emotion", **cut)
 seed_everything(step.args.seed)
-model, loss_fn = untrained(cnn, data).to(step.device), RegressionLoss(data.std)
+model, loss_fn = untrained(cnn, data).to(step.device), common.RegressionLoss(data.std)
 x, targets, lengths = next(iter(DataLoader(data.train, step.args.batch_size, shuffle=True)))
 with torch.no_grad():
     outputs = model.train()(x.to(step.device), lengths).float().cpu()  # (B, 3)
-    squared, terms = (outputs - targets).square().mean(0).numpy(), loss_fn.terms(outputs, targets)
-    total = loss_fn(outputs, targets).item()
-weights = 1 / np.square(loss_fn.std)
-columns = {  # as metrics.json names them: (title, values of the three emotions)
-    "sd": ("standard deviation of the labels", loss_fn.std),
-    "raw": ("squared error", squared),
-    "weight": ("weight: 1 / variance of the labels", weights),
-    "weighted": ("weighted squared error", squared * weights),
-    "order": ("half of 1 - Pearson's r", terms.numpy() - squared * weights),
-    "term": ("loss: sum of the two", terms.numpy()),
-}
-values = {key: column[1] for key, column in columns.items()}
-losses = pd.DataFrame(values, index=list(EMOTIONS), dtype=float)
+    squared = (outputs - targets).square().mean(0).numpy()
+    terms, total = loss_fn.terms(outputs, targets).numpy(), loss_fn(outputs, targets).item()
+losses = pd.DataFrame({"sd": loss_fn.std, "raw": squared}, list(EMOTIONS), dtype=float)
+losses["weight"] = 1 / losses["sd"] ** 2
+losses["weighted"] = losses["raw"] * losses["weight"]
+losses["order"] = terms - losses["weighted"]  # half of 1 - Pearson's r
+losses["term"] = terms
+titles = ("standard deviation of the labels", "squared error", "weight: 1 / variance of the labels")
+titles += ("weighted squared error", "half of 1 - Pearson's r", "loss: sum of the two")
 step.table(
-    losses.set_axis([title for title, _ in columns.values()], axis=1).rename_axis("emotion"),
+    losses.set_axis(titles, axis=1).rename_axis("emotion"),
     f"The loss of an untrained network on {len(x)} training clips. The loss function returns the "
     f"sum of the three: {total:.3f}",
 )
-ratio = losses.max() / losses.min()
 step.text(f"""
-    The largest of the three squared errors is {ratio["raw"]:.2f} times the smallest. The weights
-    change this ratio to {ratio["weighted"]:.2f}. Without weights, an emotion whose labels vary more
-    would count more. The weights also bring the mean of the three squared errors from
-    {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f}, the order of magnitude of the
-    correlation term, which lies between 0 and 1. A network that always predicts the mean label has
-    a weighted squared error of 1 on the training clips.
+    Without weights, an emotion whose labels vary more would count more. The weights bring the mean
+    of the three squared errors from {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f},
+    the order of magnitude of the correlation term, which lies between 0 and 1. A network that
+    always predicts the mean label has a weighted squared error of 1 on the training clips.
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
-    overfit_emotions(step, pair)
+    common.overfit_emotions(step, pair)
 
 # %% 10c. One backbone, three heads
 # The lab: train a model with this loss. The held-out clips are those of step 8. A genre network
 # that was trained on some of them would know them, so we check this before training.
 step.heading("10c. One backbone, three heads")
 for fold in range(step.args.folds):
-    held_out = load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds).held_out
-    if leak := find_emotion_leak(step.source, held_out):
+    part = common.load_data(step.source, target="emotion", fold=fold, n_folds=step.args.folds)
+    if leak := find_emotion_leak(step.source, part.held_out):
         step.text(f"**Warning:** {leak}.")
-genre = genre_models(step.training, ["cnn_mel"])["cnn_mel"]
+genre = common.genre_models(step.training, ["cnn_mel"])["cnn_mel"]
 genre_path, genre_stats = genre.path, genre.settings["stats"]
 
 
 def from_genre(network, data):
     """The trained backbone of the genre network, with new heads; nothing is frozen."""
-    return Regressor(load_backbone(genre_path), data.names, data.mean, data.std)
+    return common.Regressor(common.load_backbone(genre_path), data.names, data.mean, data.std)
 
 
 recipe = {
-    "make_loss": lambda data: RegressionLoss(data.std),
+    "make_loss": lambda data: common.RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "target": "emotion",
     "n_folds": step.args.folds,
 }
 trainings = [
-    Experiment("multitask", cnn, untrained, **recipe),
-    Experiment("multitask_from_genre", cnn, from_genre, stats=genre_stats, **recipe),
-    Experiment("multitask_lstm", lstm, untrained, **recipe),
+    common.Experiment("multitask", cnn, untrained, **recipe),
+    common.Experiment("multitask_from_genre", cnn, from_genre, stats=genre_stats, **recipe),
+    common.Experiment("multitask_lstm", lstm, untrained, **recipe),
 ]
-runs = train_all(step.training, trainings)
+runs = common.train_all(step.training, trainings)
 facts = {name: run.facts for name, run in runs.items()}
 step.text(f"""
     - `multitask` is the CNN of step 7 with random weights and three heads. It can be compared with
@@ -161,24 +140,11 @@ step.text(f"""
       standardised as in genre training. In all else it is trained as `multitask` is.
     - `multitask_lstm` is the LSTM on mel and chroma, with random weights and three heads.
 
-    All three are trained with AdamW, a one-cycle learning rate, averaged weights and augmentation,
-    as in step 8. We keep the epoch with the highest mean Spearman on the validation clips, among
-    the last 20% of the epochs. With {facts["multitask"]["n_val"]} validation clips this score is
-    noisy, and as the highest of several it is optimistic.
+    All three are trained as in step 8. We keep the epoch with the highest mean Spearman on the
+    {facts["multitask"]["n_val"]} validation clips, among the last 20% of the epochs.
 """)
-table = {
-    name: {
-        "training clips": fact["n_train"],
-        "weights": fact["weights"],
-        "examples": fact["epochs"] * fact["examples_per_epoch"],
-        "epochs (kept)": tables.epochs_kept(runs[name]),
-        "seconds": round(fact["train_seconds"]),
-        "validation mean Spearman": fact["val"]["mean_spearman"],
-    }
-    for name, fact in facts.items()
-}
 caption = "Seconds are wall-clock time, with other trainings running in parallel."
-step.table(pd.DataFrame(table).T.rename_axis("run"), caption)
+step.table(tables.training_table(runs, "mean Spearman"), caption)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
     "learning_curves",
@@ -186,30 +152,47 @@ step.figure(
     "the epoch that is kept, the shaded area the epochs among which it is chosen.",
 )
 
-# %% 10d. Against step 8: the three emotions together and alone
+# %% 10d. All models on the same clips
+# Besides the lab's model: genre weights, an average, the models of steps 8 and 9, the baselines.
+step.heading("10d. Comparison with step 8")
+averaged = ("multitask_from_genre", "multitask_lstm")
+predictions = {name: run.predictions for name, run in runs.items()}
+predictions["multitask_average"] = average_predictions(predictions[name] for name in averaged)
+true, folds = runs["multitask"].truth, runs["multitask"].folds
+step8, step9 = (
+    tables.earlier_predictions(step.training, owner, true.index, folds)
+    for owner in ("step08_regression", "step09_transfer")
+)
+single = step8.predictions  # of the models of step 8, one for each emotion
+alone = [step8.runs.get(f"cnn_{emotion}", {}) for emotion in EMOTIONS]
+if alone[0].get("n_train") == facts["multitask"]["n_train"]:
+    baselines = {name: single[name] for name in ("constant", "ridge", "svr")}  # same clips
+else:
+    baselines = common.emotion_baselines(step.source, step.args.folds)
+predictions |= baselines
+earlier = {f"{name} (step 8)": single.get(name) for name in ("lstm", "cnn")}
+earlier["transfer (step 9)"] = step9.predictions.get("transfer")
+shown = predictions | {name: table for name, table in earlier.items() if table is not None}
+scores = {name: emotion_scores(true, table) for name, table in shown.items()}
+step.text(f"{step8.note} {step9.note}")
+step.table(
+    tables.emotion_table(scores),
+    f"Spearman's correlation on {len(true)} held-out clips, with 95% intervals over these clips",
+)
+
+# %% 10d. The three emotions together and alone
 # The lab: compare with step 8. `multitask` and step 8's CNN are compared only if clips, epochs,
 # learning rate and seed agree. Both start from random weights.
-step.heading("10d. Together and alone")
-predictions = {name: run.predictions for name, run in runs.items()}
-true, folds = runs["multitask"].truth, runs["multitask"].folds
-step8 = tables.earlier_predictions(step.training, "step08_regression", true.index, folds)
-single = step8.predictions  # of the models of step 8, one for each emotion
-step.text(step8.note)
 keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
-alone = [step8.runs.get(f"cnn_{emotion}", {}) for emotion in EMOTIONS]
 alike = all(facts["multitask"][key] == run.get(key) for run in alone for key in keys)
 if "cnn" in single and not alike:
-    step.text("The CNN of step 8 was trained with another recipe. It is in the last table only.")
+    step.text("The CNN of step 8 was trained with another recipe. It is in the table only.")
 elif "cnn" in single:
-    rows = {"multitask": predictions["multitask"], "cnn (step 8)": single["cnn"]}
-    step.table(
-        tables.emotion_table({name: emotion_scores(true, table) for name, table in rows.items()}),
-        f"Spearman's correlation on {len(true)} held-out clips",
-    )
-    lines, axes = [], {"mean of the three": list(EMOTIONS)} | {name: [name] for name in EMOTIONS}
+    pair, lines = ("multitask", "cnn (step 8)"), []
+    axes = {"mean of the three": list(EMOTIONS)} | {name: [name] for name in EMOTIONS}
     for title, names in axes.items():
-        difference = paired_difference(true, *(table[names] for table in rows.values()))
-        lines.append(f"- {title}: {tables.difference_line(*rows, difference)}")
+        difference = paired_difference(true, *(shown[name][names] for name in pair))
+        lines.append(f"- {title}: {tables.difference_line(*pair, difference)}")
     step.text("\n".join(lines))
     step.text(f"""
         The intervals show how much depends on the choice of the held-out clips, but not on the seed
@@ -218,27 +201,6 @@ elif "cnn" in single:
         share one checkpoint, one gradient clipping and one set of examples. In step 8 each model
         was shown that many examples by itself.
     """)
-
-# %% 10d. All models on the same clips
-# Besides the lab's model: genre weights, an average, the models of steps 8 and 9, the baselines.
-step.heading("10d. All models on the held-out clips")
-averaged = ("multitask_from_genre", "multitask_lstm")
-predictions["multitask_average"] = average_predictions(predictions[name] for name in averaged)
-if alone[0].get("n_train") == facts["multitask"]["n_train"]:
-    baselines = {name: single[name] for name in ("constant", "ridge", "svr")}  # same clips
-else:
-    baselines = emotion_baselines(step.source, step.args.folds)
-predictions |= baselines
-step9 = tables.earlier_predictions(step.training, "step09_transfer", true.index, folds)
-step.text(step9.note)
-earlier = {f"{name} (step 8)": single.get(name) for name in ("lstm", "cnn")}
-earlier["transfer (step 9)"] = step9.predictions.get("transfer")
-shown = predictions | {name: table for name, table in earlier.items() if table is not None}
-scores = {name: emotion_scores(true, table) for name, table in shown.items()}
-step.table(
-    tables.emotion_table(scores),
-    f"Spearman's correlation on {len(true)} held-out clips; 95% intervals over these clips",
-)
 step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
@@ -248,8 +210,7 @@ step.text("""
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
 pairs += [("multitask_average", name) for name in (*averaged, "svr")]
-differences = {pair: paired_difference(true, *(shown[name] for name in pair)) for pair in pairs}
-step.text("\n".join(f"- {tables.difference_line(*pair, d)}" for pair, d in differences.items()))
+step.text(tables.difference_lines(true, shown, pairs))
 caption = "Spearman's correlation on the held-out clips, with 95% intervals"
 step.figure(plot_emotion_scores(scores), "scores", caption)
 
@@ -259,7 +220,7 @@ step.heading("Predictions for the clips without labels")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"`submission.csv` has the predictions of `multitask_average`: {len(unlabelled)} clips.")
 if unlabelled:
-    members = (predict_unlabelled(step.source, runs[name]) for name in averaged)
+    members = (common.predict_unlabelled(step.source, runs[name]) for name in averaged)
     tables.write_submission(step.folder / "submission.csv", average_predictions(members))
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds)
 tables.write_predictions(step.folder, rows)

@@ -29,19 +29,11 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
-from common import (
-    adjust_logits,
-    build_model,
-    clip_ids,
-    genre_models,
-    load_test,
-    model_spec,
-    predict,
-)
+import common
 from patrec.errors import InputError
 from patrec.files import part_folder, write_bytes
 from patrec.machine import seed_everything
-from patrec.plots import COLORS, MARKERS, plot_scores, run_title
+from patrec.plots import COLORS, MARKERS, run_title
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES
 from patrec.scores import bootstrap, classification_scores
 from patrec.step import Step
@@ -58,7 +50,7 @@ step = Step("step11_latent", __doc__, parts=("genre",))
 # one trained on beats gets the test set of beats. Both are chosen by the validation score in
 # their checkpoints: the test scores belong to the very clips that are shown here.
 step.heading("11a. The vectors before the output layer, with their genres")
-models = genre_models(step.training, [*LSTM_NAMES, "cnn_mel"])
+models = common.genre_models(step.training, [*LSTM_NAMES, "cnn_mel"])
 val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
 best = max((name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat), key=val.get)
 worst = min((name for name in LSTM_NAMES if name != best), key=val.get)
@@ -80,16 +72,16 @@ def latent_vectors(model, settings):
     dict of np.ndarray
         vectors (N, feature_size), labels (N,) class numbers, ids (N,), classes (K,)
     """
-    test = load_test(step.source, settings)
+    test = common.load_test(step.source, settings)
     loader = DataLoader(test, 64)
-    vectors, labels = predict(model.backbone, loader, step.device, settings["window"])
+    vectors, labels = common.predict(model.backbone, loader, step.device, settings["window"])
     found = {"vectors": vectors.numpy(), "labels": labels.numpy()}
-    return found | {"ids": np.array(clip_ids(test)), "classes": np.array(settings["names"])}
+    return found | {"ids": np.array(common.clip_ids(test)), "classes": np.array(settings["names"])}
 
 
 latent, runs, table = {}, {}, {}
 for name, title in titles.items():
-    model, settings, facts = models[name].model, models[name].settings, models[name].facts
+    model, settings = models[name].model, models[name].settings
     latent[name] = clips = latent_vectors(model, settings)
     labels, classes = clips["labels"], list(clips["classes"])
     n_classes = len(np.unique(labels))
@@ -99,29 +91,25 @@ for name, title in titles.items():
     # The output layer is linear: its output for a clip's mean vector is the clip's mean output.
     with torch.no_grad():
         logits = model.eval().head(torch.tensor(clips["vectors"], device=step.device))
-    chances, predicted = adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
+    chances, predicted = common.adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
     clips |= {"predicted": predicted.numpy(), "probability": chances.numpy()}
     write_arrays(f"latent_{name}.npz", clips)
     scores = classification_scores(labels, clips["predicted"], classes)
     runs[name] = {"val": {"macro_f1": val[name]}, "test": scores}
     table[title] = {
-        "run": name,
         "test set": part_folder(".", "genre", settings["beat"]).name,
         "clips": len(labels),
         "numbers per clip": clips["vectors"].shape[1],
-        "epochs (planned)": f"{facts['epochs']} ({facts['planned_epochs']})",
-        "val macro-F1": val[name],
         "test accuracy": with_interval(scores, "accuracy"),
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
 A vector is the mean over overlapping windows of a clip (an LSTM of beats reads the whole clip).
 `latent_<run>.npz` (NumPy) holds the vectors, their labels and what the network predicts. The best
-LSTM is chosen among those trained on full spectrograms, the worst among all, by validation macro-F1
-on {models[best].facts["n_val"]} clips. With another seed, LSTMs of similar score may change places.
+LSTM (`{best}`, {val[best]:.3f}) is chosen among those trained on full spectrograms, the worst
+(`{worst}`, {val[worst]:.3f}) among all, by validation macro-F1 on {models[best].facts["n_val"]}
+clips. With another seed, LSTMs of similar score may change places.
 """)
-shown = pd.Series({name: val[name] for name in LSTM_NAMES}, name="val macro-F1").sort_values()
-step.table(shown.to_frame().rename_axis("run"))
 
 # %% 11b. PCA of the vectors: best LSTM and CNN
 # The lab: PCA, a picture of each model's space, how far the classes separate in it. Each
@@ -195,60 +183,43 @@ def pca_panel(title, run, vectors):
 # %% 11b. The pictures and the numbers
 # The worst LSTM is measured along with the two; it is shown under 11c.
 spaces = {name: scaled(clips["vectors"]) for name, clips in latent.items()}
-untrained, hits, kept = {}, {}, {}
-for name in roles:
+untrained, hits, kept, measures, per_class = {}, {}, {}, {}, {}
+for name, title in titles.items():
+    labels = latent[name]["labels"]
     seed_everything(step.args.seed)
-    twin = build_model(model_spec(models[name].model)).to(step.device)
+    twin = common.build_model(common.model_spec(models[name].model)).to(step.device)
     untrained[name] = scaled(latent_vectors(twin, models[name].settings)["vectors"])
     shares = PCA(svd_solver="full").fit(spaces[name]).explained_variance_ratio_
-    kept[name] = {"pca_variance_2d": shares[:2].sum()}
-    kept[name]["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
-    hits[name], kept[name]["full space"] = separation(spaces[name], latent[name]["labels"])
-    _, kept[name]["full space, untrained"] = separation(untrained[name], latent[name]["labels"])
-    _, kept[name]["PCA"] = separation(pca_panel("", name, spaces[name])[3], latent[name]["labels"])
-
-panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
-caption = "The test clips by genre on the first two PCA axes"
-step.figure(plot_maps(panels, 2), "pca", caption)
-
-
-def separation_table(names):
-    """The measures of some models as a table, a column per model."""
-    columns = {}
-    for name in names:
-        facts = kept[name]
-        column = columns[titles[name]] = {}
-        for space in ("full space", "full space, untrained", "PCA"):
-            column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
-            column[f"silhouette, {space}"] = f"{facts[space]['silhouette']:+.3f}"
-        column["variance on 2 PCA axes"] = f"{facts['pca_variance_2d']:.1%}"
-        column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
-        column["test accuracy"] = f"{runs[name]['test']['accuracy']:.3f}"
-    return pd.DataFrame(columns).rename_axis("measure")
-
-
-def class_table(names):
-    """Share of each class's clips among their own in the full space, a column per model."""
-    table = {}
-    for name in names:
-        genres = latent[name]["classes"][latent[name]["labels"]]
-        table[titles[name]] = pd.Series(hits[name]).groupby(genres).mean()
-    return pd.DataFrame(table).rename_axis("class")
+    facts = kept[name] = {"pca_variance_2d": shares[:2].sum()}
+    facts["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
+    right, facts["full space"] = separation(spaces[name], labels)
+    _, facts["full space, untrained"] = separation(untrained[name], labels)
+    _, facts["PCA"] = separation(pca_panel("", name, spaces[name])[3], labels)
+    hits[name] = pd.Series(right, latent[name]["ids"])
+    per_class[title] = hits[name].groupby(latent[name]["classes"][labels]).mean()
+    column = measures[title] = {}
+    for space in ("full space", "full space, untrained", "PCA"):
+        column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
+        column[f"silhouette, {space}"] = f"{facts[space]['silhouette']:+.3f}"
+    column["variance on 2 PCA axes"] = f"{facts['pca_variance_2d']:.1%}"
+    column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
+measures = pd.DataFrame(measures).rename_axis("measure")
+per_class = pd.DataFrame(per_class).rename_axis("class")
 
 
 def knn_difference(first, second):
     """5-NN accuracy in the full space, one model minus another on the same clips, as a line."""
-    one, other = (
-        pd.Series(hits[name].astype(float), latent[name]["ids"]) for name in (first, second)
-    )
-    gain = (one - other).dropna().to_numpy()  # pandas subtracts by id
+    gain = (hits[first] - hits[second]).dropna().to_numpy()  # pandas subtracts by id
     interval = bootstrap(lambda i: gain[i].mean(), len(gain))
     facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": interval}
     return f"5-NN in the full space, {difference_line(first, second, facts)}."
 
 
+panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
+step.figure(plot_maps(panels, 2), "pca", "The test clips by genre on the first two PCA axes")
 commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
-step.table(separation_table([best, "cnn_mel"]), "Separation of the genres, and the plane's share")
+shown = [titles[best], titles["cnn_mel"]]
+step.table(measures[shown], "Separation of the genres, and the plane's share")
 step.text(f"""
 *5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
 nearest other clips (if n classes are equally common, the right one counts 1/n). Always naming the
@@ -264,7 +235,7 @@ model with the higher test accuracy may be the one whose classes separate less i
 """)
 step.text(knn_difference("cnn_mel", best))
 class_caption = "Share of each class's clips whose class is the most common among their neighbours"
-step.table(class_table([best, "cnn_mel"]), class_caption)
+step.table(per_class[shown], class_caption)
 
 # %% 11c. The same for the worst LSTM
 # The lab: is there a qualitative difference to the others? Its PCA picture stands beside that of
@@ -277,9 +248,10 @@ caption = (
     f"PCA of the best LSTM, of the worst of all on its test set ({on}), and of the worst untrained"
 )
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
-step.table(separation_table([best, worst]), "Separation of the genres, best and worst LSTM")
+shown = [titles[best], titles[worst]]
+step.table(measures[shown], "Separation of the genres, best and worst LSTM")
 step.text(knn_difference(best, worst))
-step.table(class_table([best, worst]), class_caption)
+step.table(per_class[shown], class_caption)
 
 # %% 11d. More methods of dimensionality reduction
 # The lab: t-SNE and others; which works better for these data? The criteria are named before
@@ -343,21 +315,10 @@ for name, title in titles.items():
 for key, table in tables.items():
     caption = f"{CRITERIA[key]} in the map; t-SNE and UMAP: mean and range of {len(seeds)} seeds"
     step.table(pd.DataFrame(table).T.rename_axis("method"), caption)
-
-# %% 11d. How well a clip's neighbours tell its genre, in the full space and in the maps
-bars = {
-    f"{titles[name]}: {space}": kept[name][space]
-    for name in titles
-    for space in ("full space, untrained", "full space", *methods)
-}
-fig, ax = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2), layout="constrained")
-values = [bar["knn_accuracy"] for bar in bars.values()]
-intervals = [bar["knn_accuracy_ci95"] for bar in bars.values()]
-plot_scores(ax, list(bars), values, intervals, "5-NN accuracy, leave-one-out (line: 95% interval)")
-ax.axvline(commonest, color="grey", linestyle=":")
-for place, bar in enumerate(ax.patches):
-    bar.set_color(COLORS[place // (2 + len(methods)) % 3 * 2])  # a colour per model
-    bar.set_alpha(0.5)
-caption = "5-NN accuracy in the full space and in the maps; dotted: always the most common class"
-step.figure(fig, "knn_accuracy", caption)
+step.text("""
+The criteria may disagree. We say that one method works better than another only if it is better by
+all three criteria for the same model, and if the ranges over the seeds do not overlap. Otherwise we
+name the criterion: by trustworthiness we choose the map that shows best which clips are neighbours,
+by silhouette and 5-NN accuracy the map that separates the genres best.
+""")
 step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

@@ -10,6 +10,7 @@ import pandas as pd
 from patrec.errors import InputError
 from patrec.files import earlier_folders, write_text
 from patrec.labels import EMOTIONS, fingerprint
+from patrec.scores import paired_difference
 
 
 def epochs_kept(run) -> str:
@@ -128,3 +129,41 @@ def markdown_table(frame) -> str:
     frame = frame.rename(index=str).reset_index(names=frame.index.name or "").map(cell)
     lines = [map(cell, frame.columns), ["---"] * len(frame.columns), *frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def genre_table(scores) -> pd.DataFrame:
+    """{model: genre_scores} -> table of accuracy and macro-F1 with their intervals."""
+    rows = {
+        name: [row["n_clips"], with_interval(row, "accuracy"), with_interval(row, "macro_f1")]
+        for name, row in scores.items()
+    }
+    columns = ["test clips", "test accuracy", "test macro-F1"]
+    return pd.DataFrame(rows, columns).T.rename_axis("model")
+
+
+def training_table(runs, score="Spearman") -> pd.DataFrame:
+    """{run: Result} -> table of what each was trained on, for how long, and its best score.
+
+    score : str, what the column of the validation score is called
+    """
+    rows = {}
+    for name, run in runs.items():
+        facts = run.facts
+        rows[name] = {
+            "training clips": facts["n_train"],
+            "trained weights": facts["trained_weights"],
+            "examples": facts["epochs"] * facts["examples_per_epoch"],
+            "epochs (kept)": epochs_kept(run),
+            "seconds": round(facts["train_seconds"]),
+            f"validation {score}": next(iter(facts["val"].values())),
+        }
+    return pd.DataFrame(rows).T.rename_axis("run")
+
+
+def difference_lines(true, predictions, pairs) -> str:
+    """{model: predictions}, compared pair by pair on the same clips: a `difference_line` each."""
+    lines = []
+    for pair in pairs:
+        difference = paired_difference(true, *(predictions[name] for name in pair))
+        lines.append(f"- {difference_line(*pair, difference)}")
+    return "\n".join(lines)
