@@ -45,8 +45,8 @@ from tools.report_text import (
 from tools.steps import STEPS
 
 HERE = Path(__file__).resolve().parents[1]
-HANDED_IN = ("*.py", "patrec/*.py", "tools/*.py", "tools/report.docx", "README.md")
-HANDED_IN += ("requirements.txt",)
+HANDED_IN = ["*.py", "patrec/*.py", "tools/*.py", "tools/report.docx"]
+HANDED_IN += ["README.md", "requirements.txt"]
 
 # ======================================================================================
 # zip: the scripts with their folders, and the report
@@ -134,6 +134,10 @@ TABLE = re.compile(r"(?:^\*\*.+\*\*\n\n)?^\|.*\|\n\| ---.*\n(?:^\|.*\|(?:\n|\Z))
 FIGURE = re.compile(r"^!\[(.*)\]\((.+)\)$", re.MULTILINE)
 
 
+def read_json(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sections_by_item(summary) -> dict[str, str]:
     """What a summary.md shows under each of the lab's items.
 
@@ -151,38 +155,36 @@ def sections_by_item(summary) -> dict[str, str]:
     return found
 
 
-def scores_by_class(metrics, words) -> str:
+def scores_by_class(folder, words) -> str:
     """Item 6b: precision, recall and F1 of each class for the best LSTM."""
+    metrics = read_json(folder / "metrics.json")
     best = metrics["best_by_validation"]
-    table = pd.DataFrame(metrics["runs"][best]["test"]["per_class"]).T.astype({"support": int})
-    return f"**{words['per class'].format(best)}**\n\n{markdown_table(table)}\n"
+    scores = pd.DataFrame(metrics["runs"][best]["test"]["per_class"]).T.rename_axis("class")
+    table = markdown_table(scores.astype({"support": int}))
+    return f"**{words['per class'].format(best)}**\n\n{table}\n"
 
 
 def answer(item, found, folder) -> list[str]:
     """The source code, the table and the figure that the draft shows for an item."""
-    own = found[item]
-    code = [match[0] for match in FENCE.finditer(own) if match[1] == "python"]
-    own = FENCE.sub("", own)
+    code = [block[0] for block in FENCE.finditer(found[item]) if block[1] == "python"]
+    own = FENCE.sub("", found[item])
     tables, figures = TABLE.findall(own), FIGURE.findall(own)
     if item in MODELS:
         tables = rows_of(MODELS[item], "".join(found.values())) or tables
     figures.sort(key=lambda figure: figure[1] != FIGURES.get(item))  # that one first
-    return [
-        *(code if item in SOURCE_CODE else []),
-        *tables[:1],
-        *(f"![{words}](<{folder}/{name}>)\n\n*{words}*" for words, name in figures[:1]),
-    ]
+    parts = code if item in SOURCE_CODE else []
+    parts += [table.strip() for table in tables[:1]]
+    return parts + [f"![{words}](<{folder}/{name}>)\n\n*{words}*" for words, name in figures[:1]]
 
 
 def rows_of(models, summary) -> list[str]:
-    """The step's tables of test accuracies, with the rows of some models only."""
+    """The tables of test accuracies, with the rows of some models only."""
     tables = []
     for table in TABLE.findall(summary):
-        head, rule, rows = table.rstrip().partition("|\n| --- ")
-        lines = rows.splitlines()
-        chosen = [line for line in lines[1:] if line.split("|")[1].strip() in models]
-        if "| test accuracy " in head and chosen:
-            tables.append("\n".join([head + rule + lines[0], *chosen]))
+        head, rule, rows = re.split(r"^(\| ---.*\n)", table, flags=re.MULTILINE)
+        chosen = [row for row in rows.splitlines() if row.split("|")[1].strip() in models]
+        if chosen and "| test accuracy |" in head:
+            tables.append(head + rule + "\n".join(chosen))
     return tables
 
 
@@ -209,28 +211,28 @@ def flaws_of(folder) -> list[str]:
     return [flaw for flaw in ("demo", "smoke", "subset") if args.get(flaw)]
 
 
-def read_json(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def chapter(number, folder, base, lang) -> str:
     """One step of the lab; folder None: it has not run."""
     words, step = WORDS[lang], STEPS[number]
     title = step.title if lang == "en" else GREEK_TITLES[number]
-    parts, found = [f"## {words['step']} {number}. {title}"], collections.defaultdict(str)
+    parts, found, place = (
+        [f"## {words['step']} {number}. {title}"],
+        collections.defaultdict(str),
+        "",
+    )
     if folder:
+        place = Path(os.path.relpath(folder, base)).as_posix()
         found = sections_by_item((folder / "summary.md").read_text(encoding="utf-8"))
-        folder_name = Path(os.path.relpath(folder, base)).as_posix()
+        if number == 6:
+            found["6b"] = scores_by_class(folder, words) + found["6b"]
     else:
         parts.append(f"**{words['not run']}:** `python {step.script}.py`")
-    if folder and number == 6:
-        found["6b"] = scores_by_class(read_json(folder / "metrics.json"), words) + found["6b"]
     for item, question in QUESTIONS.items():
         if (int(item.rstrip("abcdef")) or 1) == number:  # 0, the data folder, is in step 1
-            parts += [f"### {item}. {question[lang]}", *answer(item, found, folder_name)]
+            parts += [f"### {item}. {question[lang]}", *answer(item, found, place)]
             parts.append(f"> **{words['own']} ({item}):** …")
     if folder:
-        parts.append(f"*{words['more']}:* `{folder_name}/summary.md`")
+        parts.append(f"*{words['more']}:* `{place}/summary.md`")
     return "\n\n".join(parts)
 
 
@@ -252,15 +254,14 @@ def sources(words, text) -> str:
     for (name, year), paper in PAPERS.items():
         if re.search(rf"\b{name}\b[^.;]{{0,40}}(?:al\.)?,? \(?{year}\b", flat):
             papers.append(paper)
-    links = "\n".join(f"- \\[{number}\\] <{link}>" for number, link in enumerate(LINKS))
-    return "\n\n".join(
+    return "\n".join(
         [
-            f"## {words['sources']}",
-            f"> **{words['own']} ({words['sources']}):** {words['used']} …",
-            f"### {words['links']}",
-            links,
-            f"### {words['papers']}",
-            "\n".join(papers),
+            f"## {words['sources']}\n",
+            f"> **{words['own']} ({words['sources']}):** {words['used']} …\n",
+            f"### {words['links']}\n",
+            *(f"- \\[{number}\\] <{link}>" for number, link in enumerate(LINKS)),
+            f"\n### {words['papers']}\n",
+            *papers,
         ]
     )
 
@@ -298,7 +299,8 @@ def save_report(text, base, target):
     try:
         data = RENDER[form](text, base, target)
     except RuntimeError as error:  # of pandoc and Typst: a student's own Markdown may be at fault
-        raise InputError(f"{target}: cannot be made ({' '.join(str(error).split())})") from None
+        fault = " ".join(str(error).partition("stack traceback")[0].split())
+        raise InputError(f"{target}: cannot be made ({fault})") from None
     write_bytes(target, lambda file: file.write(data))
     write_text(memory, json.dumps(made | {target.name: checksum(data)}, indent=1))
 

@@ -49,12 +49,39 @@ function BlockQuote(quote)
   return block(open[FORMAT]) .. quote.content .. block(close[FORMAT])
 end
 
+-- A line of a table holds 110 characters. Each column is as wide as its longest word, and what is
+-- left of the line goes to the columns that would like more.
 function Table(tab)
-  if FORMAT ~= "docx" then return nil end
-  local function small(cell) return styled({pandoc.Para(cell.content)}, "Table text") end
-  local caption = tab.caption
-  tab = tab:walk{Plain = small}
-  tab.caption = caption
+  local words, cells, numbers = {}, {}, {}
+  for _, row in ipairs(tab.head.rows .. tab.bodies[1].body) do
+    for c, cell in ipairs(row.cells) do
+      local text = pandoc.utils.stringify(cell.contents)
+      cells[c] = math.max(cells[c] or 0, utf8.len(text) + 2)
+      for word in text:gmatch("%S+") do
+        words[c] = math.max(words[c] or 3, utf8.len(word) + 2)
+      end
+      numbers[c] = (numbers[c] or 0) + (text:match("^[-+]?%d[^%a]*$") and 1 or -1)
+    end
+  end
+  local narrow, wide = 0, 0
+  for c, cell in ipairs(cells) do
+    words[c] = words[c] or 3
+    narrow, wide = narrow + words[c], wide + cell
+  end
+  local share = math.max(0, math.min(1, (110 - narrow) / (wide - narrow + 1)))
+  local line = narrow + share * (wide - narrow)
+  for c, cell in ipairs(cells) do
+    local width = (words[c] + share * (cell - words[c])) / line
+    local align = numbers[c] >= 0 and pandoc.AlignRight or pandoc.AlignLeft
+    tab.colspecs[c] = {align, (FORMAT == "docx" or share < 1) and width or nil}
+  end
+  if FORMAT == "docx" then
+    local caption = tab.caption
+    tab = tab:walk{Plain = function(cell)
+      return styled({pandoc.Para(cell.content)}, "Table text")
+    end}
+    tab.caption = caption
+  end
   return tab
 end
 
@@ -98,9 +125,14 @@ LATEX = r"""
   Scale=0.8]
 \usepackage{float,etoolbox,framed}
 \floatplacement{figure}{H}
-\AtBeginDocument{\raggedright}
-\newcommand{\stay}{\vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip}
-\pretocmd{\subsection}{\stay}{}{} % a heading stays with the table below it
+\AtBeginDocument{\raggedright
+  \renewcommand{\figurename}{@figure@}\renewcommand{\tablename}{@table@}}
+\makeatletter
+\newcommand{\stay}{\if@nobreak\else
+  \vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip\fi}
+\makeatother
+% A heading stays with the heading or the table below it.
+\pretocmd{\section}{\stay}{}{}\pretocmd{\subsection}{\stay}{}{}
 \AtBeginEnvironment{longtable}{\scriptsize\setlength{\tabcolsep}{3pt}}
 \RecustomVerbatimEnvironment{Highlighting}{Verbatim}{commandchars=\\\{\},fontsize=\footnotesize}
 \definecolor{ownwords}{HTML}{FFF6D6}
@@ -134,6 +166,8 @@ def pandoc(text, base, room, form, header="", figures="figures", flags=(), **set
     text = re.sub(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", r"\2\n: \1\n", text, flags=re.MULTILINE)
     lang = "el" if re.search("^# .*[α-ω]", text, re.MULTILINE) else "en"
     settings |= {"lang": lang, "toc-title": WORDS[lang]["contents"], "papersize": "a4"}
+    for key in ("figure", "table"):
+        header = header.replace(f"@{key}@", WORDS[lang][key])
     parts = {"filter.lua": FILTER, "header": header, "settings.json": json.dumps(settings)}
     for name, content in parts.items():
         (room / name).write_text(content, encoding="utf-8")
@@ -156,13 +190,14 @@ def to_latex(text, base, target) -> bytes:
     """The .tex; its figures, and fonts that have Greek letters, go into a folder beside it."""
     name = f"{target.stem}_files"
     header, page = LATEX.replace("FIGURES", name), {"geometry": "margin=2cm", "fontsize": "10pt"}
-    with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        tex = pandoc(text, base, room, "latex", header, name, **page).read_bytes()
-        make_folder(target.parent / name)
+    with tempfile.TemporaryDirectory() as room:
+        files = Path(room) / name
+        files.mkdir()
         for font in FONTS:
-            shutil.copy(font_folder() / f"{font}.ttf", target.parent / name)
-        shutil.copytree(room / name, target.parent / name, dirs_exist_ok=True)
+            shutil.copy(font_folder() / f"{font}.ttf", files)
+        tex = pandoc(text, base, Path(room), "latex", header, name, **page).read_bytes()
+        make_folder(target.parent / name)
+        shutil.copytree(files, target.parent / name, dirs_exist_ok=True)
     return tex
 
 

@@ -42,6 +42,8 @@ School of Electrical and Computer Engineering, National Technical University of 
 }
 PAIRS = {
     "contents": ("Contents", "Περιεχόμενα"),
+    "figure": ("Figure", "Σχήμα"),
+    "table": ("Table", "Πίνακας"),
     "step": ("Step", "Βήμα"),
     "own": ("Own words", "Δικά μας λόγια"),
     "not run": ("Not run yet", "Δεν έχει εκτελεστεί ακόμη"),
@@ -218,8 +220,8 @@ PAPER_LIST = """\
 - A. Karpathy, A Recipe for Training Neural Networks, 2019 (link [13])
 - A. Kendall, Y. Gal and R. Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for
   Scene Geometry and Semantics, CVPR 2018
-- A. Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-
-  Distribution, ICLR 2022
+- A. Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform
+  Out-of-Distribution, ICLR 2022
 - I. Loshchilov and F. Hutter, Decoupled Weight Decay Regularization, ICLR 2019
 - L. van der Maaten and G. Hinton, Visualizing Data using t-SNE, Journal of Machine Learning
   Research 9, 2008
