@@ -2,29 +2,26 @@
 
 Its first heading is the title, what stands before the first rule is the title page, quotes are the
 boxes for own words, a bold line before a table and the alternative text of a figure are captions.
+
+report.docx is the template of the Word file: pandoc's own, with A4 pages, page numbers, smaller
+type and two styles more, "Own words" and "Table text". Open it in Word to change the look.
 """
 
 import importlib
-import io
 import json
 import re
-import subprocess
+import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
 from patrec.errors import InputError
-from patrec.files import make_folder, write_bytes
+from patrec.files import make_folder
 from tools.report_text import WORDS
 
-FIGURE = re.compile(r"^!\[(.*)\]\(<?([^>\n]+?)>?\)$", re.MULTILINE)
 MARKDOWN = (
     "markdown_strict+pipe_tables+table_captions+backtick_code_blocks+implicit_figures"
     "+link_attributes+all_symbols_escapable+intraword_underscores+tex_math_dollars-raw_html"
 )
-WIDTH, TALLEST = 17.0, 13.0  # of a figure, in cm: the text's width on A4, half a page
-PIXELS = 63  # per cm: the steps draw at 120 per inch, and shrink by a quarter in a report
-# What stands before the first rule is the title page; blockquotes are the boxes for own words.
 FILTER = r"""
 local raw = {docx = "openxml", latex = "latex", typst = "typst"}
 local page = {docx = '<w:p><w:r><w:br w:type="page"/></w:r></w:p>', latex = "\\clearpage",
@@ -35,20 +32,60 @@ local close = {latex = "\\end{ownwords}", typst = "]"}
 local function block(text) return pandoc.Blocks{pandoc.RawBlock(raw[FORMAT], text)} end
 local function styled(content, name) return pandoc.Div(content, {["custom-style"] = name}) end
 
+-- A figure is at most as wide as the text on A4 (17 cm) and at most half a page high. The steps
+-- draw 120 pixels per inch. 63 per cm show a figure at three quarters of that size.
+function Image(img)
+  local known, size = pcall(function()
+    return pandoc.image.size(select(2, pandoc.mediabag.fetch(img.src)))
+  end)
+  if not known then error(img.src .. ": no readable figure; run its step again", 0) end
+  local width = math.min(17, size.width / 63, 13 * size.width / size.height)
+  img.attributes.width = string.format("%.1fcm", width)
+  return img
+end
+
 function BlockQuote(quote)
   if FORMAT == "docx" then return styled(quote.content, "Own words") end
   return block(open[FORMAT]) .. quote.content .. block(close[FORMAT])
 end
 
+-- A line of a table holds 110 characters. Each column is as wide as its longest word, and what is
+-- left of the line goes to the columns that would like more.
 function Table(tab)
-  if FORMAT ~= "docx" then return nil end
-  local function small(cell) return styled({pandoc.Para(cell.content)}, "Table text") end
-  local caption = tab.caption
-  tab = tab:walk{Plain = small}
-  tab.caption = caption
+  local words, cells, numbers = {}, {}, {}
+  for _, row in ipairs(tab.head.rows .. tab.bodies[1].body) do
+    for c, cell in ipairs(row.cells) do
+      local text = pandoc.utils.stringify(cell.contents)
+      cells[c] = math.max(cells[c] or 0, utf8.len(text) + 2)
+      for word in text:gmatch("%S+") do
+        words[c] = math.max(words[c] or 3, utf8.len(word) + 2)
+      end
+      numbers[c] = (numbers[c] or 0) + (text:match("^[-+]?%d[^%a]*$") and 1 or -1)
+    end
+  end
+  local narrow, wide = 0, 0
+  for c, cell in ipairs(cells) do
+    words[c] = words[c] or 3
+    narrow, wide = narrow + words[c], wide + cell
+  end
+  local share = math.max(0, math.min(1, (110 - narrow) / (wide - narrow + 1)))
+  local line = narrow + share * (wide - narrow)
+  for c, cell in ipairs(cells) do
+    local width = (words[c] + share * (cell - words[c])) / line
+    local align = numbers[c] >= 0 and pandoc.AlignRight or pandoc.AlignLeft
+    tab.colspecs[c] = {align, (FORMAT == "docx" or share < 1) and width or nil}
+  end
+  if FORMAT == "docx" then
+    local caption = tab.caption
+    tab = tab:walk{Plain = function(cell)
+      return styled({pandoc.Para(cell.content)}, "Table text")
+    end}
+    tab.caption = caption
+  end
   return tab
 end
 
+-- What stands before the first rule is the title page.
 function Pandoc(doc)
   for number, rule in ipairs(doc.blocks) do
     if rule.t == "HorizontalRule" then
@@ -90,8 +127,12 @@ LATEX = r"""
 \floatplacement{figure}{H}
 \AtBeginDocument{\raggedright
   \renewcommand{\figurename}{@figure@}\renewcommand{\tablename}{@table@}}
-\newcommand{\stay}{\vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip}
-\pretocmd{\subsection}{\stay}{}{} % a heading stays with the table below it
+\makeatletter
+\newcommand{\stay}{\if@nobreak\else
+  \vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip\fi}
+\makeatother
+% A heading stays with the heading or the table below it.
+\pretocmd{\section}{\stay}{}{}\pretocmd{\subsection}{\stay}{}{}
 \AtBeginEnvironment{longtable}{\scriptsize\setlength{\tabcolsep}{3pt}}
 \RecustomVerbatimEnvironment{Highlighting}{Verbatim}{commandchars=\\\{\},fontsize=\footnotesize}
 \definecolor{ownwords}{HTML}{FFF6D6}
@@ -110,162 +151,62 @@ def need(module, package):
         raise InputError(f"{package} is missing; pip install {package}") from None
 
 
-def for_pandoc(text, base, folder) -> str:
-    """The report as pandoc wants it: sized figures, copied into a folder, and table captions."""
-    from PIL import Image, UnidentifiedImageError
+def font_folder() -> Path:
+    """matplotlib's fonts, which have Greek letters."""
+    import matplotlib
 
-    def figure(match):
-        caption, path = match[1], base / match[2]
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                image.verify()
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such figure; run its step again") from None
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            fault = str(error).splitlines()[0]
-            raise InputError(f"{path}: not readable ({fault}); run its step again") from None
-        name = f"{path.parent.name}_{path.name}"
-        (folder / name).write_bytes(path.read_bytes())
-        shown = min(WIDTH, width / PIXELS, TALLEST * width / height)
-        return f"![{caption}](<{folder.name}/{name}>){{width={shown:.1f}cm}}"
-
-    text = re.sub(r"(!\[(.*)\]\(.+\))\n\n\*\2\*\n", r"\1\n", text)  # pandoc sets the caption
-    text = re.sub(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", r"\2\n: \1\n", text, flags=re.MULTILINE)
-    return FIGURE.sub(figure, text)
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-def pandoc(text, base, folder, form, header="", **settings) -> Path:
-    """Convert a report with pandoc; returns the file, beside the folder of its figures."""
+def pandoc(text, base, room, form, header="", figures="figures", flags=(), **settings) -> Path:
+    """Convert a report whose figures' paths start at `base`; the file, in the folder `room`."""
     pypandoc = need("pypandoc", "pypandoc_binary")
-    folder.mkdir()
-    text = for_pandoc(text, base, folder)
+    # pandoc sets the caption below a figure, and wants that of a table after it.
+    text = re.sub(r"(!\[(.*)\]\(.+\))\n\n\*\2\*\n", r"\1\n", text)
+    text = re.sub(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", r"\2\n: \1\n", text, flags=re.MULTILINE)
     lang = "el" if re.search("^# .*[α-ω]", text, re.MULTILINE) else "en"
     settings |= {"lang": lang, "toc-title": WORDS[lang]["contents"], "papersize": "a4"}
     for key in ("figure", "table"):
         header = header.replace(f"@{key}@", WORDS[lang][key])
     parts = {"filter.lua": FILTER, "header": header, "settings.json": json.dumps(settings)}
-    room = folder.parent
     for name, content in parts.items():
         (room / name).write_text(content, encoding="utf-8")
-    flags = ["--standalone", "--toc", "--toc-depth=2", "--shift-heading-level-by=-1"]
-    # pandoc gives a table widths where a line is longer than this: in Word, all tables need them.
-    flags += [f"--columns={20 if form.startswith('docx') else 100}"]
-    flags += [f"--lua-filter={room / 'filter.lua'}", f"-H{room / 'header'}"]
-    flags += [f"--metadata-file={room / 'settings.json'}", f"--resource-path={room}"]
-    if form.startswith("docx"):
-        flags.append(f"--reference-doc={word_styles(room, pypandoc.get_pandoc_path())}")
-    target = room / "report"
-    pypandoc.convert_text(text, form, MARKDOWN, extra_args=flags, outputfile=str(target))
-    return target
+    flags = ["--standalone", "--toc", "--toc-depth=2", "--shift-heading-level-by=-1", *flags]
+    flags += ["--lua-filter=filter.lua", "--include-in-header=header"]
+    flags += ["--metadata-file=settings.json", f"--resource-path={base}"]
+    flags += [f"--extract-media={figures}"]
+    place = {"cworkdir": str(room), "outputfile": str(room / "report")}
+    pypandoc.convert_text(text, form, MARKDOWN, extra_args=flags, **place)
+    return room / "report"
 
 
 def to_word(text, base, target) -> bytes:
+    flags = [f"--reference-doc={Path(__file__).with_name('report.docx')}"]
     with tempfile.TemporaryDirectory() as room:
-        return pandoc(text, base, Path(room) / "figures", "docx+native_numbering").read_bytes()
+        return pandoc(text, base, Path(room), "docx+native_numbering", flags=flags).read_bytes()
 
 
 def to_latex(text, base, target) -> bytes:
     """The .tex; its figures, and fonts that have Greek letters, go into a folder beside it."""
-    import matplotlib
-
+    name = f"{target.stem}_files"
+    header, page = LATEX.replace("FIGURES", name), {"geometry": "margin=2cm", "fontsize": "10pt"}
     with tempfile.TemporaryDirectory() as room:
-        folder = Path(room) / f"{target.stem}_files"
-        header, page = LATEX.replace("FIGURES", folder.name), {"geometry": "margin=2cm"}
-        tex = pandoc(text, base, folder, "latex", header, fontsize="10pt", **page).read_bytes()
-        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-        beside = target.parent / folder.name
-        make_folder(beside)
-        for path in [*folder.iterdir(), *(fonts / f"{name}.ttf" for name in FONTS)]:
-            write_bytes(beside / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        return tex
+        files = Path(room) / name
+        files.mkdir()
+        for font in FONTS:
+            shutil.copy(font_folder() / f"{font}.ttf", files)
+        tex = pandoc(text, base, Path(room), "latex", header, name, **page).read_bytes()
+        make_folder(target.parent / name)
+        shutil.copytree(files, target.parent / name, dirs_exist_ok=True)
+    return tex
 
 
 def to_pdf(text, base, target) -> bytes:
-    import matplotlib
-
     typst = need("typst", "typst")
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    page = {"margin": {"x": "2cm", "y": "2cm"}, "fontsize": "10pt", "page-numbering": "1"}
     with tempfile.TemporaryDirectory() as room:
-        page = {"margin": {"x": "2cm", "y": "2cm"}, "fontsize": "10pt", "page-numbering": "1"}
-        source = pandoc(text, base, Path(room) / "figures", "typst", TYPST, **page)
-        return typst.compile(str(source), root=room, font_paths=[str(fonts)])
+        source = pandoc(text, base, Path(room), "typst", TYPST, **page)
+        return typst.compile(str(source), root=room, font_paths=[str(font_folder())])
 
 
 RENDER = {".md": lambda text, *_: text.encode(), ".docx": to_word, ".tex": to_latex, ".pdf": to_pdf}
-PARAGRAPH = """<w:style w:type="paragraph" w:customStyle="1" w:styleId="{id}">
-<w:name w:val="{name}"/><w:basedOn w:val="BodyText"/><w:qFormat/>
-<w:pPr>{paragraph}</w:pPr><w:rPr>{text}</w:rPr></w:style>"""
-BORDER = '<w:{0} w:val="single" w:sz="4" w:space="{1}" w:color="{2}"/>'
-FOOTER = """<w:ftr xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main">
-<w:p><w:pPr><w:jc w:val="center"/></w:pPr>
-<w:fldSimple w:instr="PAGE"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p></w:ftr>"""
-
-
-def changes_to_word() -> dict[str, list[tuple[str, str]]]:
-    """What we change in pandoc's Word template: {its part: [(pattern, replacement)]}."""
-    sides = "".join(BORDER.format(side, 4, "D9B84A") for side in ("top", "left", "bottom", "right"))
-    box = f'<w:pBdr>{sides}</w:pBdr><w:shd w:val="clear" w:color="auto" w:fill="FFF6D6"/>'
-    tight = '<w:spacing w:before="20" w:after="20"/>'
-    small = '<w:sz w:val="{}"/>'
-    ours = PARAGRAPH.format(id="OwnWords", name="Own words", paragraph=box, text="")
-    ours += PARAGRAPH.format(
-        id="TableText", name="Table text", paragraph=tight, text=small.format(15)
-    )
-    lines = "".join(BORDER.format(side, 0, "BBBBBB") for side in ("top", "bottom", "insideH"))
-    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/footer"
-    margins = " ".join(f'w:{side}="1134"' for side in ("top", "right", "bottom", "left"))
-    return {
-        "word/styles.xml": [
-            ('<w:sz w:val="24" />', small.format(20)),  # half points
-            ("</w:styles>", f"{ours}</w:styles>"),
-            ('<w:tblInd w:w="0" w:type="dxa" />', f"\\g<0><w:tblBorders>{lines}</w:tblBorders>"),
-            ('(<w:(?:left|right)) w:w="108"', '\\1 w:w="50"'),  # margins of cells
-            (
-                '(?s)(w:styleId="CaptionedFigure".*?<w:keepNext />)',
-                '\\1<w:spacing w:before="160"/>',
-            ),
-            ('(?s)(w:styleId="VerbatimChar".*?<w:sz w:val=)"\\d+"', '\\1"15"'),
-        ],
-        "word/document.xml": [
-            (
-                "(?s)<w:sectPr>(.*?)</w:sectPr>",  # Word wants its parts in this order
-                '<w:sectPr><w:footerReference w:type="default" r:id="rIdFooter"/>\\1'
-                f'<w:pgSz w:w="11906" w:h="16838"/><w:pgMar {margins} w:header="567"'
-                ' w:footer="567" w:gutter="0"/></w:sectPr>',
-            )
-        ],
-        "word/_rels/document.xml.rels": [
-            (
-                "</Relationships>",
-                f'<Relationship Type="{kind}" Id="rIdFooter" Target="footer1.xml"/>'
-                "</Relationships>",
-            )
-        ],
-        r"[Content_Types].xml": [
-            (
-                "</Types>",
-                '<Override PartName="/word/footer1.xml" ContentType="application/vnd.openxmlformats'
-                '-officedocument.wordprocessingml.footer+xml"/></Types>',
-            )
-        ],
-    }
-
-
-def word_styles(room, program) -> Path:
-    """pandoc's own Word template with the page, its number, smaller type and the styles we add."""
-    default = subprocess.run(
-        [program, "--print-default-data-file=reference.docx"], capture_output=True, check=True
-    )
-    changes, target = changes_to_word(), room / "reference.docx"
-    with (
-        zipfile.ZipFile(io.BytesIO(default.stdout)) as old,
-        zipfile.ZipFile(target, "w") as new,
-    ):
-        for name in old.namelist():
-            text = old.read(name).decode()
-            for pattern, replacement in changes.get(name, []):
-                text = re.sub(pattern, replacement, text)
-            new.writestr(name, text)
-        new.writestr("word/footer1.xml", FOOTER)
-    return target

@@ -14,7 +14,7 @@ from conftest import ROOT, assert_clean_error, run_forked, write_data_set
 
 from patrec.errors import InputError
 from tools import handin
-from tools.report_text import GREEK, PAPERS, WORDS
+from tools.report_text import GREEK_TITLES, PAPERS
 from tools.steps import STEPS
 
 ITEMS = re.findall(  # every lettered item of the lab sheet, in its order
@@ -30,33 +30,7 @@ def run_tool(*args, cwd):
     return run_forked("tools/handin.py", *args, cwd=cwd, check=False)
 
 
-@pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    """Outputs as three steps leave them; the test runs in the folder that holds them."""
-    import matplotlib.pyplot as plt
-
-    def leave(name, summary, **args):
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        facts = {
-            "seconds": 12.3,
-            "data": {"demo": False},
-            "environment": {"device": "cpu", "torch": "2.x", "librosa": "0.11"},
-            "runs": {},
-        }
-        if name.startswith("step06"):
-            scores = {"precision": 0.25, "recall": 0.5, "f1": 1 / 3, "support": 8}
-            facts["runs"]["mel"] = {"test": {"per_class": {"Hip-Hop": scores}}}
-            facts["best_by_validation"] = "mel"
-        (folder / "metrics.json").write_text(json.dumps(facts))
-        (folder / "args.json").write_text(json.dumps({"smoke": False, "subset": None} | args))
-        (folder / "summary.md").write_text(f"# {name}\n\n{summary}")
-        return folder
-
-    wide = " | ".join(f"macro_precision_{i}" for i in range(9))
-    folder = leave(
-        "step06_eval",
-        f"""## Before the first item
+STEP_6 = """## Before the first item
 
 | model | epochs |
 | --- | --- |
@@ -68,9 +42,9 @@ Words of the script, after Menon et al. (2021).
 
 **Scores: ρ ≥ 0.5 & <more>**
 
-| model | {wide} |
-|{" --- |" * 10}
-| beat_mel | {" | ".join(["0.409 [0.380, 0.441]"] * 9)} |
+| model |{columns}
+| --- |{rule}
+| beat_mel |{row}
 
 ![All models [both]](scores.png)
 
@@ -81,21 +55,12 @@ Words of the script, after Menon et al. (2021).
 | second table | of 6a |
 | --- | --- |
 | not_shown | 2 |
-
-## 6b. Per class
-
-![Gone](gone.png)
-
-*Gone*
-""",
-    )
-    fig, ax = plt.subplots(figsize=(12, 30))  # taller than half a page
-    ax.plot([0, 1])
-    fig.savefig(folder / "scores.png", dpi=60)
-    plt.close(fig)
-    leave(
-        "step05_lstm",
-        """## 5a. The network
+""".format(
+    columns="".join(f" macro precision {i} |" for i in range(9)),
+    rule=" --- |" * 9,
+    row=" 0.409 [0.380, 0.441] |" * 9,
+)
+STEP_5 = """## 5a. The network
 
 ```python
 def forward(x):
@@ -125,13 +90,30 @@ def not_asked_for(x): ...
 | chroma | 0.603 |
 | beat_chroma | 0.604 |
 | fused | 0.605 |
-""",
-    )
-    leave(
-        "step05_lstm_small",
-        "## 5b. Overfitting\n\n| run | loss |\n|---|---|\n| mel | 0 |\n",
-        subset=64,
-    )
+"""
+
+
+def leave(folder, summary, subset=None, smoke=False, demo=False, **facts):
+    """Write what a step leaves."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"data": {"demo": demo}} | facts))
+    (folder / "args.json").write_text(json.dumps({"smoke": smoke, "subset": subset}))
+    (folder / "summary.md").write_text(summary)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """Outputs as two steps leave them; the test runs in the folder that holds them."""
+    import matplotlib.pyplot as plt
+
+    scores = {"Hip-Hop": {"precision": 0.25, "recall": 0.5, "f1": 1 / 3, "support": 8}}
+    runs = {"mel": {"test": {"per_class": scores}}}
+    leave(tmp_path / "outputs/step06_eval", STEP_6, runs=runs, best_by_validation="mel")
+    fig, ax = plt.subplots(figsize=(12, 30))  # taller than half a page
+    ax.plot([0, 1])
+    fig.savefig(tmp_path / "outputs/step06_eval/scores.png", dpi=60)
+    plt.close(fig)
+    leave(tmp_path / "outputs/step05_lstm", STEP_5, subset=64)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "outputs"
 
@@ -157,13 +139,12 @@ def test_draft_asks_every_item_in_the_labs_order(outputs):
 
 def test_an_item_shows_the_table_and_the_figure_that_answer_it_and_no_more(outputs):
     text = draft().read_text()
+    assert "**Scores: ρ ≥ 0.5 & <more>**\n\n| model | macro" in section(text, "6a")
     assert "| beat_mel | 0.409 [0.380, 0.441] |" in section(text, "6a")
     assert "![All models [both]](<outputs/step06_eval/scores.png>)" in section(text, "6a")
     assert "not_shown" not in text and "Words of the script" not in text
     assert "| Hip-Hop | 0.250 | 0.500 | 0.333 | 8 |" in section(text, "6b")
-    assert "figure missing: outputs/step06_eval/gone.png" in section(text, "6b")
-    assert "| mel | 0 |" in section(text, "5b")  # of the second run
-    assert "`outputs/step06_eval/summary.md`" in text and "`outputs/step05_lstm_small/summ" in text
+    assert "`outputs/step06_eval/summary.md`" in text
 
 
 def test_every_lstm_has_its_own_result(outputs):
@@ -182,29 +163,21 @@ def test_source_code_stands_only_where_an_item_asks_for_it(outputs):
 
 
 def test_draft_says_what_is_missing_and_what_is_no_result(outputs):
-    for name, change in (("metrics", {"data": {"demo": True}}), ("args", {"smoke": True})):
-        path = outputs / "step06_eval" / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    leave(outputs / "step02_beat_sync", "## 2a. Steps\n", smoke=True, demo=True)
     title, _, rest = draft().read_text().partition("\n---\n")
-    assert "Step 6: ran on the made-up demo data; Step 6: ran with --smoke" in title
-    assert "Step 5: trained on a few clips only" in title
-    assert "not run yet:** 1, 2, 3, 4, 7, 8, 9, 10, 11." in title
+    assert "made-up demo data:** Step 2\n" in title and "with --smoke:** Step 2\n" in title
+    assert "(--subset):** Step 5" in title and "forbidden" in title
+    assert "Not run yet:** Step 1, 3, 4, 7, 8, 9, 10, 11\n" in title
     assert "`python step01_spectrograms.py`" in rest and "python step06_eval.py" not in rest
-    assert "forbidden" in title
 
 
 def test_a_check_beside_a_full_run_is_not_shown_and_alone_it_is(outputs):
     """--overfit-batch leaves its own folder in the step's; the full run holds the check too."""
-    full = outputs / "step06_eval"
-    check = full / "overfit_batch"
-    check.mkdir()
-    for name in ("metrics.json", "args.json", "summary.md"):
-        (check / name).write_bytes((full / name).read_bytes())
-    (check / "args.json").write_text(json.dumps({"smoke": True, "subset": None}))
-    told = ("step06_eval/overfit_batch/summary.md", "Step 6: ran with --smoke")
+    leave(outputs / "step05_lstm/overfit_batch", "## 5b. Check\n", smoke=True)
+    told = ("step05_lstm/overfit_batch/summary.md", "with --smoke:** Step 5")
     text = draft("a.md").read_text()
     assert not any(words in text for words in told)
-    (full / "summary.md").unlink()
+    (outputs / "step05_lstm/metrics.json").unlink()  # as a step that did not end well leaves it
     text = draft("b.md").read_text()
     assert all(words in text for words in told)
 
@@ -221,7 +194,7 @@ def test_greek_draft(outputs):
     assert "# Αναγνώριση είδους" in text and "Εθνικό Μετσόβιο Πολυτεχνείο" in text
     assert re.findall(r"^### (\d+[a-h]?)\. ", text, re.MULTILINE) == ITEMS
     headings = re.findall(r"^## Βήμα \d+\. (.+)$", text, re.MULTILINE)
-    assert headings == [title for title, *_ in GREEK.values()]
+    assert headings == list(GREEK_TITLES.values())
     assert text.count("> **Δικά μας λόγια (") == BOXES and "Own words" not in text
     assert "| Hip-Hop | 0.250" in text  # tables stay as they are
 
@@ -251,7 +224,8 @@ def test_word_draft(outputs):
         assert 'w:instr="PAGE"' in archive.read("word/footer1.xml").decode()
         assert 'w:name w:val="Own words"' in archive.read("word/styles.xml").decode()
     assert page.count('w:val="OwnWords"') >= BOXES
-    assert "Σχήμα" in page and "Περιεχόμενα" in page and "ρ ≥ 0.5 &amp; &lt;more&gt;" in page
+    assert "Σχήμα" in page and "Περιεχόμενα" in page
+    assert "ρ ≥ 0.5 &amp; &lt;more&gt;" in page
     order = ("TOC ", "<w:footerReference", "<w:footnotePr>", "<w:pgSz", "<w:pgMar")  # Word's own
     places = [page.index(part) for part in order]
     assert places == sorted(places)
@@ -259,29 +233,32 @@ def test_word_draft(outputs):
 
 @pytest.mark.slow
 def test_latex_draft_has_its_figures_and_fonts_beside_it(outputs):
-    text = draft("a/report.tex").read_text()
-    (name,) = re.findall(r"includegraphics\[.*?\]\{(.+?)\}", text)
-    assert Path("a", name).read_bytes() == (outputs / "step06_eval/scores.png").read_bytes()
-    assert Path("a/report_files/DejaVuSerif.ttf").is_file() and "Path=report_files/" in text
+    text = draft("report.tex").read_text()
+    (size, name) = re.findall(r"includegraphics\[(.*?)\]\{(.+?)\}", text)[0]
+    assert name == "report_files/outputs/step06_eval/scores.png"
+    assert Path(name).read_bytes() == (outputs / "step06_eval/scores.png").read_bytes()
+    assert float(re.search(r"width=([\d.]+)cm", size)[1]) < 6  # so that the tall figure fits
+    assert Path("report_files/DejaVuSerif.ttf").is_file() and "Path=report_files/" in text
     assert text.count(r"\begin{ownwords}") >= BOXES and r"\tableofcontents" in text
-    size = re.search(r"height=([\d.]+)cm|width=([\d.]+)cm", text)
-    assert float(size[1] or size[2]) < 6  # so that the tall figure fits
+    widths = re.findall(r"\\real\{([\d.]+)\}", text)  # of the wide table's ten columns
+    assert len(widths) >= 10 and sum(map(float, widths[:10])) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lang, name, contents",
-    [("en", "Own words", "Contents"), ("el", "Δικά μας λόγια", "Περιεχόμενα")],
+    "lang, name, words",
+    [
+        ("en", "Own words", ("Pattern Recognition, Lab", "Contents", "Step 1.")),
+        ("el", "Δικά μας λόγια", ("Αναγνώριση Προτύπων, 3η", "Περιεχόμενα", "Βήμα 1.")),
+    ],
 )
-def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(
-    outputs, capsys, lang, name, contents
-):
+def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(outputs, lang, name, words):
     pdf = draft("a.pdf", "--lang", lang).read_bytes()
     pages = pypdf.PdfReader(io.BytesIO(pdf)).pages
     assert len(pages) > 3 and sum(len(page.images) for page in pages) == 1
-    first, second, third = (pages[i].extract_text() for i in range(3))
-    assert WORDS[lang]["course"] in first and f"{name} (" not in first
-    assert second.startswith(contents) and f"{WORDS[lang]['step']} 1." in third
+    for page, expected in zip(pages, words, strict=False):  # title page, contents, first chapter
+        assert expected in page.extract_text()
+    assert f"{name} (" not in pages[0].extract_text()
     pack = ["zip", "--id1", "1", "--report"]
     with pytest.raises(InputError, match=f"still has {BOXES} boxes"):
         handin.main([*pack, "a.pdf"])
@@ -296,21 +273,15 @@ def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(
         handin.main([*pack, "b.pdf"])
 
 
-@pytest.mark.parametrize("text", ["Own\nwords (5b): …", "Own words(6)", "Own words (sources)"])
-def test_a_box_is_counted_however_a_program_breaks_its_line(text):
-    assert handin.count_boxes(text) == 1
-
-
-def test_a_box_is_counted_however_a_program_writes_accents():
-    text = "Δικά μας λόγια (10d) και Δικά μας λόγια (πηγές), στα δικά μας λόγια"
-    assert handin.count_boxes(text) == 2
-    assert handin.count_boxes(unicodedata.normalize("NFD", text)) == 2
+def test_a_box_is_counted_however_a_program_breaks_lines_and_writes_accents():
+    text = "Δικά μας λόγια (10d) και Own\nwords(6) και Δικά μας λόγια (Πηγές), στα δικά μας λόγια"
+    assert handin.count_boxes(text) == 3
+    assert handin.count_boxes(unicodedata.normalize("NFD", text)) == 3
 
 
 @pytest.mark.parametrize(
     "name, module, package",
-    [("a.docx", "pypandoc", "pypandoc_binary"), ("a.tex", "pypandoc", "pypandoc_binary")]
-    + [("a.pdf", "typst", "typst")],
+    [("a.docx", "pypandoc", "pypandoc_binary"), ("a.pdf", "typst", "typst")],
 )
 def test_a_missing_package_is_named_and_markdown_needs_none(
     outputs, monkeypatch, name, module, package
@@ -321,11 +292,12 @@ def test_a_missing_package_is_named_and_markdown_needs_none(
     assert not Path(name).exists() and draft().is_file()
 
 
+@pytest.mark.slow
 def test_a_figure_that_is_cut_off_is_named(outputs):
     path = outputs / "step06_eval/scores.png"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match="scores.png: not readable"):
-        draft("a.docx")
+    result = run_tool("draft", "--to", "a.docx", cwd=outputs.parent)
+    assert_clean_error(result, "a.docx", "step06_eval/scores.png: no readable figure", "again")
 
 
 def test_a_draft_elsewhere_finds_its_figures(outputs):
@@ -349,11 +321,6 @@ def test_draft_never_overwrites_what_a_student_wrote(outputs):
     [
         (["--to", "a.html"], [".docx"]),
         (["--out-dir", "nowhere"], ["nowhere", "step01_spectrograms.py"]),
-        (["--name1", "Maria\nNika"], ["letters"]),
-        (["--name2", "A | B"], ["letters"]),
-        (["--id1", "03 1"], ["Latin letters and digits"]),
-        (["--id1", "1", "--id2", "1"], ["--id2"]),
-        (["--lang", "de"], ["--lang"]),
         (["--name", "Maria"], ["--help"]),
     ],
 )
@@ -375,20 +342,15 @@ def report(tmp_path, monkeypatch):
     return tmp_path / "report.pdf"
 
 
-def test_unpacked_zip_has_the_layout_of_the_project(report, capsys):
+def test_unpacked_zip_has_the_layout_of_the_project(report):
     handin.main(["zip", "--id1", "03100001", "--id2", "03100002", "--report", str(report)])
     with zipfile.ZipFile("patrec_03100001_03100002.zip") as archive:
-        archive.extractall("unpacked")
-        names = archive.namelist()
-    folder = Path("unpacked")
-    expected = {f"{step.script}.py" for step in STEPS.values()}
-    expected |= {"common.py", "README.md", "requirements.txt", "report.pdf"}
-    assert expected <= {path.name for path in folder.iterdir()}
+        names = set(archive.namelist())
+    expected = {str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")}
     for part in ("patrec", "tools"):
-        modules = {path.name: path.read_bytes() for path in (ROOT / part).glob("*.py")}
-        assert {p.name: p.read_bytes() for p in (folder / part).iterdir()} == modules
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"patrec", "tools"}
-    assert all(name in capsys.readouterr().out for name in names[-1:])  # the listing
+        expected |= {str(path.relative_to(ROOT)) for path in (ROOT / part).glob("*.py")}
+    expected |= {"tools/report.docx", "README.md", "requirements.txt", "report.pdf"}
+    assert names == expected
 
 
 @pytest.mark.slow
@@ -406,9 +368,8 @@ def test_unpacked_zip_runs_by_itself(report):
     "content, name, words",
     [
         (None, "report.pdf", ["No such file", "--report"]),
-        (b"<html></html>", "report.pdf", ["is no PDF"]),
-        (b"%PDF-1.7\n%%EOF", "report.html", ["is no PDF"]),
-        (b"%PDF-1.7\n1 0 obj", "report.pdf", ["cut off"]),
+        (b"<html></html>", "report.pdf", ["is no whole PDF"]),
+        (b"%PDF-1.7\n1 0 obj", "report.pdf", ["is no whole PDF"]),
         (b"%PDF-1.7\nnothing\n%%EOF\n", "report.pdf", ["not readable as PDF", "--anyway"]),
     ],
 )
@@ -420,22 +381,9 @@ def test_reports_that_are_refused(tmp_path, content, name, words):
     assert not list(tmp_path.glob("*.zip")) and not list(tmp_path.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("ids", [["../1"], ["Μαρία"], [""], ["a_b"], ["1", "1"]])
+@pytest.mark.parametrize("ids", [["../1"], ["Μαρία"], [""], ["1", "1"]])
 def test_ids_that_the_course_would_refuse(report, ids):
     flags = [part for n, text in enumerate(ids, 1) for part in (f"--id{n}", text)]
     with pytest.raises(InputError, match="id"):
         handin.main(["zip", *flags, "--report", str(report)])
     assert not list(report.parent.rglob("*.zip"))
-
-
-@pytest.mark.parametrize(
-    "name, text", [("common.py", "def main(:\n"), ("patrec/a.py", "return 1\n")]
-)
-def test_script_that_does_not_compile_is_refused(report, monkeypatch, name, text):
-    path = report.parent / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    monkeypatch.setattr(handin, "HERE", report.parent)
-    with pytest.raises(InputError, match=f"{name}, line 1: does not compile"):
-        handin.main(["zip", "--id1", "1", "--report", str(report)])
-    assert not list(report.parent.glob("*.zip"))

@@ -45,11 +45,11 @@ if Path("no_draft").exists():
 Path("drafted.txt").write_text(" ".join(sys.argv[1:]))
 """
 FEW = {
-    1: LabStep("step01_one", "One", {}),
-    3: LabStep("step03_three", "Three", {}),
-    5: LabStep("step05_five", "Five", {}, trains=True),
-    6: LabStep("step06_six", "Six", {}, builds_on=(5,)),
-    11: LabStep("step11_eleven", "Eleven", {}, builds_on=(5,)),
+    1: LabStep("step01_one", "One"),
+    3: LabStep("step03_three", "Three"),
+    5: LabStep("step05_five", "Five", trains=True),
+    6: LabStep("step06_six", "Six", builds_on=(5,)),
+    11: LabStep("step11_eleven", "Eleven", builds_on=(5,)),
 }
 NAMES = [step.script for step in FEW.values()]
 

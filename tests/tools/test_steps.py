@@ -13,19 +13,19 @@ def test_every_script_of_the_lab_is_in_the_table():
     assert list(STEPS) == [int(name[4:6]) for name in scripts]
 
 
-@pytest.mark.parametrize("number", STEPS)
-def test_a_step_trains_if_its_script_takes_the_flags_of_a_training(number):
-    text = (ROOT / f"{STEPS[number].script}.py").read_text()
-    assert STEPS[number].trains == ("training=True" in text)
-    assert all(other < number for other in STEPS[number].builds_on)
+def test_a_step_trains_if_its_script_takes_the_flags_of_a_training():
+    for number, step in STEPS.items():
+        text = (ROOT / f"{step.script}.py").read_text()
+        assert step.trains == ("training=True" in text), number
+        assert all(other < number for other in step.builds_on), number
 
 
-@pytest.mark.parametrize("text", ["5", "05", "step05", "step05_lstm", "step05_lstm.py"])
+@pytest.mark.parametrize("text", ["5", "05", "step05_lstm", "step05_lstm.py"])
 def test_a_step_is_found_by_number_and_by_name(text):
     assert find_step(text) == 5
 
 
-@pytest.mark.parametrize("text", ["0", "12", "step05_cnn", "lstm", ""])
+@pytest.mark.parametrize("text", ["0", "step05_cnn", ""])
 def test_what_is_no_step_is_named(text):
     with pytest.raises(InputError, match="no such step"):
         find_step(text)
