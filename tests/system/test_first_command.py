@@ -24,6 +24,8 @@ PARTS = ("genre", "emotion")
 MAKER = """import shutil
 from pathlib import Path
 
+FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
+
 
 def write_demo(root, parts):
     here = Path(__file__).resolve().parents[1]
