@@ -287,13 +287,13 @@ def main():
         command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         sides.append(json.loads(output.splitlines()[-1]))
-    device = machine.pick_device(args.device)
-    print(f"{machine.environment(device)}, ours in {machine.fast_dtype(device.type)}\n")
-    print(f"| {'':36} | textbook | ours | ratio |\n| {'-' * 36} | --- | --- | --- |")
     if args.to_score:
         best, *seconds = seconds_to_score(args, args.to_score)
         for side, value in zip(sides, seconds, strict=True):
             side[f"CNN: seconds to macro-F1 {best:.3f}"] = value
+    device = machine.pick_device(args.device)
+    print(f"{machine.environment(device)}, ours in {machine.fast_dtype(device.type)}\n")
+    print(f"| {'':36} | textbook | ours | ratio |\n| {'-' * 36} | --- | --- | --- |")
     for name, textbook in sides[0].items():
         ours = sides[1][name]
         ratio = ours / textbook if "clips/s" in name else textbook / ours

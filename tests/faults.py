@@ -144,7 +144,7 @@ FAULTS = [  # name, the test that must notice it, old text, new text
      "(right[bins == b] - sure[bins == b]).sum().abs()",
      "(right[bins == b] - sure[bins == b]).mean().nan_to_num().abs()"),
     ("listen: neighbours of another data set",
-     "test_nearest_clips_are_of_the_networks_own_data_set",
+     "test_without_the_training_clips_there_are_no_nearest",
      'if fingerprint(root, "genre") != settings["fingerprint"]:', "if False:"),
     ("lab: a step that failed is done", "test_a_step_that_failed_when_run_again_is_not_done",
      "    if (folder / UNFINISHED).exists():\n        return False\n", ""),
