@@ -115,33 +115,35 @@ def clips_per_second(work, device, repeats=3) -> float:
     return float(np.median(rates[1:]))
 
 
-def rates(train, predict, model, to_predict, device, window=None) -> dict:
+def rates(name, train, predict, model, to_predict, device, window=None) -> dict:
     """Clips per second of `train() -> clips` and of a prediction."""
 
     def predict_all():
         return len(predict(model, DataLoader(to_predict, 32), device, window)[0])
 
     return {
-        "clips/s, training": clips_per_second(train, device),
-        "clips/s, inference": clips_per_second(predict_all, device, repeats=2),
+        f"{name}: clips/s, training": clips_per_second(train, device),
+        f"{name}: clips/s, inference": clips_per_second(predict_all, device, repeats=2),
     }
 
 
-def loading_times(*works, repeats=7) -> tuple:
-    """The last results and the median seconds of loads, each time with an empty cache."""
+def loading_times(load, repeats=7) -> tuple:
+    """What the last load gives, and the median seconds of a first and of a second one.
+
+    Each first load finds an empty cache.
+    """
     seconds = []
     for _ in range(repeats):
-        loaded = None  # no two at a time: the peak memory is measured too
         with tempfile.TemporaryDirectory() as cache:
             os.environ["PATREC_CACHE"] = cache
             times = [time.perf_counter()]
-            for work in works:
-                loaded = work()
+            for _ in ("first", "again"):
+                loaded = None  # no two at a time: the peak memory is measured too
+                loaded = load()
                 times.append(time.perf_counter())
         seconds.append(np.diff(times))
-    names = ("seconds to load, first", "seconds to load, again")
-    medians = np.median(seconds, axis=0).tolist()
-    return loaded, dict(zip(names, [medians[0], medians[-1]], strict=True))
+    first, again = np.median(seconds, axis=0).tolist()
+    return loaded, {"seconds to load, first": first, "seconds to load, again": again}
 
 
 def measure_textbook(entries, targets, train_idx, val_idx, device) -> dict:
@@ -151,52 +153,48 @@ def measure_textbook(entries, targets, train_idx, val_idx, device) -> dict:
     def measure(name, model, n_batches, batch_size):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         loader = DataLoader(Subset(data, train_idx.tolist()), batch_size, shuffle=True)
+        some = Subset(data, val_idx[:32].tolist())
 
         def train():
             return textbook_epoch(model, loader, optimizer, device, n_batches)
 
-        found = rates(train, textbook_predict, model, Subset(data, val_idx[:32].tolist()), device)
-        numbers.update({f"{name}: {key}": value for key, value in found.items()})
+        return rates(name, train, textbook_predict, model, some, device)
 
     # A batch takes seconds: a rate needs no whole epoch. Packed sequences of unlike lengths
     # take ten times as long as those of one length, and 32 of them minutes: small batches,
     # and enough that both kinds are among them.
-    measure("LSTM", TextbookLSTM(n_classes).to(device), 6, 4)
-    measure("CNN", TextbookCNN(n_classes, data.longest).to(device), 1, 32)
-    return numbers
+    numbers |= measure("LSTM", TextbookLSTM(n_classes).to(device), 6, 4)
+    return numbers | measure("CNN", TextbookCNN(n_classes, data.longest).to(device), 1, 32)
 
 
 def measure_ours(entries, targets, train_idx, val_idx, device) -> dict:
     machine.keep_freed_memory()
     n_classes = int(targets.max()) + 1
-    store, numbers = loading_times(*[lambda: clips.load_clips(entries)] * 2)
+    store, numbers = loading_times(lambda: clips.load_clips(entries))
     stats = common.band_statistics(store, train_idx)
     store.frames = batches.to_resident(store.frames, device)
     data = common.SpectrogramDataset(store, targets, stats=stats)
-    for name, network in NETWORKS.items():
+
+    def measure(name, network):
         window = recipes.window_size(network)
         model = common.Classifier(common.make_backbone(network), n_classes).to(device)
         augment = recipes.make_augment(network, n_classes)
         recipe = recipes.Recipe(epochs=99, lr=1e-3, augment=augment, window=window)
         loader = DataLoader(Subset(data.variant(crop=window), train_idx.tolist()), 32, shuffle=True)
-        train = ours_epoch(model, loader, recipe, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
+        loss_fn = nn.CrossEntropyLoss()
+        state = common.TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
+
+        def train():
+            common.train_epoch(loader, state, recipe, device, 1)
+            return len(loader.dataset)
+
         whole = Subset(data, val_idx.tolist())
-        found = rates(train, common.predict, model, whole, device, window)
-        numbers |= {f"{name}: {key}": value for key, value in found.items()}
+        return rates(name, train, common.predict, model, whole, device, window)
+
+    for name, network in NETWORKS.items():
+        numbers |= measure(name, network)
     return numbers
-
-
-def ours_epoch(model, loader, recipe, device):
-    """One epoch of common's own loop as a closure, so that the rate is that of the steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
-    loss_fn = nn.CrossEntropyLoss()
-    state = common.TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
-
-    def epoch():
-        common.train_epoch(loader, state, recipe, device, 1)
-        return len(loader.dataset)
-
-    return epoch
 
 
 def measure(side, args) -> dict:

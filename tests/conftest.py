@@ -118,16 +118,9 @@ def make_ids(n, seed):
 
 
 def write_data_set(
-    root,
-    per_class=(6, 2),
-    n_emotion=(40, 6),
-    n_frames=120,
-    n_beats=(14, 20),
-    seed=0,
-    dtype=np.float64,
-    intro=0,
-    test_frames=None,
-):
+    root, per_class=(6, 2), n_emotion=(40, 6), n_frames=120, n_beats=(14, 20), seed=0,
+    dtype=np.float64, intro=0, test_frames=None,
+):  # fmt: skip
     """Write all four folders with their label files as data-format.md gives them.
 
     per_class : clips of each genre in both splits, or {genre: clips in both splits}
@@ -405,18 +398,14 @@ def browser():
 @pytest.fixture
 def open_page(browser):
     """Function (path, width): a page that must not complain or ask for anything from outside."""
-    faults = []
-
-    def note_request(request):
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            faults.append(request.url[:80])
+    faults, inside = [], ("file:", "data:", "blob:")
 
     def open_it(path, width=800):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(20_000)
-        page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+        page.on("console", lambda said: said.type == "error" and faults.append(said.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", note_request)
+        page.on("request", lambda r: r.url.startswith(inside) or faults.append(r.url[:80]))
         page.goto(path.as_uri())
         return page
 

@@ -3,22 +3,18 @@
     python tests/load.py --folder /big/disk/scratch          # 500 against 20,000 full-length clips
     python tests/load.py --folder scratch --clips 2000 --frames 600 --batches 20
 
-Makes the clips (half precision, 0.36 MB each at full length; as much again for the cache),
-loads them by common.load_data, as step 7 does, and trains its CNN for a stretch of batches
-on the small and on the large set in turn, so that a busy machine slows down both. Before
-the last stretch the system is made to take back all pages of the cache file, as if nothing
-fitted into memory. Prints the time per clip, the ratio, and the memory: `anonymous` is what
-the process has allocated, `mapped` are pages of the cache file, which the system takes back
-when it needs the room. All that was made is deleted at the end. Linux only (/proc, madvise).
+Makes the clips (0.36 MB each at full length; as much again for the cache), loads them as step 7
+does, and trains its CNN for a stretch of batches on the small and on the large set in turn, so
+that a busy machine slows down both. Prints the memory too: `anonymous` is what the process has
+allocated, which must not grow with the set; `mapped` are pages of the cache file, which the system
+takes back when it needs the room. All that was made is deleted. Linux only (/proc).
 """
 
 import argparse
-import ctypes
-import mmap
 import os
+import re
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -49,17 +45,8 @@ def make_set(root, n_clips, n_frames) -> None:
     (folder / "train_labels.txt").write_text("\n".join(rows) + "\n")
 
 
-def watch(peak, stop) -> None:
-    """Keep the highest memory of this process in GiB, looked up twenty times a second."""
-    while not stop.wait(0.05):
-        status = Path("/proc/self/status").read_text().splitlines()
-        sizes = dict(line.split(":", 1) for line in status)
-        for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile")):
-            peak[name] = max(peak.get(name, 0.0), int(sizes[key].split()[0]) / 2**20)
-
-
 def train_batches(data, n_batches) -> float:
-    """Train step 7's CNN for so many batches, drawn from all over the set; returns s per clip."""
+    """Train step 7's CNN for so many batches, drawn from all over the set; returns clips per s."""
     machine.seed_everything(0)
     n_classes = len(data.names)
     model = common.Classifier(common.make_backbone(NETWORK), n_classes)
@@ -72,27 +59,15 @@ def train_batches(data, n_batches) -> float:
     state = common.TrainingState(model, loss_fn, optimizer, recipe, n_batches + 1, "cpu")
     began = time.perf_counter()
     common.train_epoch(batches, state, recipe, "cpu", 1)
-    return (time.perf_counter() - began) / n_clips
+    return n_clips / (time.perf_counter() - began)
 
 
-def page_out(frames) -> None:
-    """Have the system take back the pages of a mapped file: the next use reads from disk."""
-    MADV_PAGEOUT = 21  # from linux/mman.h
-    start = frames.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # the file's header comes before
-    address, size = ctypes.c_void_p(start), ctypes.c_size_t(frames.nbytes)
-    if ctypes.CDLL(None, use_errno=True).madvise(address, size, MADV_PAGEOUT):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def load(root, n_clips, n_frames):
-    """Make a set of clips and load it, twice: the second time from the cache file."""
-    make_set(root, n_clips, n_frames)
-    for start in ("first", "second"):
-        began = time.perf_counter()
-        data = common.load_data(flags.Source(root, seed=0), crop=recipes.window_size(NETWORK))
-        ms = 1e3 * (time.perf_counter() - began) / n_clips
-        print(f"{n_clips:6d} clips: {start} start {ms:.2f} ms per clip", flush=True)
-    return data
+def report(data, what) -> None:
+    """Print what was measured of a set, and the memory of the process now."""
+    sizes = re.findall(r"Rss(?:Anon|File):\s+(\d+)", Path("/proc/self/status").read_text())
+    anonymous, mapped = (int(size) / 2**20 for size in sizes)
+    n_clips = len(data.train.dataset)
+    print(f"{n_clips} clips: {what}; {anonymous:.2f} GiB anonymous, {mapped:.2f} GiB mapped")
 
 
 def main():
@@ -101,27 +76,23 @@ def main():
     )
     parser.add_argument("--folder", type=Path, required=True, help="on a disk with room")
     parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--small", type=int, default=500)
     parser.add_argument("--frames", type=int, default=1293)
     parser.add_argument("--batches", type=int, default=200)
     args = parser.parse_args()
     machine.keep_freed_memory()
-    peak, stop = {}, threading.Event()
-    threading.Thread(target=watch, args=(peak, stop), daemon=True).start()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="patrec-load-") as root:
         os.environ["PATREC_CACHE"] = f"{root}/cache"
-        sets = [load(Path(root, str(n)), n, args.frames) for n in (args.small, args.clips)]
-        for form in ("in memory", "in memory", "read from disk"):
-            times = []
-            for data in sets:
-                if form == "read from disk":
-                    page_out(data.train.dataset.store.frames)
-                times.append(train_batches(data, args.batches))
-            rates = ", ".join(f"{1 / seconds:.1f}" for seconds in times)
-            ratio = times[1] / times[0]
-            print(f"{form}: clips/s {rates}; time per clip {ratio:.2f} to 1", flush=True)
-        print(", ".join(f"peak of {name} memory {size:.2f} GiB" for name, size in peak.items()))
-        stop.set()
+        sets = []
+        for n_clips in (args.clips // 40, args.clips):
+            folder = Path(root, str(n_clips))
+            make_set(folder, n_clips, args.frames)
+            began = time.perf_counter()
+            source = flags.Source(folder, seed=0)
+            sets.append(common.load_data(source, crop=recipes.window_size(NETWORK)))
+            ms = 1e3 * (time.perf_counter() - began) / n_clips
+            report(sets[-1], f"loaded in {ms:.2f} ms per clip")
+        for data in 3 * sets:
+            report(data, f"{train_batches(data, args.batches):.1f} clips/s in training")
 
 
 if __name__ == "__main__":
