@@ -72,7 +72,7 @@ def test_without_the_cnn_of_step_7_it_says_what_to_run(small_data, tmp_path):
 def test_report_is_whole(outputs):
     summary = (outputs / "explain" / "summary.md").read_text()
     figures = {path.stem for path in (outputs / "explain").glob("*.png")}
-    assert figures == {"blocks", "filters", "what_decides"}
+    assert figures == {"what_decides"}
     assert all(f"]({name}.png)" in summary for name in figures)
     for word in ("nan", "None", "{", "tensor("):
         assert word not in summary, word
