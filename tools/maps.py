@@ -9,13 +9,13 @@ hovering shows what a clip is and what was predicted, clicking plays five second
 """
 
 import base64
-import importlib.util
+import functools
 import io
 import json
-import re
 
 import joblib
 import numpy as np
+import pandas as pd
 import soundfile
 
 from patrec.clips import load_clips
@@ -24,95 +24,28 @@ from patrec.features import BANDS, HOP, SR, mel_to_waveform
 from patrec.files import write_text
 from patrec.labels import fingerprint, read_entries
 from patrec.parallel import parallel_map
-from patrec.plots import COLORS, MARKERS, run_title
+from patrec.plots import COLORS, run_title
 from patrec.step import Step
-
-SYMBOLS = {  # plotly's names of MARKERS
-    "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
-    "P": "cross", "X": "x", "*": "star", "<": "triangle-left", ">": "triangle-right",
-}  # fmt: skip
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Maps of the test clips</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1300px }
-h1 { font-size: 1.3rem } #map { width: 100%; height: min(75vh, 800px) }
-#map:focus-visible { outline: 3px solid #0072B2 }
-fieldset { border: 0; padding: 0; margin: .4rem 0 }
-label { margin-right: 1rem; white-space: nowrap } #said { min-height: 3em }
-</style>
+<body style="font: 16px/1.5 system-ui, sans-serif">
 <h1>The genre test clips as the networks see them</h1>
-<fieldset><label>model <select id="model"></select></label>
-<label>method <select id="method"></select></label></fieldset>
-<fieldset id="right"><label><input type="radio" name="right" value="all" checked> all</label>
-<label><input type="radio" name="right" value="right"> predicted right</label>
-<label><input type="radio" name="right" value="wrong"> predicted wrong</label></fieldset>
-<fieldset id="classes"></fieldset>
-<div id="map" tabindex="0" role="application" aria-label="Map: arrow keys go from clip to clip,
- Enter plays"></div>
-<p id="said" aria-live="polite">Click a point, or focus the map and use the arrow keys and Enter:
-five seconds of the clip, made from its spectrogram.</p>
-<script>@PLOTLY@</script>
-<script>
-"use strict";
-const data = @DATA@, $ = id => document.getElementById(id), map = $("map");
-const audio = new Audio();
-let shown = [], chosen = -1;
-for (const name of Object.keys(data.models)) $("model").add(new Option(data.models[name], name));
-for (const name of data.methods) $("method").add(new Option(name));
-data.classes.forEach((name, k) => {
-  const label = document.createElement("label"), box = document.createElement("input");
-  box.type = "checkbox"; box.checked = true; box.value = k;
-  label.append(box, " " + name); $("classes").append(label);
-});
-function describe(i) {
-  const run = data.runs[$("model").value], k = run.predicted[i];
-  return "clip " + data.ids[i] + ", " + data.classes[data.labels[i]] + ", predicted " +
-    data.classes[k] + " (unscaled probability " + run.probability[i].toFixed(2) + ")";
-}
-function draw() {
-  const run = data.runs[$("model").value], points = run.points[$("method").value];
-  const right = document.querySelector("[name=right]:checked").value;
-  const on = new Set([...document.querySelectorAll("#classes :checked")].map(b => +b.value));
-  shown = data.ids.map((id, i) => i).filter(i => on.has(data.labels[i]) && (right === "all" ||
-    (run.predicted[i] === data.labels[i]) === (right === "right")));
-  if (!shown.includes(chosen)) chosen = -1;
-  const traces = data.classes.map((name, k) => {
-    const rows = shown.filter(i => data.labels[i] === k);
-    return {type: "scatter", mode: "markers", name, x: rows.map(i => points[i][0]),
-      y: rows.map(i => points[i][1]), customdata: rows, text: rows.map(describe),
-      hovertemplate: "%{text}<extra></extra>", marker: {color: data.colors[k % 10],
-      symbol: data.symbols[k % 10], size: 10, line: {width: 1, color: "#000"}}};
-  });
-  const ring = chosen < 0 ? [] : [points[chosen]];
-  traces.push({type: "scatter", mode: "markers", showlegend: false, hoverinfo: "skip",
-    x: ring.map(p => p[0]), y: ring.map(p => p[1]),
-    marker: {symbol: "circle-open", size: 24, color: "#d00", line: {width: 3}}});
-  const axis = {title: "", zeroline: false, showticklabels: false};
-  Plotly.react(map, traces, {margin: {l: 10, r: 10, t: 10, b: 10}, xaxis: axis, yaxis: axis,
-    hovermode: "closest", legend: {orientation: "h"}}, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["toImage"]});
-}
-function choose(i, play) {
-  chosen = i; draw(); $("said").textContent = describe(i);
-  if (play) { audio.src = "data:audio/mpeg;base64," + data.sounds[i]; audio.play(); }
-}
-draw();
-map.on("plotly_click", event => choose(event.points[0].customdata, true));
-for (const id of ["model", "method", "right", "classes"]) $(id).addEventListener("change", draw);
-map.addEventListener("keydown", event => {
-  const points = data.runs[$("model").value].points[$("method").value];
-  const order = [...shown].sort((a, b) => points[a][0] - points[b][0]);
-  const at = order.indexOf(chosen), by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (by && order.length) choose(order[(at + by + order.length) % order.length], false);
-  else if (event.key === "Enter" && chosen >= 0) choose(chosen, true);
-  else return;
-  event.preventDefault();
-});
-</script>
+<p>Click a point to hear five seconds of the clip, made from its spectrogram. Click a class in the
+legend to hide it, twice to see it alone.</p>
+<audio id="audio" controls></audio>
+{figure}
 </html>
+"""
+# Plotly runs this after the figure is drawn, with its own place in {plot_id}.
+PLAY = """
+document.getElementById("{plot_id}").on("plotly_click", event => {
+  const audio = document.getElementById("audio"), sounds = SOUNDS;
+  audio.src = "data:audio/mpeg;base64," + sounds[event.points[0].customdata];
+  audio.play();
+});
 """
 
 
@@ -124,24 +57,28 @@ def sound_of(mel) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def read_step11(step) -> tuple[dict, dict]:
-    """What step 11 has saved: {run: title}, {run: its clips and its maps, by id}.
+def read_step11(step) -> dict[str, pd.DataFrame]:
+    """What step 11 has saved: for each map, i.e. model and method, the clips that all models have.
+
+    The columns are x, y, genre, predicted and probability; the index holds the clips' ids.
 
     Raises
     ------
     InputError
         Step 11 was not run here, or with other clips.
     """
-    folder = step.out / "step11_latent"
+    folder, maps = step.out / "step11_latent", {}
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
-        titles, runs = {}, {}
         for name, role in metrics["roles"].items():
-            titles[name] = f"{role} ({run_title(name)})"
             with np.load(folder / f"latent_{name}.npz") as file:
-                clips = {key: file[key] for key in file if key != "vectors"}
+                clips = pd.DataFrame({"probability": file["probability"]}, file["ids"])
+                for column, numbers in (("genre", "labels"), ("predicted", "predicted")):
+                    clips[column] = file["classes"][file[numbers]]
             with np.load(folder / f"maps_{name}.npz") as file:
-                runs[name] = clips | {"maps": {method: file[method] for method in file}}
+                for method in file:
+                    x, y = file[method].round(3).T
+                    maps[f"{role} ({run_title(name)}): {method}"] = clips.assign(x=x, y=y)
         made_with = metrics["data"]["fingerprint"]["genre"]
     except (OSError, KeyError, ValueError) as error:
         fault = f"no complete outputs of step 11 ({error})"
@@ -149,7 +86,8 @@ def read_step11(step) -> tuple[dict, dict]:
     if made_with != fingerprint(step.source.root, "genre"):
         fault = f"step 11 was run with other labels than those in {step.source.root}"
         raise InputError(f"{folder}: {fault}; name the same --data-dir, or run it again")
-    return titles, runs
+    ids = functools.reduce(pd.Index.intersection, [clips.index for clips in maps.values()])
+    return {title: clips.loc[ids] for title, clips in maps.items()}
 
 
 def read_sounds(step, ids) -> list[str]:
@@ -165,44 +103,70 @@ def read_sounds(step, ids) -> list[str]:
     return list(parallel_map(sound_of, mels, 1 if step.args.smoke else joblib.cpu_count()))
 
 
-def page_data(step, titles, runs) -> dict:
-    """What the page shows: the clips that all models have, in one order."""
-    of_cnn = runs["cnn_mel"]
-    ids = [i for i in of_cnn["ids"].tolist() if all(i in run["ids"] for run in runs.values())]
-    rows = {name: [run["ids"].tolist().index(i) for i in ids] for name, run in runs.items()}
-    return {
-        "ids": ids,
-        "labels": of_cnn["labels"][rows["cnn_mel"]].tolist(),
-        "classes": of_cnn["classes"].tolist(),
-        "models": titles,
-        "methods": list(of_cnn["maps"]),
-        "runs": {
-            name: {
-                "predicted": run["predicted"][rows[name]].tolist(),
-                "probability": run["probability"][rows[name]].round(3).tolist(),
-                "points": {m: xy[rows[name]].round(3).tolist() for m, xy in run["maps"].items()},
-            }
-            for name, run in runs.items()
-        },
-        "sounds": read_sounds(step, ids),
-        "colors": COLORS,
-        "symbols": [SYMBOLS[marker] for marker in MARKERS],
+def draw(maps):
+    """The maps of `read_step11` as one Plotly figure, with a menu of the maps and three filters.
+
+    Each class has two traces, of clips that are predicted right (filled) and wrong (open).
+    """
+    try:
+        from plotly.graph_objects import Figure
+    except ImportError:
+        raise InputError("the page needs plotly: pip install plotly") from None
+    first = next(iter(maps.values()))
+    classes = sorted(first["genre"].unique())
+    traces = [(genre, right) for genre in classes for right in (True, False)]
+
+    def values(clips):
+        """What the traces show of a map: for each property, a list with an entry per trace."""
+        said = "clip {}, {}, predicted {} (unscaled probability {:.2f})".format
+        columns = [clips[key] for key in ("genre", "predicted", "probability")]
+        texts = list(map(said, clips.index, *columns))
+        clips = clips.assign(text=texts, customdata=range(len(clips)))
+        is_right = clips["genre"] == clips["predicted"]
+        parts = [clips[(clips["genre"] == genre) & (is_right == right)] for genre, right in traces]
+        keys = ("x", "y", "text", "customdata")
+        return {key: [part[key].tolist() for part in parts] for key in keys}
+
+    fig, shown = Figure(), values(first)
+    for place, (genre, right) in enumerate(traces):
+        k = classes.index(genre) % len(COLORS)
+        symbol = k if right else k + 100  # Plotly's open form of the same mark
+        fig.add_scatter(
+            **{key: lists[place] for key, lists in shown.items()},
+            mode="markers",
+            marker={"color": COLORS[k], "symbol": symbol, "size": 10, "line_width": 1},
+            name=genre if right else f"{genre}, wrong",
+            hovertemplate="%{text}<extra></extra>",
+        )
+    filters = {
+        label: {"visible": [True if right in kinds else "legendonly" for _, right in traces]}
+        for label, kinds in (("all", (1, 0)), ("predicted right", (1,)), ("predicted wrong", (0,)))
     }
+    menu = {title: values(clips) for title, clips in maps.items()}
+    for choices, look in (
+        (menu, {"type": "dropdown", "y": 1.12}),
+        (filters, {"type": "buttons", "y": 1.06, "direction": "right"}),
+    ):
+        buttons = [{"label": k, "method": "restyle", "args": [v]} for k, v in choices.items()]
+        look |= {"x": 0, "xanchor": "left", "yanchor": "middle"}
+        fig.layout.updatemenus += ({"buttons": buttons, **look},)
+    axis = {"zeroline": False, "showticklabels": False}
+    fig.update_layout(xaxis=axis, yaxis=axis, height=800, hovermode="closest")
+    fig.update_layout(legend_orientation="h", margin={"l": 10, "r": 10})
+    return fig
 
 
 def main():
     step = Step("maps", __doc__, parts=("genre",))
-    if not importlib.util.find_spec("plotly"):
-        raise InputError("the page needs plotly: pip install plotly")
-    from plotly.offline import get_plotlyjs
-
-    titles, runs = read_step11(step)
-    facts = page_data(step, titles, runs)
-    parts = {"PLOTLY": get_plotlyjs(), "DATA": json.dumps(facts).replace("<", "\\u003c")}
-    page = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
-    write_text(step.folder / "maps.html", page)
+    maps = read_step11(step)
+    fig = draw(maps)
+    ids = next(iter(maps.values())).index
+    play = PLAY.replace("SOUNDS", json.dumps(read_sounds(step, ids)))
+    config = {"responsive": True, "displaylogo": False}
+    figure = fig.to_html(full_html=False, post_script=play, config=config)
+    write_text(step.folder / "maps.html", PAGE.format(figure=figure))
     step.text("[maps.html](maps.html): all maps of step 11 in one page, to hover and to listen.")
-    step.finish(clips=len(facts["ids"]))
+    step.finish(clips=len(ids))
 
 
 if __name__ == "__main__":
