@@ -16,29 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import (
-    adjust_logits,
-    build_model,
-    find_genre_checkpoint,
-    load_data,
-    load_test,
-    load_trained,
-    model_spec,
-    predict_clips,
-    true_labels,
-)
+import common
+from patrec import explain
 from patrec.batches import cut_windows
 from patrec.clips import sample_clips
 from patrec.errors import InputError
-from patrec.explain import (
-    calibration_error,
-    cell_ranks,
-    clip_attributions,
-    fit_temperature,
-    integrated_gradients,
-    patches,
-    probability_curve,
-)
 from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_to_waveform
 from patrec.machine import seed_everything
 from patrec.plots import mel_ticks, plot_spectrogram
@@ -50,25 +32,21 @@ from patrec.tables import with_interval
 def calibrate(step, cnn, data, test):
     """Fit the temperature on the validation clips and judge it on the test clips.
 
-    Returns
-    -------
-    temperature : float
-    predictions : pd.DataFrame, adjusted log-probabilities of the test clips, a column per class
-    sureness : dict, the table
+    Returns it, the adjusted log-probabilities of the test clips (clip x class), and the table.
     """
     step.heading("How sure the network is")
     temperature, sureness = None, {}
     for split, clips in (("validation", data.val), ("test", test)):
-        predictions = predict_clips(cnn.model, clips, cnn.settings, step.device)
+        predictions = common.predict_clips(cnn.model, clips, cnn.settings, step.device)
         z = torch.tensor(predictions.to_numpy())
-        targets = torch.tensor(class_numbers(true_labels(clips, cnn.settings), data.names))
-        temperature = temperature or fit_temperature(z, targets)  # on the first: validation
+        targets = torch.tensor(class_numbers(common.true_labels(clips, cnn.settings), data.names))
+        temperature = temperature or explain.fit_temperature(z, targets)  # on the first: validation
         sureness[f"{split} ({len(targets)} clips)"] = {
             "accuracy": float((z.argmax(1) == targets).float().mean()),
             "mean confidence": float(z.softmax(1).amax(1).mean()),
             "confidence, scaled": float((z / temperature).softmax(1).amax(1).mean()),
-            "calibration error": calibration_error(z, targets),
-            "calibration error, scaled": calibration_error(z / temperature, targets),
+            "calibration error": explain.calibration_error(z, targets),
+            "calibration error, scaled": explain.calibration_error(z / temperature, targets),
         }
     caption = f"Confidence (probability of the predicted class); temperature {temperature:.2f}"
     step.table(pd.DataFrame(sureness).T.rename_axis("clips"), caption)
@@ -76,9 +54,8 @@ def calibrate(step, cnn, data, test):
     A probability of .9 should be right nine times out of ten. The *calibration error* (expected
     calibration error, 10 bins; Guo et al., 2017) is the distance between confidence and accuracy,
     averaged over bins, each weighted by its clips; on few clips it is above 0 by chance alone. The
-    *temperature* divides the logits, after logit adjustment, so the predicted class stays the same.
-    It is fitted on the validation clips, which also chose the epoch, so only the test row tells
-    whether it helps.
+    *temperature* divides the adjusted logits, so the predicted class stays the same. It is fitted
+    on the validation clips, which also chose the epoch: only the test row tells whether it helps.
     """)
     return temperature, predictions, sureness
 
@@ -89,7 +66,7 @@ def judge_patches(step, cnn, test) -> dict:
     n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
     model = copy.deepcopy(cnn.model).cpu().eval()
     seed_everything(step.args.seed + 1000)  # not the weights that the training began with
-    untrained = build_model(model_spec(cnn.model)).eval()
+    untrained = common.build_model(common.model_spec(cnn.model)).eval()
     areas, agreement = {"insertion": [], "deletion": []}, []
     for index in np.random.default_rng(step.args.seed).permutation(len(test))[:n_judged]:
         clip, _, length = test[int(index)]
@@ -99,14 +76,15 @@ def judge_patches(step, cnn, test) -> dict:
         with torch.no_grad():
             label = model(x[None], lengths).argmax(1)
         named, other = (
-            patches(integrated_gradients(network, x[None], lengths, label, n_steps)[0])
+            explain.integrated_gradients(network, x[None], lengths, label, n_steps)[0]
             for network in (model, untrained)
         )
-        noise = patches(torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index))))
-        ranks = cell_ranks(named), cell_ranks(noise)
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index)))
+        named, other, noise = map(explain.patches, (named, other, noise))
         for way, rows in areas.items():
-            insert = way == "insertion"
-            curves = [probability_curve(model, x, rank, int(label), insert) for rank in ranks]
+            case = int(label), way == "insertion"
+            orders = explain.cell_ranks(named), explain.cell_ranks(noise)
+            curves = [explain.probability_curve(model, x, order, *case) for order in orders]
             rows.append([float(curve.mean()) for curve in curves])
         one_each = slice(None, None, 8), slice(None, None, 4)  # one cell of each patch
         agreement.append(spearman(*(a.abs()[one_each].flatten() for a in (named, other))))
@@ -146,13 +124,12 @@ def judge_patches(step, cnn, test) -> dict:
 def clips_to_show(step, cnn, test, predictions) -> list[tuple]:
     """The two clips of step 1 and the two surest mistakes: (title, mel in dB (T, 128))."""
     found = []
-    for clip in sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False)[
-        :2
-    ]:
+    clips = sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False)
+    for clip in clips[:2]:
         mel = torch.from_numpy(clip.full[BANDS["mel"]]).float().T
         found.append((f"{clip.clip_id}, {clip.genre}, training split", mel))
     mean, std = (value.cpu() for value in cnn.settings["stats"])
-    true = true_labels(test, cnn.settings)
+    true = common.true_labels(test, cnn.settings)
     mistakes = predictions[predictions.idxmax(axis=1) != true].max(axis=1).nlargest(2)
     for clip_id in mistakes.index:
         clip, _, length = test[predictions.index.get_loc(clip_id)]
@@ -173,9 +150,9 @@ def show_decisions(step, cnn, shown, temperature):
         x = (mel - mean) / std
         windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
         with torch.no_grad():
-            logits = adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
+            logits = common.adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
         probability, label = (logits / temperature).softmax(0).max(0)
-        named = patches(clip_attributions(model, x, window, int(label)))
+        named = explain.patches(explain.clip_attributions(model, x, window, int(label)))
         predicted = f"predicted: {names[int(label)]} ({probability:.2f})"
         fig.colorbar(plot_spectrogram(left, mel.T), ax=left, format="%+.0f dB")
         left.set_title(title, fontsize="medium")
@@ -187,7 +164,7 @@ def show_decisions(step, cnn, shown, temperature):
         right.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
         right.set_title(predicted, fontsize="medium")
         mel_ticks(right.yaxis)
-        quieter = (mel - 30.0 * (cell_ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
+        quieter = (mel - 30.0 * (explain.cell_ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
         for name, sound, what in (
             ("all", mel, "the whole spectrogram"),
             ("deciding", quieter, "all but the fifth that supports it most is up to 30 dB lower"),
@@ -206,12 +183,12 @@ def show_decisions(step, cnn, shown, temperature):
 
 def main():
     step = Step("explain", __doc__, parts=("genre",))
-    path = find_genre_checkpoint(step.training, "cnn_mel")
+    path = common.find_genre_checkpoint(step.training, "cnn_mel")
     if path is None:
         fault = f"{step.out}: no CNN of step 7 for these clips, labels and seed"
         raise InputError(f"{fault}; run python step07_cnn.py first")
-    cnn = load_trained(path, step.device)
-    data, test = load_data(step.source), load_test(step.source, cnn.settings)
+    cnn = common.load_trained(path, step.device)
+    data, test = common.load_data(step.source), common.load_test(step.source, cnn.settings)
     temperature, predictions, sureness = calibrate(step, cnn, data, test)
     faithful = judge_patches(step, cnn, test)
     show_decisions(step, cnn, clips_to_show(step, cnn, test, predictions), temperature)

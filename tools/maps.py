@@ -33,18 +33,40 @@ PAGE = """<!doctype html>
 <title>Maps of the test clips</title>
 <body style="font: 16px/1.5 system-ui, sans-serif">
 <h1>The genre test clips as the networks see them</h1>
-<p>Click a point to hear five seconds of the clip, made from its spectrogram. Click a class in the
-legend to hide it, twice to see it alone.</p>
+<label>map <select id="map"></select></label> <label>clips <select id="shown"></select></label>
+<p>Click a point, or focus the map and use the arrow keys and Enter, to hear five seconds of the
+clip, made from its spectrogram.</p>
 <audio id="audio" controls></audio>
 {figure}
 </html>
 """
-# Plotly runs this after the figure is drawn, with its own place in {plot_id}.
-PLAY = """
-document.getElementById("{plot_id}").on("plotly_click", event => {
-  const audio = document.getElementById("audio"), sounds = SOUNDS;
-  audio.src = "data:audio/mpeg;base64," + sounds[event.points[0].customdata];
+# Plotly runs this when the figure is drawn; {plot_id} is the figure's.
+SCRIPT = """
+const figure = document.getElementById("{plot_id}"), menus = MENUS, sounds = SOUNDS;
+for (const id of ["map", "shown"]) {
+  const menu = document.getElementById(id);
+  for (const label of Object.keys(menus[id])) menu.add(new Option(label));
+  menu.addEventListener("change", () => Plotly.restyle(figure, menus[id][menu.value]));
+}
+function play(number) {
+  const audio = document.getElementById("audio");
+  audio.src = "data:audio/mpeg;base64," + sounds[number];
   audio.play();
+}
+figure.on("plotly_click", event => play(event.points[0].customdata));
+let at = -1;  // the place of the chosen point, from left to right
+figure.tabIndex = 0;
+figure.addEventListener("keydown", event => {
+  const points = figure.data.flatMap((trace, curveNumber) => trace.visible === "legendonly" ? [] :
+    trace.x.map((x, i) => ({x, curveNumber, pointNumber: i, number: trace.customdata[i]})));
+  points.sort((a, b) => a.x - b.x);
+  const by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (by && points.length) {
+    at = (at + by + points.length) % points.length;
+    Plotly.Fx.hover(figure, [points[at]]);
+  } else if (event.key === "Enter" && points[at]) play(points[at].number);
+  else return;
+  event.preventDefault();
 });
 """
 
@@ -103,15 +125,11 @@ def read_sounds(step, ids) -> list[str]:
     return list(parallel_map(sound_of, mels, 1 if step.args.smoke else joblib.cpu_count()))
 
 
-def draw(maps):
-    """The maps of `read_step11` as one Plotly figure, with a menu of the maps and three filters.
+def draw(maps) -> tuple[dict, dict]:
+    """The first map of `read_step11` as a Plotly figure, and what the page's menus change in it.
 
     Each class has two traces, of clips that are predicted right (filled) and wrong (open).
     """
-    try:
-        from plotly.graph_objects import Figure
-    except ImportError:
-        raise InputError("the page needs plotly: pip install plotly") from None
     first = next(iter(maps.values()))
     classes = sorted(first["genre"].unique())
     traces = [(genre, right) for genre in classes for right in (True, False)]
@@ -127,43 +145,41 @@ def draw(maps):
         keys = ("x", "y", "text", "customdata")
         return {key: [part[key].tolist() for part in parts] for key in keys}
 
-    fig, shown = Figure(), values(first)
+    kept = {"all": (True, False), "predicted right": (True,), "predicted wrong": (False,)}
+    menus = {
+        "map": {title: values(clips) for title, clips in maps.items()},
+        "shown": {
+            label: {"visible": [right in some or "legendonly" for _, right in traces]}
+            for label, some in kept.items()
+        },
+    }
+    figure = {"data": [], "layout": {"height": 800, "hovermode": "closest"}}
     for place, (genre, right) in enumerate(traces):
         k = classes.index(genre) % len(COLORS)
         symbol = k if right else k + 100  # Plotly's open form of the same mark
-        fig.add_scatter(
-            **{key: lists[place] for key, lists in shown.items()},
-            mode="markers",
-            marker={"color": COLORS[k], "symbol": symbol, "size": 10, "line_width": 1},
-            name=genre if right else f"{genre}, wrong",
-            hovertemplate="%{text}<extra></extra>",
-        )
-    filters = {
-        label: {"visible": [True if right in kinds else "legendonly" for _, right in traces]}
-        for label, kinds in (("all", (1, 0)), ("predicted right", (1,)), ("predicted wrong", (0,)))
-    }
-    menu = {title: values(clips) for title, clips in maps.items()}
-    for choices, look in (
-        (menu, {"type": "dropdown", "y": 1.12}),
-        (filters, {"type": "buttons", "y": 1.06, "direction": "right"}),
-    ):
-        buttons = [{"label": k, "method": "restyle", "args": [v]} for k, v in choices.items()]
-        look |= {"x": 0, "xanchor": "left", "yanchor": "middle"}
-        fig.layout.updatemenus += ({"buttons": buttons, **look},)
+        look = {"type": "scatter", "mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
+        look["marker"] = {"color": COLORS[k], "symbol": symbol, "size": 10, "line": {"width": 1}}
+        shown = {key: lists[place] for key, lists in values(first).items()}
+        figure["data"].append(look | shown | {"name": genre if right else f"{genre}, wrong"})
     axis = {"zeroline": False, "showticklabels": False}
-    fig.update_layout(xaxis=axis, yaxis=axis, height=800, hovermode="closest")
-    fig.update_layout(legend_orientation="h", margin={"l": 10, "r": 10})
-    return fig
+    figure["layout"] |= {"xaxis": axis, "yaxis": axis, "legend": {"orientation": "h"}}
+    return figure, menus
 
 
 def main():
     step = Step("maps", __doc__, parts=("genre",))
+    try:
+        from plotly.io import to_html
+    except ImportError:
+        raise InputError("the page needs plotly: pip install plotly") from None
     maps = read_step11(step)
-    fig = draw(maps)
+    figure, menus = draw(maps)
     ids = next(iter(maps.values())).index
-    play = PLAY.replace("SOUNDS", json.dumps(read_sounds(step, ids)))
+    # A name may hold anything, and "</script>" would end the script.
+    script = SCRIPT.replace("MENUS", json.dumps(menus).replace("<", "\\u003c"))
+    script = script.replace("SOUNDS", json.dumps(read_sounds(step, ids)))
     config = {"responsive": True, "displaylogo": False}
-    figure = fig.to_html(full_html=False, post_script=play, config=config)
+    figure = to_html(figure, full_html=False, post_script=script, config=config)
     write_text(step.folder / "maps.html", PAGE.format(figure=figure))
     step.text("[maps.html](maps.html): all maps of step 11 in one page, to hover and to listen.")
     step.finish(clips=len(ids))

@@ -99,8 +99,7 @@ def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
 def test_the_maps_can_be_walked_in(browser, outputs, small_data, width):
     page, maps = Page(browser, outputs / "maps" / "maps.html", width), maps_of(outputs, small_data)
     page.wait("document.querySelectorAll('.points path').length > 5")
-    page.page.click(".updatemenu-header")
-    page.page.click("text='CNN (CNN, mel): t-SNE'")
+    page.page.select_option("#map", "CNN (CNN, mel): t-SNE")
     table = maps["CNN (CNN, mel): t-SNE"]
 
     def shown():
@@ -117,10 +116,10 @@ def test_the_maps_can_be_walked_in(browser, outputs, small_data, width):
         assert (x, y) == pytest.approx((row["x"], row["y"]))
         said = f"clip {table.index[i]}, {row['genre']}, predicted {row['predicted']} "
         assert text.startswith(said) and f"{row['probability']:.2f}" in text
-    page.page.click("text='predicted wrong'")
+    page.page.select_option("#shown", "predicted wrong")
     wrong = np.flatnonzero((table["genre"] != table["predicted"]).to_numpy())
     assert sorted(shown()) == wrong.tolist()
-    # Hovering says what a clip is; clicking plays it.
+    # Hovering says what a clip is, clicking plays it; so do the arrow keys and Enter.
     spot = page.page.locator(".points path").first.bounding_box()
     at = spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2
     page.page.mouse.move(*at)
@@ -129,5 +128,11 @@ def test_the_maps_can_be_walked_in(browser, outputs, small_data, width):
     page.page.mouse.click(*at)
     page.wait("audio.currentTime > 0.2")
     (i,) = (i for i, (*_, text) in points.items() if text == said)
+    assert page("audio.src") == f"data:audio/mpeg;base64,{sounds_of(outputs)[i]}"
+    page.page.focus(".js-plotly-plot")
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Enter"):
+        page.page.keyboard.press(key)
+    i = min(wrong, key=lambda i: points[i][0])
+    assert page.page.text_content(".hoverlayer") == points[i][2]
     assert page("audio.src") == f"data:audio/mpeg;base64,{sounds_of(outputs)[i]}"
     assert page.fits() and not page.faults
