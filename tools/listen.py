@@ -1,7 +1,6 @@
 """Your own song: its genre and its emotions over time, as a table and as a page.
 
     python -m tools.listen song.mp3 another.wav   # a table, outputs/listen/listen.json, pages
-    python -m tools.listen song.mp3 --train       # first trains what steps 5, 7 and 10 have not
 
 Input: sound files of any length and format; the checkpoints of steps 5, 7 and 10. A song is cut
 into blocks of 30 s, and each block becomes a spectrogram in the same way as the lab's clips. The
@@ -19,7 +18,6 @@ import io
 import json
 import re
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,21 +28,13 @@ import torch
 from tqdm.auto import tqdm
 
 from common import UNFINISHED, adjust_logits, clip_ids, load_data, load_model, predict, true_labels
+from patrec import features
 from patrec.audio import CLIP_S, Sound, require_decoder
 from patrec.batches import cut_windows
 from patrec.errors import InputError, end_in_one_line
 from patrec.explain import clip_attributions, patches
-from patrec.features import (
-    BANDS,
-    DB_FLOOR,
-    HOP,
-    N_MELS,
-    SR,
-    compile_librosa,
-    mel_and_chroma,
-    stack_rows,
-)
-from patrec.files import PROJECT, find_data, make_folder, output_folder, write_text
+from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR
+from patrec.files import find_data, make_folder, output_folder, write_text
 from patrec.flags import Parser, Source
 from patrec.labels import EMOTIONS, fingerprint
 from patrec.machine import keep_freed_memory, pick_device, show_bars
@@ -98,26 +88,15 @@ def find_checkpoint(folder, run) -> Path | None:
     return done[0] / "best.pt" if done else None
 
 
-def find_networks(out, args) -> dict[str, LoadedModel]:
-    """Load the networks of NETWORKS; with --train, train those that are missing."""
-    missing = sorted(
-        {step for step, run in NETWORKS.values() if not find_checkpoint(out / step, run)}
-    )
-    if missing and not args.train:
+def find_networks(out, device) -> dict[str, LoadedModel]:
+    """Load the networks of NETWORKS; InputError names the steps whose networks are missing."""
+    paths = {role: find_checkpoint(out / step, run) for role, (step, run) in NETWORKS.items()}
+    missing = sorted({NETWORKS[role][0] for role, path in paths.items() if path is None})
+    if missing:
         commands = " and ".join(f"python {step}.py" for step in missing)
-        fault = f"{out}: no checkpoints of {', '.join(missing)}"
-        raise InputError(f"{fault}; run {commands}, or pass --train")
-    for step in missing:
-        command = [sys.executable, str(PROJECT / f"{step}.py"), "--out-dir", str(out)]
-        command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-        print(f"--train: {step}", flush=True)
-        if subprocess.run(command).returncode:
-            raise InputError(f"{step} could not be trained; see above")
-    device, networks = pick_device(args.device), {}
-    for role, (step, run) in NETWORKS.items():
-        model, checkpoint = load_model(find_checkpoint(out / step, run), device)
-        networks[role] = LoadedModel(model, checkpoint["settings"])
-    return networks
+        raise InputError(f"{out}: no checkpoints of {', '.join(missing)}; run {commands}")
+    loaded = {role: load_model(path, pick_device(device)) for role, path in paths.items()}
+    return {role: LoadedModel(model, kept["settings"]) for role, (model, kept) in loaded.items()}
 
 
 def temperature_of(out) -> float:
@@ -129,16 +108,16 @@ def temperature_of(out) -> float:
         return 1.0
 
 
-def training_vectors(cnn, args) -> tuple[np.ndarray, pd.Series] | None:
+def training_vectors(cnn, data_dir) -> tuple[np.ndarray, pd.Series] | None:
     """Latent vectors of the genre training clips, and their classes by id; None without them.
 
     The data set must be the one that the network was trained on.
     """
     settings = cnn.settings
     try:
-        root = find_data(args.data_dir, ("genre",), demo=False)
+        root = find_data(data_dir, ("genre",), demo=False)
     except InputError:
-        if args.data_dir:
+        if data_dir:
             raise
         return None
     if fingerprint(root, "genre") != settings["fingerprint"]:
@@ -195,42 +174,45 @@ def listen(path, networks, temperature, known):
     """Everything about one song: a dict for listen.json, and its picture and sound (PNG, MP3)."""
     import soundfile
 
-    total, n_frames, mels, encoded = 0, 0, [], io.BytesIO()
-    blocks, names = [], networks["cnn"].settings["names"]
+    seconds, n_frames, mels, blocks, encoded = 0.0, 0, [], [], io.BytesIO()
     with soundfile.SoundFile(encoded, "w", SR, 1, format="MP3") as song:
         for waveform in tqdm(read_blocks(path), path.name, disable=not show_bars(), leave=False):
             song.write(np.clip(waveform, -1, 1))
             mel = np.full((N_MELS, len(waveform) // HOP + 1), DB_FLOOR)
             if np.ptp(waveform) > 1e-5:  # else silence
-                rows = stack_rows(*mel_and_chroma(waveform))
+                rows = features.stack_rows(*features.mel_and_chroma(waveform))
                 blocks.append(predict_block(networks, rows, n_frames))
                 mel = rows[:N_MELS]
             mels.append(np.round(mel).astype(np.int8))  # dB fit into a byte: an hour is 20 MB
             n_frames += mel.shape[1]
-            total += len(waveform)
+            seconds += len(waveform) / SR
     if not blocks:
         raise InputError(f"{path}: silence; nothing can be predicted from it")
     found = {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
-    overall = (found["logits"].mean(0) / temperature).softmax(0)
-    by_lstm = found["logits_lstm"].mean(0).softmax(0)
+    names, logits = networks["cnn"].settings["names"], found["logits"] / temperature
+    genre = pd.Series(logits.mean(0).softmax(0), names)
+    by_lstm = found["logits_lstm"].mean(0).softmax(0).tolist()
     emotion = (found["emotions"].mean(0) + found["emotions_lstm"].mean(0)) / 2
-    curves = (found["logits"] / temperature).softmax(1), found["emotions"].clamp(0, 1)
-    lstm_names = networks["lstm"].settings["names"]
+    times_s = found["times_s"].numpy().round(2)
+    genres = pd.DataFrame(logits.softmax(1), times_s, names).round(4)
+    emotions = pd.DataFrame(found["emotions"].clamp(0, 1), times_s, EMOTIONS).round(4)
     facts = {
         "file": str(path).encode(errors="replace").decode(),  # a name may be no UTF-8
-        "seconds": round(total / SR, 2),
-        "genre": dict(zip(names, overall.tolist(), strict=True)),
-        "genre_lstm": dict(zip(lstm_names, by_lstm.tolist(), strict=True)),
+        "seconds": round(seconds, 2),
+        "genre": genre.to_dict(),
+        "genre_lstm": dict(zip(networks["lstm"].settings["names"], by_lstm, strict=True)),
         "emotion": dict(zip(EMOTIONS, emotion.clamp(0, 1).tolist(), strict=True)),
-        "times_s": found["times_s"].round(decimals=2).tolist(),
-        "genre_over_time": curves[0].round(decimals=4).T.tolist(),
-        "emotion_over_time": curves[1].round(decimals=4).T.tolist(),
+        "times_s": times_s.tolist(),
+        "genre_over_time": genres.T.to_numpy().tolist(),
+        "emotion_over_time": emotions.T.to_numpy().tolist(),
         "classes": names,
         "nearest": nearest(found["latent"].mean(0).numpy(), known),
     }
-    predicted = int(overall.argmax())
-    parts = np.concatenate([attributions(networks["cnn"], mel, predicted) for mel in mels], axis=1)
-    return facts, draw(facts, np.concatenate(mels, axis=1), parts), encoded.getvalue()
+    predicted = names.index(genre.idxmax())
+    parts = [attributions(networks["cnn"], mel, predicted) for mel in mels]
+    mel, parts = np.concatenate(mels, axis=1), np.concatenate(parts, axis=1)
+    picture = draw(mel, parts, genres, emotions, seconds, genre.idxmax())
+    return facts, picture, encoded.getvalue()
 
 
 def attributions(cnn, mel, predicted) -> np.ndarray:
@@ -252,43 +234,37 @@ def nearest(vector, known, n=5) -> list[dict]:
     return pd.DataFrame(found).nsmallest(n, "distance").round(3).to_dict("records")
 
 
-# ======================================================================================
-# The page
-# ======================================================================================
-
 LEFT, RIGHT = 0.07, 0.99  # the time axis in the picture, as shares of its width
 LINES = ["-", "--", ":", "-.", (0, (8, 2)), (0, (6, 2, 1, 2, 1, 2))]  # to tell curves apart
 WIDTH = 1400  # columns of the spectrogram at most; the time axis has as many pixels
 
 
-def draw(facts, mel, parts) -> bytes:
-    """A song over time as PNG: mel (128, T) in dB, what its patches add, genres, emotions."""
+def draw(mel, parts, genres, emotions, seconds, predicted) -> bytes:
+    """Draw a song over time as PNG: mel (128, T) in dB, what its patches add, the two curves."""
     fig, axes = plt.subplots(4, 1, figsize=(13, 10), sharex=True)
     fig.subplots_adjust(LEFT, 0.05, RIGHT, 0.97, hspace=0.3)
     # A column shows the loudest of its frames: else nobody would see a click in a long song.
     starts = np.linspace(0, mel.shape[1], min(mel.shape[1], WIDTH), endpoint=False).astype(int)
-    limit = float(np.quantile(np.abs(parts), 0.995)) or 1.0
-    place = {"origin": "lower", "aspect": "auto", "extent": (0, facts["seconds"], 0, N_MELS)}
     loudest = np.maximum.reduceat(mel, starts, axis=1)
+    limit = float(np.quantile(np.abs(parts), 0.995)) or 1.0
+    place = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, N_MELS)}
     axes[0].imshow(loudest, cmap="magma", vmin=DB_FLOOR, vmax=0, interpolation="nearest", **place)
     axes[1].imshow(parts, cmap="RdBu_r", vmin=-limit, vmax=limit, **place)
-    predicted = max(facts["genre"], key=facts["genre"].get)
-    titles = "Mel spectrogram", f"What speaks for {predicted} (red) and against it (blue)"
-    for ax, title in zip(axes, titles, strict=False):
-        ax.set(title=title, ylabel="Frequency (Hz)")
+    axes[0].set_title("Mel spectrogram")
+    axes[1].set_title(f"What speaks for {predicted} (red) and against it (blue)")
+    for ax in axes[:2]:
+        ax.set_ylabel("Frequency (Hz)")
         mel_ticks(ax.yaxis)
-    genres = pd.DataFrame(facts["genre_over_time"], facts["classes"], facts["times_s"])
     # By the curves and not by the prediction for the song: a medley has several genres.
-    genres = genres.loc[genres.mean(axis=1).nlargest(len(LINES)).index]
-    emotions = pd.DataFrame(facts["emotion_over_time"], EMOTIONS, facts["times_s"])
+    genres = genres[genres.mean().nlargest(len(LINES)).index]
     for ax, curves, label in ((axes[2], genres, "Probability"), (axes[3], emotions, "Emotion")):
         ax.set_prop_cycle(color=COLORS[: len(LINES)], linestyle=LINES)
-        mark = "." if len(curves.columns) == 1 else ""  # of one window there is no line
-        ax.plot(curves.columns, curves.T, marker=mark, label=list(curves.index))
+        mark = "." if len(curves) == 1 else ""  # of one window there is no line
+        ax.plot(curves.index, curves, marker=mark, label=list(curves))
         ax.set(ylim=(0, 1), ylabel=label)
         ax.grid(axis="y")
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(LINES), frameon=False)
-    axes[3].set(xlabel="Time (min:s)", xlim=(0, facts["seconds"]))
+    axes[3].set(xlabel="Time (min:s)", xlim=(0, seconds))
     axes[3].xaxis.get_major_locator().set_params(integer=True)
     axes[3].xaxis.set_major_formatter(lambda t, _: f"{t // 60:.0f}:{t % 60:02.0f}")
     file = io.BytesIO()
@@ -356,19 +332,17 @@ place();
 
 def make_page(facts, picture, audio, limits) -> str:
     """One song as a page that loads nothing from outside; names from outside are escaped."""
-    genre, emotion = (
-        pd.Series(facts[key]).sort_values(ascending=False).map(form.format).reset_index()
-        for key, form in (("genre", "{:.0%}"), ("emotion", "{:.2f}"))
-    )
-    tables = [
-        genre.set_axis(["Genre", "probability"], axis=1),
-        emotion.set_axis(["Emotion", "0 to 1"], axis=1),
-        pd.DataFrame(facts["nearest"], columns=["clip", "genre"]),
-    ]
-    tables = [table.to_html(index=False, border=0) for table in tables]
+    genre = pd.Series(facts["genre"]).sort_values(ascending=False).map("{:.0%}".format)
+    emotion = pd.Series(facts["emotion"]).map("{:.2f}".format)
+    tables = [genre.to_frame("Genre"), emotion.to_frame("Emotion (0 to 1)")]
+    if facts["nearest"]:
+        clips = pd.DataFrame(facts["nearest"]).set_index("clip")
+        tables.append(
+            clips[["genre"]].rename_axis(None).set_axis(["Nearest training clips"], axis=1)
+        )
     return PAGE.substitute(
         title=html.escape(Path(facts["file"]).name),
-        tables="\n".join(tables[: 3 if facts["nearest"] else 2]),
+        tables="\n".join(table.to_html(border=0) for table in tables),
         seconds=facts["seconds"],
         limits=limits,
         left=LEFT,
@@ -392,11 +366,11 @@ def limits_of(out, networks, temperature) -> str:
     return f"""{demo}<p>The networks know {len(names)} genres: {html.escape(", ".join(names))}. They
     predict one of these for every input, for speech and noise as well. The percentages {scaled};
     this holds for clips of 30 s that resemble the training clips, not for the 6 s behind each
-    point of a curve. The genre table and curves are the predictions of the CNN. The emotion curves
-    are those of the CNN of step 10, the emotion table is the mean of that CNN and an LSTM. The
-    second picture shows integrated gradients: red patches raise the score of the predicted genre
-    above its score for the mean of the training clips, blue patches lower it. The ends of every
-    30 s lie in fewer windows and therefore look paler. The player has a compressed mono copy.</p>"""
+    point of a curve. The genre table and all curves are predictions of CNNs, the emotion table is
+    the mean of a CNN and an LSTM. The second picture shows integrated gradients: red patches raise
+    the score of the predicted genre above its score for the mean training clip, blue ones lower
+    it. The ends of every 30 s lie in fewer windows and look paler. The player has a mono copy.</p>
+    """
 
 
 def main(argv=None):
@@ -410,34 +384,33 @@ def main(argv=None):
     add("--data-dir", type=Path, help="the training data, for the nearest clips")
     add("--out-dir", type=Path, help="folder of the steps' outputs; pages go there too")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add("--train", action="store_true", help="run the steps whose checkpoints are missing")
     args = parser.parse_args(argv)
     require_decoder(args.songs)
     keep_freed_memory()
-    compile_librosa()
+    features.compile_librosa()
     out = output_folder(args.out_dir)
-    networks = find_networks(out, args)
-    temperature, known = temperature_of(out), training_vectors(networks["cnn"], args)
+    networks = find_networks(out, args.device)
+    temperature, known = temperature_of(out), training_vectors(networks["cnn"], args.data_dir)
     folder = out / "listen"
     make_folder(folder)
     limits = limits_of(out, networks, temperature)
-    found, table, failed = [], [], []
+    found, table = [], []
     for place, path in enumerate(args.songs, start=1):
         try:
             facts, picture, audio = listen(path, networks, temperature, known)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            failed.append(path)
             continue
-        safe = re.sub(r"[^\w.-]+", "_", Path(facts["file"]).stem)[:60].strip("._") or "song"
+        name = Path(facts["file"])
+        safe = re.sub(r"[^\w.-]+", "_", name.stem)[:60].strip("._") or "song"
         page = folder / f"{place:02d}_{safe}.html"
         write_text(page, make_page(facts, picture, audio, limits))
         found.append(facts | {"page": str(page)})
-        best = pd.Series(facts["genre"]).nlargest(3).items()
+        best = pd.Series(facts["genre"]).nlargest(3)
         row = {
-            "song": Path(facts["file"]).name,
+            "song": name.name,
             "length": "{}:{:02d}".format(*divmod(round(facts["seconds"]), 60)),
-            "genre": ", ".join(f"{name} {value:.0%}" for name, value in best),
+            "genre": ", ".join(f"{genre} {value:.0%}" for genre, value in best.items()),
             **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},
             "nearest training clips": ", ".join(c["genre"] for c in facts["nearest"][:3]) or "-",
             "page": str(page),
@@ -447,7 +420,7 @@ def main(argv=None):
         facts = {"songs": found, "temperature": temperature, "classes": found[0]["classes"]}
         write_text(folder / "listen.json", json.dumps(facts, indent=1))
         print(pd.DataFrame(table).to_string(index=False))
-    if failed:
+    if len(found) < len(args.songs):
         sys.exit(2)
 
 

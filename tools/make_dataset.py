@@ -27,11 +27,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -47,7 +47,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from patrec.audio import SUFFIXES, read_clip, require_decoder
-from patrec.errors import InputError, StepEnd, StepFailed, end_in_one_line
+from patrec.errors import InputError, StepFailed, end_in_one_line
 from patrec.features import N_FFT, SR, compile_librosa, extract_features
 from patrec.files import FOLDERS, lock_folder, make_folder, part_folder, write_bytes, write_text
 from patrec.flags import Parser, bounded
@@ -56,12 +56,6 @@ from patrec.machine import show_bars
 from patrec.parallel import WorkerDied, parallel_map
 
 MARKER = "AUDIO.txt"  # by it a set of this program is known; it holds the arguments
-
-
-class Stopped(StepEnd):
-    """The user pressed Ctrl-C."""
-
-    exit_code, label = 130, "stopped; "
 
 
 SOURCES = ["id", "file", "split", "size", "modified"]  # columns of sources.csv
@@ -115,46 +109,49 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
     return files, others
 
 
+def compose(text) -> str:
+    """macOS writes accents as characters of their own, others do not."""
+    return unicodedata.normalize("NFC", text)
+
+
 def genre_of(name) -> str:
-    """The class of a file; macOS writes accents as characters of their own, others do not."""
-    return unicodedata.normalize("NFC", name.split("/")[0])
+    """The class of a file."""
+    return compose(name.split("/")[0])
 
 
 def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
     """Read the CSV of emotion values: file -> (valence, energy, danceability)."""
-    known, emotions = {unicodedata.normalize("NFC", name): name for name in files}, {}
+    header = ["file", *EMOTIONS]
+    expected = f"--emotions takes a CSV file in UTF-8 with the header {','.join(header)}"
+    as_text = {"dtype": str, "header": None, "na_filter": False, "skip_blank_lines": False}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --emotions takes a CSV file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no CSV in UTF-8 ({error}); save it as such") from None
-    if sorted(header) != sorted(("file", *EMOTIONS)):
-        expected = f"expected 'file,{','.join(EMOTIONS)}'"
-        raise InputError(f"{path}: header {','.join(header)!r}; {expected}")
-    for line, row in rows:
-        given = row["file"].strip().replace("\\", "/").removeprefix("./")
-        name = known.get(unicodedata.normalize("NFC", given))
-        # Too many or too few columns, and what is no number, are NaN.
-        values = pd.to_numeric(pd.Series(row)[list(EMOTIONS)], errors="coerce")
-        fault = ""
-        if None in row or values.isna().any():
-            fault = f"no number in each of {len(header)} columns; mend or remove the line"
-        elif name is None:
-            fault = f"{given!r} is not among the audio files; paths are relative to --audio-dir"
-        elif name in emotions:
-            fault = f"{name!r} stands in a line above too; keep one"
-        elif not values.between(0, 1).all():
-            fault = "a value outside [0, 1]; scale the column"
-        if fault:
-            raise InputError(f"{path}, line {line}: {fault}")
-        emotions[name] = tuple(values.tolist())
-    if not emotions:
+        rows = pd.read_csv(path, encoding="utf-8-sig", **as_text).map(str.strip)
+    except (OSError, ValueError) as error:  # no file, no UTF-8, a line with too many columns
+        reason = getattr(error, "strerror", None) or str(error).strip()
+        raise InputError(f"{path}: {reason}; {expected}") from None
+    rows = rows.set_axis(rows.loc[0], axis=1)[1:]
+    if sorted(rows) != sorted(header):
+        raise InputError(f"{path}: header {','.join(rows)!r}; {expected}")
+    rows = rows[(rows != "").any(axis=1)]
+    if rows.empty:
         raise InputError(f"{path}: a header and no files")
-    return emotions
+    known = {compose(name): name for name in files}
+    given = rows["file"].str.replace("\\", "/").str.removeprefix("./")
+    names = given.map(compose).map(known)
+    values = rows[list(EMOTIONS)].apply(pd.to_numeric, errors="coerce").astype(float)
+    faults = {
+        "no number in each of the three columns; mend or remove the line": values.isna().any(
+            axis=1
+        ),
+        "the file is not among the audio files; paths are relative to --audio-dir": names.isna(),
+        "the file stands in a line above too; keep one": names.duplicated(),
+        "a value outside [0, 1]; scale the column": ~values.clip(0, 1).eq(values).all(axis=1),
+    }
+    for fault, is_bad in faults.items():
+        if is_bad.any():
+            row = is_bad.idxmax()  # the first such line
+            raise InputError(f"{path}, line {row + 1}, {given[row]!r}: {fault}")
+    return dict(zip(names, values.itertuples(index=False, name=None), strict=True))
 
 
 def read_sources(folder) -> dict[str, tuple]:
@@ -180,15 +177,11 @@ def plan_split(files, known, fraction, seed) -> dict[str, tuple[int, str]]:
     for genre in sorted({genre_of(name) for name in added}):
         new = [name for name in added if genre_of(name) == genre]
         old = [split for name, (_, split) in plan.items() if genre_of(name) == genre]
-        n_test = max(n_held_out(len(old) + len(new), fraction) - old.count("test"), 0)
-        test = set(rng.permutation(new)[:n_test].tolist())
+        n_clips = len(old) + len(new)
+        wanted = min(max(round(fraction * n_clips), 1), n_clips - 1)  # at least one, never all
+        test = rng.permutation(new)[: max(wanted - old.count("test"), 0)].tolist()
         plan |= {name: (ids[name], "test" if name in test else "train") for name in new}
     return plan
-
-
-def n_held_out(n_clips, fraction) -> int:
-    """Test clips of a class: at least one of two or more, never all."""
-    return min(max(round(fraction * n_clips), 1), n_clips - 1)
 
 
 def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
@@ -211,9 +204,9 @@ def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
         waveform, damage = read_clip(audio_dir / song.name)
         if len(waveform) < N_FFT:
             fault = f"{len(waveform) / SR:.3f} s of sound; at least {N_FFT / SR:.3f} s are needed"
-            return song.clip_id, fault, ""
+            raise InputError(fault)
         if np.ptp(waveform) < 1e-5:  # under a third of a 16-bit step: no array that steps accept
-            return song.clip_id, "silence", ""
+            raise InputError("silence")
         with threadpool_limits(1):  # there is a process per core
             arrays = extract_features(waveform)
         for array, targets in zip(arrays, paths, strict=True):
@@ -248,20 +241,18 @@ def make_all(
     failed, damaged, left = {}, {}, {song.clip_id: song for song in songs}
     suspects = [song for song in songs if begun(root, song).exists()]
     bar = tqdm(total=len(songs), desc="clips", disable=not show_bars())
-    shown, start = 0, time.monotonic()
+    start = time.monotonic()
 
     def make(some, workers):
-        nonlocal shown
         tasks = [(root, audio_dir, song) for song in some]
         results = parallel_map(make_arrays, tasks, workers, dask, "generator_unordered")
         for clip_id, reason, damage in results:
-            bar.update()
             song = left.pop(clip_id)
             failed.update({song: reason} if reason else {})
             damaged.update({song: damage} if damage else {})
+            bar.update()
             n_done = len(songs) - len(left)
-            if not show_bars() and n_done * 10 // len(songs) > shown:
-                shown = n_done * 10 // len(songs)
+            if not show_bars() and n_done % math.ceil(len(songs) / 10) == 0:
                 seconds = time.monotonic() - start
                 print(f"{n_done} of {len(songs)} clips, {seconds:.0f} s", flush=True)
 
@@ -280,32 +271,26 @@ def make_all(
                 make([song], 2)
             except WorkerDied:
                 failed[song] = "its worker process died twice (out of memory, or a broken file)"
-                left.pop(song.clip_id)
     shutil.rmtree(root / ".begun", ignore_errors=True)
     return failed, damaged
 
 
 def write_labels(root, songs, seed) -> None:
     """Write the label files with the lab's headers and its forms of names."""
-
-    def write(path, header, part, row):
-        """In an order that says nothing of the classes; no file without lines."""
-        some = [song for song in songs if part in song.parts]
-        order = np.random.default_rng(seed).permutation(len(some))
-        split = path.name.partition("_")[0]
-        lines = [row(some[i]) for i in order if some[i].split == split]
-        if lines:
-            write_text(path, "\n".join([header, *lines]) + "\n")
-
-    for beat in (False, True):
-        folder = part_folder(root, "genre", beat)
-        for split, form in (("train", "fused.full"), ("test", "full.fused")):
-            ending = f"{'beatsync.fused' if beat else form}.npy.gz"
-            row = f"{{0.clip_id}}.{ending}\t{{0.genre}}".format
-            write(folder / f"{split}_labels.txt", "Id\tGenre", "genre", row)
-        path = part_folder(root, "emotion", beat) / "train_labels.txt"
-        header = f"Id,{','.join(EMOTIONS)}"
-        write(path, header, "emotion", lambda song: ",".join(map(str, (song[0], *song.emotions))))
+    for beat, split in itertools.product((False, True), ("train", "test")):
+        form = "beatsync.fused" if beat else {"train": "fused.full", "test": "full.fused"}[split]
+        for part in FOLDERS if split == "train" else ["genre"]:
+            some = [song for song in songs if part in song.parts]
+            # In an order that says nothing of the classes.
+            order = np.random.default_rng(seed).permutation(len(some))
+            some = [some[i] for i in order if some[i].split == split]
+            lines = ["Id\tGenre", *(f"{song[0]}.{form}.npy.gz\t{song.genre}" for song in some)]
+            if part == "emotion":
+                values = (",".join(map(str, (song[0], *song.emotions))) for song in some)
+                lines = [f"Id,{','.join(EMOTIONS)}", *values]
+            if some:
+                path = part_folder(root, part, beat) / f"{split}_labels.txt"
+                write_text(path, "\n".join(lines) + "\n")
 
 
 def check_folder(out, arguments) -> None:
@@ -320,12 +305,8 @@ def check_folder(out, arguments) -> None:
     # Hidden files mean nothing, and data/demo is where the steps put their demo set.
     if made is None and any(path.name != "demo" for path in out.glob("[!.]*")):
         raise InputError(f"{out}: holds something that make_dataset did not make; {cure}")
-    changed = [
-        f"{key} {made.get(key)}, now {arguments.get(key)}"
-        for key in (arguments | made if made else ())
-        if made.get(key) != arguments.get(key)
-    ]
-    if changed:
+    if made and made != arguments:
+        changed = (f"{k} {made.get(k)}, now {v}" for k, v in arguments.items() if made.get(k) != v)
         fault = f"made with other arguments ({'; '.join(changed)})"
         raise InputError(f"{out}: {fault}; {cure}, or delete it")
 
@@ -440,13 +421,10 @@ def make_parser() -> Parser:
     )
     add = parser.flag
 
-    def path(text):
-        return Path(text).expanduser().absolute()
-
-    need = {"required": True, "type": path, "metavar": "DIR"}
+    need = {"required": True, "type": Path, "metavar": "DIR"}
     add("--audio-dir", "folder with a folder of audio files per genre", **need)
     parser.add_argument("--out", "--out-dir", help="folder of the new set", **need)
-    add("--emotions", "emotion values of the files", type=path, metavar="CSV")
+    add("--emotions", "emotion values of the files", type=Path, metavar="CSV")
     share = "the test part's share of each genre"
     add("--test-fraction", share, type=bounded(float, 0.05, 0.5), default=0.2)
     add("--seed", "seed of the split", type=bounded(int, 0, 2**31), default=42, metavar="N")
@@ -460,12 +438,13 @@ def make_parser() -> Parser:
 def main(argv=None) -> dict:
     """Read the command line, make the set, say what is in it."""
     args = make_parser().parse_args(argv)
+    args.out = args.out.absolute()  # a Dask worker has another working directory
     began = time.monotonic()
     try:
         make_set(args)
     except KeyboardInterrupt:
-        cure = "finished clips are kept, the same command goes on from here"
-        raise Stopped(cure) from None
+        print("stopped; finished clips are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
     counts = {
         f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("[!.]*.npy")))
         for part, split in itertools.product(FOLDERS, ("train", "test"))
