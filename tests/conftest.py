@@ -36,11 +36,6 @@ from joblib.externals.loky import reusable_executor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-GENRES = (
-    "Blues", "Chiptune", "Classical", "Electronic", "Folk", "Hip-Hop", "Indie-Rock",
-    "International", "Jazz", "Metal", "Old-Time", "Pop", "Post-Punk", "Post-Rock", "Psych-Folk",
-    "Psych-Rock", "Punk", "Rock", "Soundtrack", "Trip-Hop",
-)  # fmt: skip
 # The lab's merge, once more on purpose: the tests do not ask the code what is right.
 MERGED = {
     "Blues": "Blues", "Chiptune": "Electronic", "Classical": "Classical",
@@ -48,8 +43,8 @@ MERGED = {
     "Metal": "Metal", "Pop": "Pop", "Post-Rock": "Rock", "Psych-Folk": "Folk",
     "Psych-Rock": "Rock", "Punk": "Metal", "Rock": "Rock", "Trip-Hop": "Trip-Hop",
 }  # fmt: skip
-DROPPED = sorted(set(GENRES) - set(MERGED))
 CLASSES = sorted(set(MERGED.values()))
+FOLDERS = {"genre": "fma_genre_spectrograms", "emotion": "multitask_dataset"}
 EMOTIONS = ("valence", "energy", "danceability")
 # Clips of the training and of the test split: unequal classes, and the rare ones rare.
 COUNTS = {
@@ -59,20 +54,18 @@ COUNTS = {
     "Post-Rock": (3, 1), "Psych-Folk": (8, 2), "Psych-Rock": (6, 2), "Punk": (6, 2),
     "Rock": (24, 6), "Soundtrack": (2, 1), "Trip-Hop": (3, 1),
 }  # fmt: skip
+GENRES = tuple(COUNTS)
+DROPPED = sorted(set(GENRES) - set(MERGED))
 INTRO = 650  # frames that open a long test clip and tell nothing: more than any window
 
 
 def genre_level(genre):
-    """Where on the frequency axis (0 to 1) a genre is loudest.
-
-    Merged genres lie side by side, in the order of their classes.
-    """
+    """Where on the frequency axis (0 to 1) a genre is loudest: merged genres lie side by side."""
     if genre in DROPPED:
         return 0.05 + 0.1 * DROPPED.index(genre)  # between two classes
     siblings = sorted(name for name in MERGED if MERGED[name] == MERGED[genre])
-    return CLASSES.index(MERGED[genre]) / 9 + 0.012 * siblings.index(genre) * (
-        -1 if genre == "Trip-Hop" else 1
-    )
+    side = -1 if genre == "Trip-Hop" else 1
+    return CLASSES.index(MERGED[genre]) / 9 + 0.012 * siblings.index(genre) * side
 
 
 def fake_clip(rng, level, n_frames, intro=0):
@@ -108,9 +101,8 @@ def emotion_values(n, seed=0):
     """(n, 3) values in [0, 1], every axis in an order of its own, uncorrelated; three decimals."""
     rng = np.random.default_rng(100 + seed)
     ranks = np.argsort(rng.standard_normal((n, 3)), axis=0).argsort(0)
-    return np.round(
-        0.02 + 0.96 * (ranks / max(n - 1, 1)) ** [1.0, 1.5, 0.6], 3
-    )  # and spread unlike the others
+    spread = [1.0, 1.5, 0.6]  # unlike on each axis
+    return np.round(0.02 + 0.96 * (ranks / max(n - 1, 1)) ** spread, 3)
 
 
 def make_ids(n, seed):
@@ -125,21 +117,10 @@ def make_ids(n, seed):
     return [str(i) for i in rng.permutation(sorted(ids))]
 
 
-def save(folder, clip_id, array, dtype):
-    np.save(folder / f"{clip_id}.fused.full.npy", array.astype(dtype))
-
-
 def write_data_set(
-    root,
-    per_class=(6, 2),
-    n_emotion=(40, 6),
-    n_frames=120,
-    n_beats=(14, 20),
-    seed=0,
-    dtype=np.float64,
-    intro=0,
-    test_frames=None,
-):
+    root, per_class=(6, 2), n_emotion=(40, 6), n_frames=120, n_beats=(14, 20), seed=0,
+    dtype=np.float64, intro=0, test_frames=None,
+):  # fmt: skip
     """Write all four folders with their label files as data-format.md gives them.
 
     per_class : clips of each genre in both splits, or {genre: clips in both splits}
@@ -147,79 +128,39 @@ def write_data_set(
         or a range
     intro : frames at the start of each clip of the test splits, full ones only, that tell nothing
     """
-    rng = np.random.default_rng(seed)
-
-    def length(frames):
-        low, high = frames if isinstance(frames, tuple) else (frames, frames + 3)
-        return int(rng.integers(low, high))
-
+    rng, values = np.random.default_rng(seed), emotion_values(sum(n_emotion), seed)
     counts = per_class if isinstance(per_class, dict) else dict.fromkeys(GENRES, per_class)
-    n_train, n_test = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    ids = make_ids(n_train + n_test + sum(n_emotion), seed)
-    genre_ids = {"train": ids[:n_train], "test": ids[n_train : n_train + n_test]}
-    emotion_ids = {
-        "train": ids[n_train + n_test :][: n_emotion[0]],
-        "test": ids[n_train + n_test + n_emotion[0] :],
-    }
-    values = emotion_values(sum(n_emotion), seed)
-    for beat in (False, True):
-        frames = (
-            {"train": n_beats, "test": n_beats}
-            if beat
-            else {"train": n_frames, "test": test_frames or n_frames}
-        )
-        intros = {"train": 0, "test": 0 if beat else intro}
-        for number, split in enumerate(("train", "test")):
-            folder = root / ("fma_genre_spectrograms_beat" if beat else "fma_genre_spectrograms")
-            (folder / split).mkdir(parents=True)
-            form = (
-                "beatsync.fused" if beat else ("fused.full" if split == "train" else "full.fused")
-            )
-            genres = [genre for genre in GENRES for _ in range(counts[genre][number])]
-            rows = []
-            for clip_id, genre in zip(genre_ids[split], genres, strict=True):
-                save(
-                    folder / split,
-                    clip_id,
-                    fake_clip(rng, genre_level(genre), length(frames[split]), intros[split]),
-                    dtype,
-                )
-                rows.append(f"{clip_id}.{form}.npy.gz\t{genre}")
-            write_labels(
-                folder / f"{split}_labels.txt", "Id\tGenre", rows, seed + 10 * number + beat
-            )
-        for split in ("train", "test"):
-            folder = root / ("multitask_dataset_beat" if beat else "multitask_dataset")
-            (folder / split).mkdir(parents=True)
-            rows = []
-            for clip_id, row in zip(
-                emotion_ids[split],
-                values[: n_emotion[0]] if split == "train" else values[n_emotion[0] :],
-                strict=True,
-            ):
-                save(
-                    folder / split,
-                    clip_id,
-                    emotion_clip(rng, row, length(frames[split]), intros[split]),
-                    dtype,
-                )
-                rows.append(",".join([clip_id, *(f"{value:.3f}" for value in row)]))
-            if split == "train":
-                write_labels(
-                    folder / "train_labels.txt",
-                    "Id,valence,energy,danceability",
-                    rows,
-                    seed + 20 + beat,
-                )
+    labels = [[genre for genre in GENRES for _ in range(counts[genre][i])] for i in (0, 1)]
+    labels += [values[: n_emotion[0]], values[n_emotion[0] :]]
+    ids = np.split(make_ids(sum(map(len, labels)), seed), np.cumsum(list(map(len, labels)))[:-1])
+    for beat, k in itertools.product((False, True), range(4)):
+        genre, test = k < 2, k % 2 == 1
+        split = "test" if test else "train"
+        folder = root / (FOLDERS["genre" if genre else "emotion"] + "_beat" * beat)
+        (folder / split).mkdir(parents=True)
+        frames = n_beats if beat else test_frames or n_frames if test else n_frames
+        low, high = frames if isinstance(frames, tuple) else (frames, frames + 3)
+        form = "beatsync.fused" if beat else "full.fused" if test else "fused.full"
+        rows = []
+        for clip_id, label in zip(ids[k], labels[k], strict=True):
+            length, quiet = int(rng.integers(low, high)), intro * (test and not beat)
+            if genre:
+                clip = fake_clip(rng, genre_level(label), length, quiet)
+                rows.append(f"{clip_id}.{form}.npy.gz\t{label}")
+            else:
+                clip = emotion_clip(rng, label, length, quiet)
+                rows.append(",".join([clip_id, *(f"{value:.3f}" for value in label)]))
+            np.save(folder / split / f"{clip_id}.fused.full.npy", clip.astype(dtype))
+        if genre or not test:
+            header = "Id\tGenre" if genre else f"Id,{','.join(EMOTIONS)}"
+            write_labels(folder / f"{split}_labels.txt", header, rows, seed + 10 * k + beat)
     return root
 
 
 def write_labels(path, header, rows, seed):
     """Write a label file with its rows in an order of its own."""
-    path.write_text(
-        "\n".join([header, *(rows[i] for i in np.random.default_rng(seed).permutation(len(rows)))])
-        + "\n"
-    )
+    order = np.random.default_rng(seed).permutation(len(rows))
+    path.write_text("\n".join([header, *(rows[i] for i in order)]) + "\n")
 
 
 @pytest.fixture
@@ -230,15 +171,8 @@ def own_data(tmp_path):
 
 def hard_data_set(root, seed=0, **changes):
     """As hard as the lab's: long clips of unlike lengths, unequal classes, intros in test clips."""
-    options = {
-        "per_class": COUNTS,
-        "n_emotion": (64, 12),
-        "n_frames": (700, 760),
-        "n_beats": (14, 40),
-        "dtype": np.float32,
-        "intro": INTRO,
-        "test_frames": (1150, 1250),
-    }
+    options = {"per_class": COUNTS, "n_emotion": (64, 12), "n_beats": (14, 40), "intro": INTRO}
+    options |= {"n_frames": (700, 760), "test_frames": (1150, 1250), "dtype": np.float32}
     return write_data_set(root, **(options | changes), seed=seed)
 
 
@@ -247,37 +181,21 @@ def labels_of(data_dir, part="genre", split="train", beat=False):
 
     Clips of dropped classes are left out.
     """
-    folder = data_dir / (
-        ("fma_genre_spectrograms" if part == "genre" else "multitask_dataset")
-        + ("_beat" if beat else "")
-    )
-    rows = (folder / f"{split}_labels.txt").read_text().splitlines()[1:]
+    path = data_dir / (FOLDERS[part] + "_beat" * beat) / f"{split}_labels.txt"
+    rows = path.read_text().splitlines()[1:]
     if part == "genre":
         pairs = [row.split("\t") for row in rows]
         return {name.split(".")[0]: MERGED[genre] for name, genre in pairs if genre in MERGED}
     return {row.split(",")[0]: tuple(map(float, row.split(",")[1:])) for row in rows}
 
 
-def hidden_emotions(n_emotion=(64, 12), seed=0):
-    """{id: values} of the unlabelled emotion clips of `hard_data_set`, which no file holds."""
-    n_genre = sum(map(sum, COUNTS.values()))
-    ids = make_ids(n_genre + sum(n_emotion), seed)[n_genre + n_emotion[0] :]
-    return dict(
-        zip(
-            ids,
-            map(tuple, emotion_values(sum(n_emotion), seed)[n_emotion[0] :].tolist()),
-            strict=True,
-        )
-    )
-
-
 def functions_of(script):
     """A step's imports, constants and functions, without running its cells."""
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    body = ast.parse((ROOT / script).read_text()).body
-    constants = [node for node in body if isinstance(node, ast.Assign)]
-    constants = [node for node in constants if getattr(node.targets[0], "id", "").isupper()]
-    kept = [node for node in body if isinstance(node, kinds) or node in constants]
+    kept = []
+    for node in ast.parse((ROOT / script).read_text()).body:
+        constant = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper()
+        if constant or isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef):
+            kept.append(node)
     namespace = {}
     exec(compile(ast.Module(kept, []), script, "exec"), namespace)
     return namespace
@@ -343,17 +261,18 @@ def make_step(monkeypatch):
     return make
 
 
+def finished(result, check):
+    """The CompletedProcess of a script, which must have succeeded if `check`."""
+    said = f"{result.args}: {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    assert result.returncode == 0 or not check, said
+    return result
+
+
 def run_script(name, *args, cwd=None, check=True, timeout=240, **env):
     """Run a script through its real command line; returns the CompletedProcess."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]
-    result = subprocess.run(
-        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout
-    )
-    if check:
-        assert result.returncode == 0, (
-            f"{name}: {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-        )
-    return result
+    options = {"capture_output": True, "text": True, "timeout": timeout}
+    return finished(subprocess.run(command, cwd=cwd, env=os.environ | env, **options), check)
 
 
 def run_inside(script, *args):
@@ -363,49 +282,37 @@ def run_inside(script, *args):
         patch.setattr(sys, "argv", [str(path), *map(str, args)])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as stop:
-            return exit_code(stop)
-        except BaseException:
             try:
+                runpy.run_path(str(path), run_name="__main__")
+            except (Exception, KeyboardInterrupt):
                 sys.excepthook(*sys.exc_info())  # the script's own, which says one line
-            except SystemExit as stop:
-                return exit_code(stop)
-            raise  # a bug
+                raise  # a bug
+        except SystemExit as stop:
+            if isinstance(stop.code, str):  # as Python does
+                print(stop.code, file=sys.stderr)
+                return 1
+            return stop.code or 0
     return 0
 
 
-def exit_code(stop):
-    """Exit code of a SystemExit; a message goes to stderr, as Python does."""
-    if isinstance(stop.code, str):
-        print(stop.code, file=sys.stderr)
-        return 1
-    return stop.code or 0
-
-
-def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, **env):
+def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=lambda: None, **env):
     """As `run_script`, in a copy of this process: a process of its own without seconds of imports.
 
     The project's modules are imported anew, from the script's folder.
 
     prepare : callable, called in the copy before the script is run
-    env : None unsets a name
     """
-    if not hasattr(os, "fork"):
-        keep = {key: value for key, value in env.items() if value is not None}
-        return run_script(script, *args, cwd=cwd, check=check, timeout=timeout, **keep)
     script = ROOT / script
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if not pid:
             code = 1
             try:
-                for number, file in ((1, out), (2, err)):
-                    os.dup2(file.fileno(), number)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
                 sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, until the process ends
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-                for key, value in env.items():
-                    os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+                os.environ.update(env)
                 os.chdir(cwd or ".")
                 reusable_executor._executor = None  # its processes are the parent's
                 for name, module in list(sys.modules.items()):
@@ -414,8 +321,7 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, *
                 # A tool runs as `python -m tools.name`, from the project's folder.
                 folder = ROOT if script.parent == ROOT / "tools" else script.parent
                 sys.path[:] = [str(folder)] + [path for path in sys.path if path != str(ROOT)]
-                if prepare:
-                    prepare()
+                prepare()
                 code = run_inside(script, *args)
             except BaseException:
                 traceback.print_exc()
@@ -429,14 +335,8 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, *
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         texts = [(file.seek(0), file.read())[1] for file in (out, err)]
-    result = subprocess.CompletedProcess(
-        [str(script), *map(str, args)], os.waitstatus_to_exitcode(status[1]), *texts
-    )
-    if check:
-        assert result.returncode == 0, (
-            f"{script}: {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-        )
-    return result
+    code = os.waitstatus_to_exitcode(status[1])
+    return finished(subprocess.CompletedProcess([script, *args], code, *texts), check)
 
 
 def assert_clean_error(result, *words, code=2):
@@ -495,29 +395,22 @@ def browser():
         chromium.close()
 
 
-class Page:
-    """A page opened in a browser, and all that it complained of or asked from outside."""
+@pytest.fixture
+def open_page(browser):
+    """Function (path, width): a page that must not complain or ask for anything from outside."""
+    faults, inside = [], ("file:", "data:", "blob:")
 
-    def __init__(self, browser, path, width):
-        self.faults = []
-        self.page = page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda m: self.faults.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", lambda r: self.faults.append(r.url[:80]) if self.is_outside(r) else None)
+    def open_it(path, width=800):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(20_000)
+        page.on("console", lambda said: said.type == "error" and faults.append(said.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(inside) or faults.append(r.url[:80]))
         page.goto(path.as_uri())
+        return page
 
-    @staticmethod
-    def is_outside(request):
-        return not request.url.startswith(("file:", "data:", "blob:"))
-
-    def __call__(self, script):
-        return self.page.evaluate(script)
-
-    def wait(self, script):
-        self.page.wait_for_function(script, timeout=20_000)
-
-    def fits(self):
-        return self("document.documentElement.scrollWidth <= window.innerWidth")
+    yield open_it
+    assert not faults
 
 
 def patch_everywhere(patch, name, value):

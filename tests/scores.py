@@ -32,17 +32,8 @@ def run_step(args, step, flags, seed) -> dict:
     folder = args.out_dir / f"seed_{seed}"
     metrics = folder / step / "metrics.json"
     if not metrics.exists():
-        command = [
-            sys.executable,
-            str(ROOT / f"{step}.py"),
-            "--data-dir",
-            str(args.data_dir),
-            "--out-dir",
-            str(folder),
-            "--seed",
-            str(seed),
-            *flags,
-        ]
+        where = ["--data-dir", args.data_dir, "--out-dir", folder, "--seed", str(seed)]
+        command = [sys.executable, ROOT / f"{step}.py", *where, *flags]
         with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(metrics.read_text())["runs"]
@@ -52,30 +43,29 @@ def collect(args) -> dict:
     """{(row, step that prints it): test scores of every seed}"""
     rows = {}
     for seed in args.seeds:
-        for step in args.steps:
-            flags = COMMANDS[step] if step != "step07_cnn" or seed == args.seeds[0] else []
+        for step, flags in COMMANDS.items():
+            if step == "step07_cnn" and seed != args.seeds[0]:
+                flags = []
             for name, run in run_step(args, step, flags, seed).items():
-                if "_seed" in name:
-                    continue  # of the ensemble: the next seeds' own runs give the same
-                if (
-                    step == "step05_lstm" or (name, "step05_lstm") not in rows
-                ):  # step 6 scores step 5's models again
+                # Step 6 scores step 5's models again, step 7's ensemble trains the next seeds'.
+                again = step != "step05_lstm" and (name, "step05_lstm") in rows
+                if not again and "_seed" not in name:
                     rows.setdefault((name, step), []).append(run["test"])
     return rows
 
 
 def print_table(rows, keys):
+    rows = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
+    print(f"\n{next(iter(rows.values()))[0]['n_clips']} clips\n")
     print("| row | " + " | ".join(keys) + " | printed by |\n| --- |" + " --- |" * (len(keys) + 1))
     for (name, step), scores in rows.items():
-        cells = []
+        print(f"| {name} | ", end="")
         for key in keys:
-            values, intervals = (
-                [score[key] for score in scores],
-                np.mean([score[f"{key}_ci95"] for score in scores], axis=0),
-            )
+            values = [score[key] for score in scores]
+            low, high = np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread} [{intervals[0]:.3f}, {intervals[1]:.3f}]")
-        print(f"| {name} | " + " | ".join(cells) + f" | `{step}.py` |")
+            print(f"{np.mean(values):.3f}{spread} [{low:.3f}, {high:.3f}] | ", end="")
+        print(f"`{step}.py` |")
 
 
 def main():
@@ -85,22 +75,12 @@ def main():
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out-dir", type=Path, default=Path("scores"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--steps", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    rows = collect(args)
-    print(
-        f"Seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation over seeds [mean 95%"
-        " interval]\n"
-    )
+    rows, seeds = collect(args), ", ".join(map(str, args.seeds))
+    print(f"Seeds {seeds}: mean ± standard deviation over seeds [mean 95% interval]")
     for keys in (GENRE, EMOTION):
-        some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
-        if not some:
-            continue
-        n_clips = next(iter(some.values()))[0]["n_clips"]
-        print(f"{n_clips} clips\n")
-        print_table(some, keys)
-        print()
+        print_table(rows, keys)
 
 
 if __name__ == "__main__":

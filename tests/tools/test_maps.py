@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-from conftest import Page, assert_clean_error, labels_of, run_forked, write_data_set
+from conftest import assert_clean_error, labels_of, run_forked, write_data_set
 
 from patrec.features import HOP, SR
 from patrec.labels import fingerprint
@@ -96,15 +96,15 @@ def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_maps_can_be_walked_in(browser, outputs, small_data, width):
-    page, maps = Page(browser, outputs / "maps" / "maps.html", width), maps_of(outputs, small_data)
-    page.wait("document.querySelectorAll('.points path').length > 5")
-    page.page.select_option("#map", "CNN (CNN, mel): t-SNE")
-    table = maps["CNN (CNN, mel): t-SNE"]
+def test_the_maps_can_be_walked_in(open_page, outputs, small_data, width):
+    page, maps = open_page(outputs / "maps" / "maps.html", width), maps_of(outputs, small_data)
+    page.wait_for_function("document.querySelectorAll('.points path').length > 5")
+    page.select_option("#map", "CNN (CNN, mel): t-SNE")
+    table, sounds = maps["CNN (CNN, mel): t-SNE"], sounds_of(outputs)
 
     def shown():
         """The points that can be seen: {place in the list of sounds: (x, y, text)}."""
-        traces = page("document.querySelector('.js-plotly-plot').data")
+        traces = page.evaluate("document.querySelector('.js-plotly-plot').data")
         rows = [zip(t["customdata"], t["x"], t["y"], t["text"], strict=True)
                 for t in traces if t.get("visible", True) is True]  # fmt: skip
         return {i: (x, y, text) for i, x, y, text in itertools.chain(*rows)}
@@ -116,23 +116,23 @@ def test_the_maps_can_be_walked_in(browser, outputs, small_data, width):
         assert (x, y) == pytest.approx((row["x"], row["y"]))
         said = f"clip {table.index[i]}, {row['genre']}, predicted {row['predicted']} "
         assert text.startswith(said) and f"{row['probability']:.2f}" in text
-    page.page.select_option("#shown", "predicted wrong")
-    wrong = np.flatnonzero((table["genre"] != table["predicted"]).to_numpy())
+    page.select_option("#shown", "predicted wrong")
+    wrong = np.flatnonzero(table["genre"] != table["predicted"])
     assert sorted(shown()) == wrong.tolist()
     # Hovering says what a clip is, clicking plays it; so do the arrow keys and Enter.
-    spot = page.page.locator(".points path").first.bounding_box()
-    at = spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2
-    page.page.mouse.move(*at)
-    page.wait("document.querySelector('.hovertext')")
-    said = page.page.text_content(".hoverlayer")
-    page.page.mouse.click(*at)
-    page.wait("audio.currentTime > 0.2")
+    box = page.locator(".points path").first.bounding_box()
+    at = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*at)
+    page.wait_for_selector(".hovertext")
+    said = page.text_content(".hoverlayer")
+    page.mouse.click(*at)
+    page.wait_for_function("audio.currentTime > 0.2")
     (i,) = (i for i, (*_, text) in points.items() if text == said)
-    assert page("audio.src") == f"data:audio/mpeg;base64,{sounds_of(outputs)[i]}"
-    page.page.focus(".js-plotly-plot")
+    assert page.evaluate("audio.src") == f"data:audio/mpeg;base64,{sounds[i]}"
+    page.focus(".js-plotly-plot")
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Enter"):
-        page.page.keyboard.press(key)
+        page.keyboard.press(key)
     i = min(wrong, key=lambda i: points[i][0])
-    assert page.page.text_content(".hoverlayer") == points[i][2]
-    assert page("audio.src") == f"data:audio/mpeg;base64,{sounds_of(outputs)[i]}"
-    assert page.fits() and not page.faults
+    assert page.text_content(".hoverlayer") == points[i][2]
+    assert page.evaluate("audio.src") == f"data:audio/mpeg;base64,{sounds[i]}"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
