@@ -14,9 +14,8 @@ are the lab's, odd file names included, so that every step reads them unchanged.
           lists the id and the split of every file, unreadable.csv the files that give no clip.
 --emotions
           CSV with the header file,valence,energy,danceability; paths relative to the audio
-          folder, values in [0, 1]. Genre and emotion share one split by file, so that no test
-          clip of one is a training clip of the other. As in the lab, the emotion test clips
-          get no label file.
+          folder, values in [0, 1]. Genre and emotion share one split by file. As in the lab,
+          the emotion test clips get no label file.
 
 The label files are written last, so no step takes an unfinished set. After an interruption, the
 same command goes on where it stopped. Run again later, it adds new files, makes changed ones
@@ -56,8 +55,6 @@ from patrec.machine import show_bars
 from patrec.parallel import WorkerDied, parallel_map
 
 MARKER = "AUDIO.txt"  # by it a set of this program is known; it holds the arguments
-
-
 SOURCES = ["id", "file", "split", "size", "modified"]  # columns of sources.csv
 
 
@@ -93,12 +90,10 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
         fault = f"FMA's numbered folders ({genres[0]}, ...) are no genres"
         cure = "sort the files into folders named after their genre_top in FMA's tracks.csv"
         raise InputError(f"{folder}: {fault}; {cure}")
-    files, others = [], [path.name for path in top if path.is_file()]
-    for genre in genres:
-        paths = sorted(path for path in (folder / genre).rglob("*") if path.is_file())
-        for name in (path.relative_to(folder).as_posix() for path in paths):
-            if "/." not in name:
-                (files if Path(name).suffix.lower() in SUFFIXES else others).append(name)
+    paths = [path for genre in genres for path in sorted((folder / genre).rglob("*"))]
+    names = [path.relative_to(folder).as_posix() for path in [*paths, *top] if path.is_file()]
+    names = [name for name in names if "/." not in name]
+    files = [name for name in names if "/" in name and Path(name).suffix.lower() in SUFFIXES]
     if not files:
         kinds = " ".join(SUFFIXES)
         raise InputError(f"{folder}: no audio files ({kinds}) in its {len(genres)} folders")
@@ -106,7 +101,7 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
         if any(mark < " " or "\ud800" <= mark <= "\udfff" for mark in name):
             fault = "holds a tab, a line break or no UTF-8, which label files cannot"
             raise InputError(f"{folder}: the name {name!r} {fault}; rename it")
-    return files, others
+    return files, sorted(set(names) - set(files))
 
 
 def compose(text) -> str:
@@ -137,21 +132,21 @@ def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
         raise InputError(f"{path}: a header and no files")
     known = {compose(name): name for name in files}
     given = rows["file"].str.replace("\\", "/").str.removeprefix("./")
-    names = given.map(compose).map(known)
+    found = given.map(compose).map(known)
     values = rows[list(EMOTIONS)].apply(pd.to_numeric, errors="coerce").astype(float)
     faults = {
         "no number in each of the three columns; mend or remove the line": values.isna().any(
             axis=1
         ),
-        "the file is not among the audio files; paths are relative to --audio-dir": names.isna(),
-        "the file stands in a line above too; keep one": names.duplicated(),
+        "the file is not among the audio files; paths are relative to --audio-dir": found.isna(),
+        "the file stands in a line above too; keep one": found.duplicated(),
         "a value outside [0, 1]; scale the column": ~values.clip(0, 1).eq(values).all(axis=1),
     }
     for fault, is_bad in faults.items():
         if is_bad.any():
             row = is_bad.idxmax()  # the first such line
             raise InputError(f"{path}, line {row + 1}, {given[row]!r}: {fault}")
-    return dict(zip(names, values.itertuples(index=False, name=None), strict=True))
+    return dict(zip(found, values.itertuples(index=False, name=None), strict=True))
 
 
 def read_sources(folder) -> dict[str, tuple]:
@@ -192,11 +187,11 @@ def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
 def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
     """Compute and write the arrays of one song.
 
-    Returns its id, why there are none (else ""), and what is wrong with the file (else "").
+    Returns its id, whether it has them, and what is wrong with the file (else "").
     """
     paths = [array_paths(root, song.clip_id, song.split, song.parts, beat) for beat in (0, 1)]
     if all(path.exists() for path in paths[0] + paths[1]):
-        return song.clip_id, "", ""
+        return song.clip_id, True, ""
     mark = begun(root, song)
     mark.touch()
     try:
@@ -213,10 +208,10 @@ def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
             for path in targets:
                 write_bytes(path, functools.partial(np.save, arr=array))
     except InputError as error:
-        return song.clip_id, str(error).removeprefix(f"{audio_dir / song.name}: "), ""
+        return song.clip_id, False, str(error).removeprefix(f"{audio_dir / song.name}: ")
     finally:
         mark.unlink(missing_ok=True)
-    return song.clip_id, "", damage
+    return song.clip_id, True, damage
 
 
 def begun(root, song) -> Path:
@@ -224,10 +219,8 @@ def begun(root, song) -> Path:
     return root / ".begun" / str(song.clip_id)
 
 
-def make_all(
-    root, audio_dir, songs, workers=None, dask=None
-) -> tuple[dict[Song, str], dict[Song, str]]:
-    """Make the arrays of all songs; returns the songs without, and why, and the damaged ones.
+def make_all(root, audio_dir, songs, workers=None, dask=None) -> dict[Song, str]:
+    """Make the arrays of all songs; returns the songs without, and why.
 
     A song that was being made when a worker process died, or this one in an earlier run, is made
     again, alone: if the process dies again, it is left out like a file that cannot be read.
@@ -238,7 +231,7 @@ def make_all(
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
     (root / ".begun").mkdir(exist_ok=True)
     workers = workers or joblib.cpu_count()
-    failed, damaged, left = {}, {}, {song.clip_id: song for song in songs}
+    failed, left = {}, {song.clip_id: song for song in songs}
     suspects = [song for song in songs if begun(root, song).exists()]
     bar = tqdm(total=len(songs), desc="clips", disable=not show_bars())
     start = time.monotonic()
@@ -246,10 +239,13 @@ def make_all(
     def make(some, workers):
         tasks = [(root, audio_dir, song) for song in some]
         results = parallel_map(make_arrays, tasks, workers, dask, "generator_unordered")
-        for clip_id, reason, damage in results:
+        for clip_id, is_made, fault in results:
             song = left.pop(clip_id)
-            failed.update({song: reason} if reason else {})
-            damaged.update({song: damage} if damage else {})
+            if not is_made:
+                failed[song] = fault
+            if fault:
+                what = "used as far as it goes" if is_made else "left out"
+                print(f"{what}: {song.name}: {fault}", file=sys.stderr)
             bar.update()
             n_done = len(songs) - len(left)
             if not show_bars() and n_done % math.ceil(len(songs) / 10) == 0:
@@ -272,7 +268,7 @@ def make_all(
             except WorkerDied:
                 failed[song] = "its worker process died twice (out of memory, or a broken file)"
     shutil.rmtree(root / ".begun", ignore_errors=True)
-    return failed, damaged
+    return failed
 
 
 def write_labels(root, songs, seed) -> None:
@@ -345,7 +341,10 @@ def make_set(args) -> None:
     out, audio_dir = args.out, args.audio_dir.resolve()
     files, others = find_audio(audio_dir)
     require_decoder(files)
-    emotions = read_emotions(args.emotions, files) if args.emotions else {}
+    emotions = {}
+    if args.emotions:
+        emotions = read_emotions(args.emotions, files)
+        others = [name for name in others if not args.emotions.samefile(audio_dir / name)]
     arguments = {
         "audio_dir": str(audio_dir),
         "test_fraction": args.test_fraction,
@@ -361,7 +360,6 @@ def make_set(args) -> None:
     for name, (i, part) in plan_split(files, earlier, args.test_fraction, args.seed).items():
         stat = (audio_dir / name).stat()
         songs.append(Song(i, name, part, stat.st_size, stat.st_mtime_ns, emotions.get(name)))
-    others = [name for name in others if audio_dir / name != args.emotions]
     if others:
         print(f"left out: {len(others)} files that are no audio of a genre: {names(others)}")
     finished = (part_folder(out, "genre") / "train_labels.txt").exists()
@@ -369,15 +367,17 @@ def make_set(args) -> None:
     if finished and same and not (out / "unreadable.csv").exists():
         print(f"{out}: made already")
     else:
-        require_emotions(args.emotions, songs)
+        if emotions and not any(song.emotions and song.split == "train" for song in songs):
+            fault = "none of its files is in the training part; label more files"
+            raise InputError(f"{args.emotions}: {fault}")
         begin(out, arguments, songs, known)
         n_genres = len({song.genre for song in songs})
         print(f"extracting {len(songs)} files of {n_genres} genres", flush=True)
-        finish(args, songs, *make_all(out, audio_dir, songs, args.workers, args.dask))
+        finish(args, songs, make_all(out, audio_dir, songs, args.workers, args.dask))
     lock.release()
 
 
-def finish(args, songs, failed, damaged) -> None:
+def finish(args, songs, failed) -> None:
     """Write unreadable.csv and the label files; say what is left out."""
     unreadable = args.out / "unreadable.csv"
     unreadable.unlink(missing_ok=True)
@@ -388,14 +388,10 @@ def finish(args, songs, failed, damaged) -> None:
     # A class that lost all its training files cannot be learned, so it cannot be asked for either.
     trained = {song.genre for song in made if song.split == "train"}
     kept = [song for song in made if song.genre in trained]
-    require_emotions(args.emotions, kept)
     if not kept:
         fault = f"not one file gives a training clip; {len(failed)} of {len(songs)} are listed"
         raise InputError(f"{args.audio_dir}: {fault}, with reasons, in {unreadable}")
     write_labels(args.out, kept, args.seed)
-    for what, some in (("left out", failed), ("used as far as it goes", damaged)):
-        for song in sorted(some)[:10]:
-            print(f"{what}: {song.name}: {some[song]}", file=sys.stderr)
     if failed:
         counted = f"{len(failed)} of {len(songs)} files left out"
         print(f"{counted}; all are listed in {unreadable}", file=sys.stderr)
@@ -407,20 +403,10 @@ def finish(args, songs, failed, damaged) -> None:
         print(f"class {foreign[0]} is none of the lab's 20: give the steps --no-merge")
 
 
-def require_emotions(path, songs) -> None:
-    if path and songs and not any(song.emotions and song.split == "train" for song in songs):
-        fault = "none of its files gives a clip of the training part"
-        raise InputError(f"{path}: {fault}; label more files")
-
-
 def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.flag
-
     need = {"required": True, "type": Path, "metavar": "DIR"}
     add("--audio-dir", "folder with a folder of audio files per genre", **need)
     parser.add_argument("--out", "--out-dir", help="folder of the new set", **need)
