@@ -32,7 +32,6 @@ from patrec.flags import Parser
 from tools.steps import STEPS, find_step
 
 DATA_SET = "geoparslp/patreco3-multitask-affective-music"
-NO_USER = "your-kaggle-name"
 OWNER, SLUG = r"[A-Za-z0-9][A-Za-z0-9_-]*", r"[a-z0-9][a-z0-9-]{3,48}[a-z0-9]"
 
 ONE_FILE = """\
@@ -88,10 +87,10 @@ def find_modules(*scripts) -> dict[str, str]:
 
 def literal(text) -> str:
     """Write a text as a Python string: as it stands, between triple quotes, if that is possible."""
-    for code in (f"r'''\n{text}'''", f'r"""\n{text}"""'):
-        with contextlib.suppress(SyntaxError):  # the text holds these quotes itself
-            if ast.literal_eval(code) == f"\n{text}":
-                return code
+    code = f"r'''\n{text}'''"
+    with contextlib.suppress(SyntaxError):  # the text holds these quotes itself
+        if ast.literal_eval(code) == f"\n{text}":
+            return code
     return repr(f"\n{text}")
 
 
@@ -211,7 +210,7 @@ def parse_flags(argv) -> argparse.Namespace:
     add("--all", "all steps, each with the kernels it builds on", action="store_true")
     add("--setup", "print the cell that writes the modules, for pasting", action="store_true")
     add("--notebook", "a notebook kernel instead of a script kernel", action="store_true")
-    add("--user", "your name on Kaggle, as in kaggle.com/NAME", default=NO_USER)
+    add("--user", "your name on Kaggle, as in kaggle.com/NAME", metavar="NAME")
     outputs = "kernels whose outputs to attach: a step's number or owner/slug"
     add("--earlier", outputs, nargs="+", default=[], metavar="KERNEL")
     add("--out-dir", "where the folders go", type=Path, default=Path("kernels"))
@@ -220,9 +219,8 @@ def parse_flags(argv) -> argparse.Namespace:
         raise InputError("name one step, e.g. 5, or give --all or --setup")
     if args.all and args.earlier:
         raise InputError("--all attaches the earlier kernels by itself; drop --earlier")
-    if not re.fullmatch(OWNER, args.user):
-        cure = "give the name in kaggle.com/NAME, without spaces or slashes"
-        raise InputError(f"--user {args.user!r}: no name on Kaggle; {cure}")
+    if not args.setup and not re.fullmatch(OWNER, args.user or ""):
+        raise InputError(f"--user {args.user}: give the name in kaggle.com/NAME")
     return args
 
 
@@ -231,25 +229,20 @@ def main(argv=None):
     if args.setup:
         print(setup_cell())
         return
-    kernels = []
-    for number in STEPS if args.all else [find_step(args.step)]:  # all is made, then written
+    for number in STEPS if args.all else [find_step(args.step)]:
         names = map(str, STEPS[number].builds_on) if args.all else args.earlier
         earlier = [kernel_id(name, args.user) for name in names]
-        script = STEPS[number].script
-        make = notebook if args.notebook else one_file
-        code = make(script, read(f"{script}.py"))
-        kernels.append((code, metadata(number, args.user, earlier, args.notebook)))
-    for code, facts in kernels:
-        folder = args.out_dir / facts["id"].partition("/")[2]
+        facts = metadata(number, args.user, earlier, args.notebook)
+        make, script = notebook if args.notebook else one_file, STEPS[number].script
+        code, folder = make(script, read(f"{script}.py")), args.out_dir / kernel_slug(number)
         make_folder(folder)
         write_text(folder / facts["code_file"], code)
         write_text(folder / "kernel-metadata.json", json.dumps(facts, indent=2) + "\n")
-        device, sources = "GPU T4" if facts["enable_gpu"] else "CPU", facts["kernel_sources"]
-        after = f", after {' and '.join(sources)}" if sources else ""
-        print(f"{folder}: {device}{after}; kaggle kernels push -p {folder}")
-    if args.user == NO_USER:
-        cure = "give --user, or put your Kaggle name into kernel-metadata.json, before you push"
-        print(f"The id says {NO_USER!r}: {cure}.")
+        device, after = (
+            "GPU T4" if facts["enable_gpu"] else "CPU",
+            f", after {' and '.join(earlier)}",
+        )
+        print(f"{folder}: {device}{after if earlier else ''}; kaggle kernels push -p {folder}")
 
 
 if __name__ == "__main__":
