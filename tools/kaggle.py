@@ -127,7 +127,7 @@ def setup_cell() -> str:
     return "\n".join([ONE_CELL, dict_of_modules(modules), WRITE_MODULES])
 
 
-def notebook(script, text) -> str:
+def notebook(script, text) -> dict:
     """Make a notebook of a step (nbformat 4): a cell for each module, then the step's cells.
 
     A cell of the step begins at a line `# %%`. That line becomes a heading, and the comment
@@ -149,13 +149,12 @@ def notebook(script, text) -> str:
         parts = (("markdown", words), ("code", rest.removeprefix(comment)))
         cells += [cell(kind, text.strip()) for kind, text in parts if text.strip()]
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    made = {
+    return {
         "cells": [{"id": f"cell-{number}"} | made for number, made in enumerate(cells)],
         "metadata": {"kernelspec": kernelspec, "language_info": {"name": "python"}},
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    return json.dumps(made, indent=1) + "\n"
 
 
 def cell(kind, source) -> dict:
@@ -233,16 +232,16 @@ def main(argv=None):
         names = map(str, STEPS[number].builds_on) if args.all else args.earlier
         earlier = [kernel_id(name, args.user) for name in names]
         facts = metadata(number, args.user, earlier, args.notebook)
-        make, script = notebook if args.notebook else one_file, STEPS[number].script
-        code, folder = make(script, read(f"{script}.py")), args.out_dir / kernel_slug(number)
+        script = STEPS[number].script
+        text = read(f"{script}.py")
+        code = json.dumps(notebook(script, text)) if args.notebook else one_file(script, text)
+        folder = args.out_dir / kernel_slug(number)
         make_folder(folder)
         write_text(folder / facts["code_file"], code)
         write_text(folder / "kernel-metadata.json", json.dumps(facts, indent=2) + "\n")
-        device, after = (
-            "GPU T4" if facts["enable_gpu"] else "CPU",
-            f", after {' and '.join(earlier)}",
-        )
-        print(f"{folder}: {device}{after if earlier else ''}; kaggle kernels push -p {folder}")
+        device = "GPU T4" if facts["enable_gpu"] else "CPU"
+        after = f", after {' and '.join(earlier)}" if earlier else ""
+        print(f"{folder}: {device}{after}; kaggle kernels push -p {folder}")
 
 
 if __name__ == "__main__":
