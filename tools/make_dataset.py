@@ -105,7 +105,7 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
 
 
 def compose(text) -> str:
-    """macOS writes accents as characters of their own, others do not."""
+    """Join accents with their letters; macOS writes them as characters of their own."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -134,13 +134,12 @@ def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
     given = rows["file"].str.replace("\\", "/").str.removeprefix("./")
     found = given.map(compose).map(known)
     values = rows[list(EMOTIONS)].apply(pd.to_numeric, errors="coerce").astype(float)
+    is_missing, is_outside = values.isna(), ~values.clip(0, 1).eq(values)
     faults = {
-        "no number in each of the three columns; mend or remove the line": values.isna().any(
-            axis=1
-        ),
+        "no number in each of the three columns; mend or remove the line": is_missing.any(axis=1),
         "the file is not among the audio files; paths are relative to --audio-dir": found.isna(),
         "the file stands in a line above too; keep one": found.duplicated(),
-        "a value outside [0, 1]; scale the column": ~values.clip(0, 1).eq(values).all(axis=1),
+        "a value outside [0, 1]; scale the column": is_outside.any(axis=1),
     }
     for fault, is_bad in faults.items():
         if is_bad.any():
@@ -174,7 +173,7 @@ def plan_split(files, known, fraction, seed) -> dict[str, tuple[int, str]]:
         old = [split for name, (_, split) in plan.items() if genre_of(name) == genre]
         n_clips = len(old) + len(new)
         wanted = min(max(round(fraction * n_clips), 1), n_clips - 1)  # at least one, never all
-        test = rng.permutation(new)[: max(wanted - old.count("test"), 0)].tolist()
+        test = set(rng.permutation(new)[: max(wanted - old.count("test"), 0)].tolist())
         plan |= {name: (ids[name], "test" if name in test else "train") for name in new}
     return plan
 
@@ -409,7 +408,7 @@ def make_parser() -> Parser:
     add = parser.flag
     need = {"required": True, "type": Path, "metavar": "DIR"}
     add("--audio-dir", "folder with a folder of audio files per genre", **need)
-    parser.add_argument("--out", "--out-dir", help="folder of the new set", **need)
+    add("--out", "folder of the new set", **need)
     add("--emotions", "emotion values of the files", type=Path, metavar="CSV")
     share = "the test part's share of each genre"
     add("--test-fraction", share, type=bounded(float, 0.05, 0.5), default=0.2)
