@@ -3,10 +3,10 @@
     python step07_cnn.py
     python -m tools.explain
 
-Input: the checkpoint of step 7, the genre data set. Output, in outputs/explain/: what its
-blocks respond to; how well its probabilities are calibrated (tools.listen scales its own with
-the temperature found here); which patches of a spectrogram decide, whether they really do, and
-how they sound (summary.md, metrics.json, figures, mp3 files).
+Input: the checkpoint of step 7, the genre data set. Output, in outputs/explain/: how well its
+probabilities are calibrated (tools.listen scales its own with the temperature found here);
+which patches of a spectrogram decide, whether they really do, and how they sound (summary.md,
+metrics.json, a figure, mp3 files).
 """
 
 import copy
@@ -16,163 +16,48 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import (
-    adjust_logits,
-    average_frames,
-    build_model,
-    clip_ids,
-    find_genre_checkpoint,
-    load_data,
-    load_test,
-    load_trained,
-    model_spec,
-    predict_clips,
-    true_labels,
-)
+import common
+from patrec import explain
 from patrec.batches import cut_windows
 from patrec.clips import sample_clips
 from patrec.errors import InputError
-from patrec.explain import (
-    calibration_error,
-    cell_ranks,
-    clip_attributions,
-    fit_temperature,
-    integrated_gradients,
-    patches,
-    probability_curve,
-)
 from patrec.features import BANDS, DB_FLOOR, HOP, N_MELS, SR, mel_to_waveform
 from patrec.machine import seed_everything
-from patrec.plots import in_a_row, mel_ticks, plot_spectrogram
+from patrec.plots import mel_ticks, plot_spectrogram
 from patrec.scores import bootstrap, class_numbers, spearman
 from patrec.step import Step
 from patrec.tables import with_interval
 
 
-def find_cnn(step):
-    """The CNN that step 7 has saved for these clips, on the step's device."""
-    path = find_genre_checkpoint(step.training, "cnn_mel")
-    if path is None:
-        fault = f"{step.out}: no CNN of step 7 for these clips, labels and seed"
-        raise InputError(f"{fault}; run python step07_cnn.py first")
-    return load_trained(path, step.device)
-
-
-def middle(x, size):
-    """The `size` frames in the middle of a clip (T, F), or all of a shorter one."""
-    return x[max(len(x) - size, 0) // 2 :][:size]
-
-
-def draw_map(ax, values, seconds, **look):
-    """Draw (time, frequency) values over seconds and Hz."""
-    place = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, N_MELS)}
-    image = ax.imshow(values.T, interpolation="nearest", **place, **look)
-    ax.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
-    mel_ticks(ax.yaxis)
-    return image
-
-
-# ======================================================================================
-# What the blocks respond to
-# ======================================================================================
-
-
-@torch.no_grad()
-def show_blocks(step, cnn, data):
-    """A validation clip after each block, and the filters of the first block."""
-    step.heading("What the blocks respond to")
-    backbone = copy.deepcopy(cnn.model.backbone).cpu().eval()
-    clip, label, length = data.val[0]
-    clip = middle(clip[:length].cpu(), cnn.settings["window"])  # (T, F)
-    seconds, column_s = len(clip) * HOP / SR, backbone.frames_per_step * HOP / SR
-    image, _ = average_frames(clip[None], torch.tensor([len(clip)]), backbone.frames_per_step)
-    size = (13, 2.4 * (1 + len(backbone.blocks)))
-    fig, axes = plt.subplots(1 + len(backbone.blocks), 4, figsize=size, layout="constrained")
-    for ax in axes[0]:
-        ax.remove()
-    top = fig.add_subplot(axes[0, 0].get_gridspec()[0, :])
-    mean, std = (value.cpu() for value in cnn.settings["stats"])
-    fig.colorbar(plot_spectrogram(top, (clip * std + mean).T), ax=top, format="%+.0f dB")
-    top.set_title(f"A validation clip of class {data.names[int(label)]}")
-    x = image.unsqueeze(1)  # (1, 1, T', F)
-    for number, (block, row) in enumerate(zip(backbone.blocks, axes[1:], strict=True), start=1):
-        x = block(x)  # (1, C, t, f)
-        most_varied = x[0].flatten(1).std(1).argsort(descending=True)[: x.shape[1] // 2]
-        for ax, channel in zip(row, most_varied[:: len(most_varied) // 4].tolist(), strict=False):
-            draw_map(ax, x[0, channel], seconds, cmap="magma", vmin=0)
-            size = f"{x.shape[3]} x {x.shape[2]}"
-            ax.set_title(f"block {number}, channel {channel}: {size}", fontsize="small")
-            ax.label_outer()
-    caption = (
-        "A clip after each of the four blocks: four of the channels that vary most (bands x "
-        "columns). Black is 0, the lightest colour is the panel's largest value"
-    )
-    step.figure(fig, "blocks", caption)
-
-    filters = backbone.blocks[0][0].weight[:, 0].mT.flip(1)  # (C, frequency upwards, time)
-    limit, width = float(filters.abs().max()), filters.shape[1]
-    fig, ax = plt.subplots(figsize=(12, 1.4), layout="constrained")
-    drawn = ax.imshow(in_a_row(filters), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    fig.colorbar(drawn, ax=ax, label="weight")
-    ax.set(facecolor="0.8", yticks=[], ylabel="Mel band (up)")
-    ax.set_xticks(np.arange(len(filters)) * (width + 1) + width // 2, range(len(filters)))
-    ax.set_xlabel(f"Channel; each has {width} columns of {1000 * column_s:.0f} ms")
-    caption = (
-        f"The {len(filters)} filters of block 1 after training. A filter that changes along time "
-        "(left to right) responds to changes in time, one that changes along frequency to edges "
-        "of harmonics"
-    )
-    step.figure(fig, "filters", caption)
-
-
-# ======================================================================================
-# How sure the network is
-# ======================================================================================
-
-
 def calibrate(step, cnn, data, test):
     """Fit the temperature on the validation clips and judge it on the test clips.
 
-    Returns
-    -------
-    temperature : float
-    logits : torch.Tensor (N, K), adjusted, of the test clips
-    targets : torch.Tensor (N,)
-    sureness : dict, the table
+    Returns it, the adjusted log-probabilities of the test clips (clip x class), and the table.
     """
     step.heading("How sure the network is")
-    logits = {}
+    temperature, sureness = None, {}
     for split, clips in (("validation", data.val), ("test", test)):
-        predicted = predict_clips(cnn.model, clips, cnn.settings, step.device)
-        numbers = class_numbers(true_labels(clips, cnn.settings), data.names)
-        logits[split] = torch.tensor(predicted.to_numpy()), torch.tensor(numbers)
-    temperature = fit_temperature(*logits["validation"])
-    sureness = {
-        f"{split} ({len(targets)} clips)": {
+        predictions = common.predict_clips(cnn.model, clips, cnn.settings, step.device)
+        z = torch.tensor(predictions.to_numpy())
+        targets = torch.tensor(class_numbers(common.true_labels(clips, cnn.settings), data.names))
+        temperature = temperature or explain.fit_temperature(z, targets)  # on the first: validation
+        sureness[f"{split} ({len(targets)} clips)"] = {
             "accuracy": float((z.argmax(1) == targets).float().mean()),
             "mean confidence": float(z.softmax(1).amax(1).mean()),
             "confidence, scaled": float((z / temperature).softmax(1).amax(1).mean()),
-            "calibration error": calibration_error(z, targets),
-            "calibration error, scaled": calibration_error(z / temperature, targets),
+            "calibration error": explain.calibration_error(z, targets),
+            "calibration error, scaled": explain.calibration_error(z / temperature, targets),
         }
-        for split, (z, targets) in logits.items()
-    }
     caption = f"Confidence (probability of the predicted class); temperature {temperature:.2f}"
     step.table(pd.DataFrame(sureness).T.rename_axis("clips"), caption)
     step.text("""
     A probability of .9 should be right nine times out of ten. The *calibration error* (expected
     calibration error, 10 bins; Guo et al., 2017) is the distance between confidence and accuracy,
     averaged over bins, each weighted by its clips; on few clips it is above 0 by chance alone. The
-    *temperature* divides the logits, after logit adjustment, so the predicted class stays the same.
-    It is fitted on the validation clips, which also chose the epoch, so only the test row tells
-    whether it helps.
+    *temperature* divides the adjusted logits, so the predicted class stays the same. It is fitted
+    on the validation clips, which also chose the epoch: only the test row tells whether it helps.
     """)
-    return temperature, *logits["test"], sureness
-
-
-# ======================================================================================
-# Which patches decide, and do they really
-# ======================================================================================
+    return temperature, predictions, sureness
 
 
 def judge_patches(step, cnn, test) -> dict:
@@ -181,36 +66,36 @@ def judge_patches(step, cnn, test) -> dict:
     n_judged, n_steps = (4, 4) if step.args.smoke else (min(60, len(test)), 16)
     model = copy.deepcopy(cnn.model).cpu().eval()
     seed_everything(step.args.seed + 1000)  # not the weights that the training began with
-    untrained = build_model(model_spec(cnn.model)).eval()
-    areas, agreement = [], []
+    untrained = common.build_model(common.model_spec(cnn.model)).eval()
+    areas, agreement = {"insertion": [], "deletion": []}, []
     for index in np.random.default_rng(step.args.seed).permutation(len(test))[:n_judged]:
         clip, _, length = test[int(index)]
-        x = middle(clip[:length].cpu(), cnn.settings["window"])
-        lengths = torch.tensor([len(x)])
+        size = min(int(length), cnn.settings["window"])
+        x = clip[(int(length) - size) // 2 :][:size].cpu()  # the middle of the clip, (T, F)
+        lengths = torch.tensor([size])
         with torch.no_grad():
             label = model(x[None], lengths).argmax(1)
         named, other = (
-            patches(integrated_gradients(network, x[None], lengths, label, n_steps)[0])
+            explain.integrated_gradients(network, x[None], lengths, label, n_steps)[0]
             for network in (model, untrained)
         )
-        noise = patches(torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index))))
-        row = {}
-        for way in ("insertion", "deletion"):
-            for order, values in (("attribution", named), ("random", noise)):
-                rank = cell_ranks(values)
-                curve = probability_curve(model, x, rank, int(label), way == "insertion")
-                row[way, order] = float(curve.mean())
-        areas.append(row)
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(index)))
+        named, other, noise = map(explain.patches, (named, other, noise))
+        for way, rows in areas.items():
+            case = int(label), way == "insertion"
+            orders = explain.cell_ranks(named), explain.cell_ranks(noise)
+            curves = [explain.probability_curve(model, x, order, *case) for order in orders]
+            rows.append([float(curve.mean()) for curve in curves])
         one_each = slice(None, None, 8), slice(None, None, 4)  # one cell of each patch
         agreement.append(spearman(*(a.abs()[one_each].flatten() for a in (named, other))))
-    areas, agreement = pd.DataFrame(areas), np.array(agreement)
-    faithful = {}
-    for way, sign in (("insertion", 1), ("deletion", -1)):
-        gain = sign * (areas[way, "attribution"] - areas[way, "random"]).to_numpy()
+    agreement, faithful = np.array(agreement), {}
+    for way, rows in areas.items():
+        named, random = np.array(rows).T
+        gain = named - random if way == "insertion" else random - named
         interval = bootstrap(lambda i, gain=gain: gain[i].mean(), len(gain))
         faithful[way] = {
-            "by attribution": areas[way, "attribution"].mean(),
-            "in random order": areas[way, "random"].mean(),
+            "by attribution": named.mean(),
+            "in random order": random.mean(),
             "better by": with_interval({"gain": gain.mean(), "gain_ci95": interval}, "gain"),
         }
     caption = (
@@ -236,25 +121,19 @@ def judge_patches(step, cnn, test) -> dict:
     return faithful | {"randomised_weights": {"mean": agreement.mean(), "ci95": [low, high]}}
 
 
-# ======================================================================================
-# To look at and to hear
-# ======================================================================================
-
-
-def clips_to_show(step, test, logits, targets, names, stats) -> list[tuple]:
+def clips_to_show(step, cnn, test, predictions) -> list[tuple]:
     """The two clips of step 1 and the two surest mistakes: (title, mel in dB (T, 128))."""
     found = []
-    for clip in sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False):
+    clips = sample_clips(step.source.root, 1, step.args.seed, step.args.skip_bad, beat=False)
+    for clip in clips[:2]:
         mel = torch.from_numpy(clip.full[BANDS["mel"]]).float().T
         found.append((f"{clip.clip_id}, {clip.genre}, training split", mel))
-        if len(found) == 2:
-            break
-    mean, std = stats
-    confidence, predicted = logits.softmax(1).max(1)
-    mistakes = [int(i) for i in confidence.argsort(descending=True) if predicted[i] != targets[i]]
-    for row in mistakes[:2]:
-        clip, _, length = test[row]
-        title = f"{clip_ids(test)[row]}, {names[targets[row]]}, test set"
+    mean, std = (value.cpu() for value in cnn.settings["stats"])
+    true = common.true_labels(test, cnn.settings)
+    mistakes = predictions[predictions.idxmax(axis=1) != true].max(axis=1).nlargest(2)
+    for clip_id in mistakes.index:
+        clip, _, length = test[predictions.index.get_loc(clip_id)]
+        title = f"{clip_id}, {true[clip_id]}, test set"
         found.append((title, clip[:length].cpu() * std + mean))
     return [(title, mel[:300]) for title, mel in found] if step.args.smoke else found
 
@@ -271,18 +150,21 @@ def show_decisions(step, cnn, shown, temperature):
         x = (mel - mean) / std
         windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
         with torch.no_grad():
-            logits = adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
+            logits = common.adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
         probability, label = (logits / temperature).softmax(0).max(0)
-        named = patches(clip_attributions(model, x, window, int(label)))
+        named = explain.patches(explain.clip_attributions(model, x, window, int(label)))
         predicted = f"predicted: {names[int(label)]} ({probability:.2f})"
         fig.colorbar(plot_spectrogram(left, mel.T), ax=left, format="%+.0f dB")
         left.set_title(title, fontsize="medium")
         limit = float(named.abs().quantile(0.995)) or 1.0
-        look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-        image = draw_map(right, named, len(x) * HOP / SR, **look)
+        look = {"origin": "lower", "aspect": "auto", "cmap": "RdBu_r", "interpolation": "nearest"}
+        extent = (0, len(x) * HOP / SR, 0, N_MELS)
+        image = right.imshow(named.T, extent=extent, vmin=-limit, vmax=limit, **look)
         fig.colorbar(image, ax=right, label="part of the logit")
+        right.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
         right.set_title(predicted, fontsize="medium")
-        quieter = (mel - 30.0 * (cell_ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
+        mel_ticks(right.yaxis)
+        quieter = (mel - 30.0 * (explain.cell_ranks(named) >= 0.2)).clamp(min=DB_FLOOR)
         for name, sound, what in (
             ("all", mel, "the whole spectrogram"),
             ("deciding", quieter, "all but the fifth that supports it most is up to 30 dB lower"),
@@ -301,14 +183,15 @@ def show_decisions(step, cnn, shown, temperature):
 
 def main():
     step = Step("explain", __doc__, parts=("genre",))
-    cnn = find_cnn(step)
-    data, test = load_data(step.source), load_test(step.source, cnn.settings)
-    show_blocks(step, cnn, data)
-    temperature, logits, targets, sureness = calibrate(step, cnn, data, test)
+    path = common.find_genre_checkpoint(step.training, "cnn_mel")
+    if path is None:
+        fault = f"{step.out}: no CNN of step 7 for these clips, labels and seed"
+        raise InputError(f"{fault}; run python step07_cnn.py first")
+    cnn = common.load_trained(path, step.device)
+    data, test = common.load_data(step.source), common.load_test(step.source, cnn.settings)
+    temperature, predictions, sureness = calibrate(step, cnn, data, test)
     faithful = judge_patches(step, cnn, test)
-    stats = [value.cpu() for value in cnn.settings["stats"]]
-    shown = clips_to_show(step, test, logits, targets, data.names, stats)
-    show_decisions(step, cnn, shown, temperature)
+    show_decisions(step, cnn, clips_to_show(step, cnn, test, predictions), temperature)
     step.finish(calibration=sureness | {"temperature": temperature}, faithfulness=faithful)
 
 

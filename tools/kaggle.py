@@ -32,14 +32,11 @@ from patrec.flags import Parser
 from tools.steps import STEPS, find_step
 
 DATA_SET = "geoparslp/patreco3-multitask-affective-music"
-NO_USER = "your-kaggle-name"
 OWNER, SLUG = r"[A-Za-z0-9][A-Za-z0-9_-]*", r"[a-z0-9][a-z0-9-]{3,48}[a-z0-9]"
 
 ONE_FILE = """\
 # One file for a Kaggle script kernel: the modules that the steps share, then {script}.py,
 # which is at the end. The modules are written into a temporary folder and imported from there.
-"""
-MAKE_TEMPORARY_FOLDER = """\
 import atexit
 import shutil
 import sys
@@ -52,6 +49,7 @@ sys.path.insert(0, folder)
 ONE_CELL = """\
 # The first cell of a notebook: it writes the modules that the steps share into the working folder.
 # Run it once. After that, the text of each step runs in a cell of its own.
+folder = "."
 """
 WRITE_MODULES = """\
 from pathlib import Path
@@ -89,10 +87,10 @@ def find_modules(*scripts) -> dict[str, str]:
 
 def literal(text) -> str:
     """Write a text as a Python string: as it stands, between triple quotes, if that is possible."""
-    for code in (f"r'''\n{text}'''", f'r"""\n{text}"""'):
-        with contextlib.suppress(SyntaxError):  # the text holds these quotes itself
-            if ast.literal_eval(code) == f"\n{text}":
-                return code
+    code = f"r'''\n{text}'''"
+    with contextlib.suppress(SyntaxError):  # the text holds these quotes itself
+        if ast.literal_eval(code) == f"\n{text}":
+            return code
     return repr(f"\n{text}")
 
 
@@ -117,23 +115,16 @@ def split_docstring(script, text) -> tuple[str, str]:
 def one_file(script, text) -> str:
     """Make one file of a step: its docstring, which --help shows, the modules, the step's text."""
     docstring, _ = split_docstring(script, text)
-    future = r"^from __future__ import .*\n"  # Python accepts it at the top of a file only
-    parts = [
-        f"{docstring}\n",
-        ONE_FILE.format(script=script),
-        *re.findall(future, text, re.MULTILINE),
-        dict_of_modules(find_modules(text)),
-        MAKE_TEMPORARY_FOLDER + WRITE_MODULES,
-        f"# {f' {script}.py ':=^96}",
-        re.sub(future, "", text, flags=re.MULTILINE),
-    ]
-    return "\n".join(parts)
+    modules = dict_of_modules(find_modules(text))
+    heading = f"# {f' {script}.py ':=^96}"
+    begin = ONE_FILE.format(script=script)
+    return "\n".join([docstring, "", begin, modules, WRITE_MODULES, heading, text])
 
 
 def setup_cell() -> str:
     """Make the cell that writes the modules of all steps into a notebook's working folder."""
     modules = find_modules(*(read(f"{step.script}.py") for step in STEPS.values()))
-    return "\n".join([ONE_CELL, dict_of_modules(modules), 'folder = "."', WRITE_MODULES])
+    return "\n".join([ONE_CELL, dict_of_modules(modules), WRITE_MODULES])
 
 
 def notebook(script, text) -> dict:
@@ -143,24 +134,20 @@ def notebook(script, text) -> dict:
     under it Markdown.
     """
     docstring, body = split_docstring(script, text)
-    shared = "The modules that all steps share: run these cells first."
-    make_folders = 'from pathlib import Path\n\nPath("patrec").mkdir(exist_ok=True)'
     cells = [
         cell("markdown", f"# {ast.literal_eval(docstring)}"),
-        cell("markdown", shared),
-        cell("code", make_folders),
+        cell("markdown", "The modules that all steps share: run these cells first."),
+        cell("code", 'from pathlib import Path\n\nPath("patrec").mkdir(exist_ok=True)'),
     ]
     for path, module in find_modules(text).items():
         cells.append(cell("code", f"%%writefile {path}\n{module}"))
     for part in re.split(r"^# %%", body, flags=re.MULTILINE):
         title, _, rest = part.partition("\n")
-        lines = rest.splitlines()
-        n = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-        comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:n])
-        words = [f"## {title.strip()}"] * bool(title.strip()) + [comment] * bool(comment)
-        code = "\n".join(lines[n:]).strip()
-        cells += [cell("markdown", "\n\n".join(words))] * bool(words)
-        cells += [cell("code", code)] * bool(code)
+        comment = re.match(r"(#.*\n)*", rest)[0]
+        words = f"## {title.strip()}\n\n" if title.strip() else ""
+        words += re.sub("^# ?", "", comment, flags=re.MULTILINE)
+        parts = (("markdown", words), ("code", rest.removeprefix(comment)))
+        cells += [cell(kind, text.strip()) for kind, text in parts if text.strip()]
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {
         "cells": [{"id": f"cell-{number}"} | made for number, made in enumerate(cells)],
@@ -192,7 +179,7 @@ def kernel_id(text, user) -> str:
     return name
 
 
-def metadata(number, user, data_set, earlier, as_notebook=False) -> dict:
+def metadata(number, user, earlier, as_notebook=False) -> dict:
     """Say what kernel-metadata.json holds; earlier are kernels as owner/slug."""
     step, slug = STEPS[number], kernel_slug(number)
     # A step that reads checkpoints trains the networks itself if no earlier kernel has them.
@@ -207,12 +194,9 @@ def metadata(number, user, data_set, earlier, as_notebook=False) -> dict:
         "enable_gpu": gpu,
         # The default may be a P100, which is too old for the installed torch.
         "machine_shape": "NvidiaTeslaT4" if gpu else "",
-        "enable_tpu": False,
         "enable_internet": False,
-        "dataset_sources": [data_set],
-        "competition_sources": [],
+        "dataset_sources": [DATA_SET],
         "kernel_sources": earlier,
-        "model_sources": [],
     }
 
 
@@ -225,8 +209,7 @@ def parse_flags(argv) -> argparse.Namespace:
     add("--all", "all steps, each with the kernels it builds on", action="store_true")
     add("--setup", "print the cell that writes the modules, for pasting", action="store_true")
     add("--notebook", "a notebook kernel instead of a script kernel", action="store_true")
-    add("--user", "your name on Kaggle, as in kaggle.com/NAME", default=NO_USER)
-    add("--dataset", "data set to attach", default=DATA_SET, metavar="OWNER/SLUG")
+    add("--user", "your name on Kaggle, as in kaggle.com/NAME", metavar="NAME")
     outputs = "kernels whose outputs to attach: a step's number or owner/slug"
     add("--earlier", outputs, nargs="+", default=[], metavar="KERNEL")
     add("--out-dir", "where the folders go", type=Path, default=Path("kernels"))
@@ -235,11 +218,8 @@ def parse_flags(argv) -> argparse.Namespace:
         raise InputError("name one step, e.g. 5, or give --all or --setup")
     if args.all and args.earlier:
         raise InputError("--all attaches the earlier kernels by itself; drop --earlier")
-    if not re.fullmatch(OWNER, args.user):
-        cure = "give the name in kaggle.com/NAME, without spaces or slashes"
-        raise InputError(f"--user {args.user!r}: no name on Kaggle; {cure}")
-    if not re.fullmatch(f"{OWNER}/{OWNER}(/[0-9]+)?", args.dataset):
-        raise InputError(f"--dataset {args.dataset!r}: give owner/slug, e.g. {DATA_SET}")
+    if not args.setup and not re.fullmatch(OWNER, args.user or ""):
+        raise InputError(f"--user {args.user}: give the name in kaggle.com/NAME")
     return args
 
 
@@ -248,29 +228,20 @@ def main(argv=None):
     if args.setup:
         print(setup_cell())
         return
-    kernels = []
-    for number in STEPS if args.all else [find_step(args.step)]:  # all is made, then written
+    for number in STEPS if args.all else [find_step(args.step)]:
         names = map(str, STEPS[number].builds_on) if args.all else args.earlier
         earlier = [kernel_id(name, args.user) for name in names]
+        facts = metadata(number, args.user, earlier, args.notebook)
         script = STEPS[number].script
         text = read(f"{script}.py")
-        if args.notebook:
-            code = json.dumps(notebook(script, text), indent=1) + "\n"
-        else:
-            code = one_file(script, text)
-        facts = metadata(number, args.user, args.dataset, earlier, args.notebook)
-        kernels.append((args.out_dir / kernel_slug(number), code, facts))
-    for folder, code, facts in kernels:
+        code = json.dumps(notebook(script, text)) if args.notebook else one_file(script, text)
+        folder = args.out_dir / kernel_slug(number)
         make_folder(folder)
         write_text(folder / facts["code_file"], code)
         write_text(folder / "kernel-metadata.json", json.dumps(facts, indent=2) + "\n")
-        sources = " and ".join(facts["kernel_sources"])
-        device, after = "GPU T4" if facts["enable_gpu"] else "CPU", f", after {sources}"
-        push = f"kaggle kernels push -p {folder}"
-        print(f"{folder}: {device}{after if sources else ''}; {push}")
-    if args.user == NO_USER:
-        cure = "give --user, or put your Kaggle name into kernel-metadata.json, before you push"
-        print(f"The id says {NO_USER!r}: {cure}.")
+        device = "GPU T4" if facts["enable_gpu"] else "CPU"
+        after = f", after {' and '.join(earlier)}" if earlier else ""
+        print(f"{folder}: {device}{after}; kaggle kernels push -p {folder}")
 
 
 if __name__ == "__main__":

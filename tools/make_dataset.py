@@ -14,9 +14,8 @@ are the lab's, odd file names included, so that every step reads them unchanged.
           lists the id and the split of every file, unreadable.csv the files that give no clip.
 --emotions
           CSV with the header file,valence,energy,danceability; paths relative to the audio
-          folder, values in [0, 1]. Genre and emotion share one split by file, so that no test
-          clip of one is a training clip of the other. As in the lab, the emotion test clips
-          get no label file.
+          folder, values in [0, 1]. Genre and emotion share one split by file. As in the lab,
+          the emotion test clips get no label file.
 
 The label files are written last, so no step takes an unfinished set. After an interruption, the
 same command goes on where it stopped. Run again later, it adds new files, makes changed ones
@@ -27,11 +26,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -47,7 +46,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from patrec.audio import SUFFIXES, read_clip, require_decoder
-from patrec.errors import InputError, StepEnd, StepFailed, end_in_one_line
+from patrec.errors import InputError, StepFailed, end_in_one_line
 from patrec.features import N_FFT, SR, compile_librosa, extract_features
 from patrec.files import FOLDERS, lock_folder, make_folder, part_folder, write_bytes, write_text
 from patrec.flags import Parser, bounded
@@ -56,14 +55,6 @@ from patrec.machine import show_bars
 from patrec.parallel import WorkerDied, parallel_map
 
 MARKER = "AUDIO.txt"  # by it a set of this program is known; it holds the arguments
-
-
-class Stopped(StepEnd):
-    """The user pressed Ctrl-C."""
-
-    exit_code, label = 130, "stopped; "
-
-
 SOURCES = ["id", "file", "split", "size", "modified"]  # columns of sources.csv
 
 
@@ -99,12 +90,10 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
         fault = f"FMA's numbered folders ({genres[0]}, ...) are no genres"
         cure = "sort the files into folders named after their genre_top in FMA's tracks.csv"
         raise InputError(f"{folder}: {fault}; {cure}")
-    files, others = [], [path.name for path in top if path.is_file()]
-    for genre in genres:
-        paths = sorted(path for path in (folder / genre).rglob("*") if path.is_file())
-        for name in (path.relative_to(folder).as_posix() for path in paths):
-            if "/." not in name:
-                (files if Path(name).suffix.lower() in SUFFIXES else others).append(name)
+    paths = [path for genre in genres for path in sorted((folder / genre).rglob("*"))]
+    names = [path.relative_to(folder).as_posix() for path in [*paths, *top] if path.is_file()]
+    names = [name for name in names if "/." not in name]
+    files = [name for name in names if "/" in name and Path(name).suffix.lower() in SUFFIXES]
     if not files:
         kinds = " ".join(SUFFIXES)
         raise InputError(f"{folder}: no audio files ({kinds}) in its {len(genres)} folders")
@@ -112,49 +101,51 @@ def find_audio(folder) -> tuple[list[str], list[str]]:
         if any(mark < " " or "\ud800" <= mark <= "\udfff" for mark in name):
             fault = "holds a tab, a line break or no UTF-8, which label files cannot"
             raise InputError(f"{folder}: the name {name!r} {fault}; rename it")
-    return files, others
+    return files, sorted(set(names) - set(files))
+
+
+def compose(text) -> str:
+    """Join accents with their letters; macOS writes them as characters of their own."""
+    return unicodedata.normalize("NFC", text)
 
 
 def genre_of(name) -> str:
-    """The class of a file; macOS writes accents as characters of their own, others do not."""
-    return unicodedata.normalize("NFC", name.split("/")[0])
+    """The class of a file."""
+    return compose(name.split("/")[0])
 
 
 def read_emotions(path, files) -> dict[str, tuple[float, float, float]]:
     """Read the CSV of emotion values: file -> (valence, energy, danceability)."""
-    known, emotions = {unicodedata.normalize("NFC", name): name for name in files}, {}
+    header = ["file", *EMOTIONS]
+    expected = f"--emotions takes a CSV file in UTF-8 with the header {','.join(header)}"
+    as_text = {"dtype": str, "header": None, "na_filter": False, "skip_blank_lines": False}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --emotions takes a CSV file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no CSV in UTF-8 ({error}); save it as such") from None
-    if sorted(header) != sorted(("file", *EMOTIONS)):
-        expected = f"expected 'file,{','.join(EMOTIONS)}'"
-        raise InputError(f"{path}: header {','.join(header)!r}; {expected}")
-    for line, row in rows:
-        given = row["file"].strip().replace("\\", "/").removeprefix("./")
-        name = known.get(unicodedata.normalize("NFC", given))
-        # Too many or too few columns, and what is no number, are NaN.
-        values = pd.to_numeric(pd.Series(row)[list(EMOTIONS)], errors="coerce")
-        fault = ""
-        if None in row or values.isna().any():
-            fault = f"no number in each of {len(header)} columns; mend or remove the line"
-        elif name is None:
-            fault = f"{given!r} is not among the audio files; paths are relative to --audio-dir"
-        elif name in emotions:
-            fault = f"{name!r} stands in a line above too; keep one"
-        elif not values.between(0, 1).all():
-            fault = "a value outside [0, 1]; scale the column"
-        if fault:
-            raise InputError(f"{path}, line {line}: {fault}")
-        emotions[name] = tuple(values.tolist())
-    if not emotions:
+        rows = pd.read_csv(path, encoding="utf-8-sig", **as_text).map(str.strip)
+    except (OSError, ValueError) as error:  # no file, no UTF-8, a line with too many columns
+        reason = getattr(error, "strerror", None) or str(error).strip()
+        raise InputError(f"{path}: {reason}; {expected}") from None
+    rows = rows.set_axis(rows.loc[0], axis=1)[1:]
+    if sorted(rows) != sorted(header):
+        raise InputError(f"{path}: header {','.join(rows)!r}; {expected}")
+    rows = rows[(rows != "").any(axis=1)]
+    if rows.empty:
         raise InputError(f"{path}: a header and no files")
-    return emotions
+    known = {compose(name): name for name in files}
+    given = rows["file"].str.replace("\\", "/").str.removeprefix("./")
+    found = given.map(compose).map(known)
+    values = rows[list(EMOTIONS)].apply(pd.to_numeric, errors="coerce").astype(float)
+    is_missing, is_outside = values.isna(), ~values.clip(0, 1).eq(values)
+    faults = {
+        "no number in each of the three columns; mend or remove the line": is_missing.any(axis=1),
+        "the file is not among the audio files; paths are relative to --audio-dir": found.isna(),
+        "the file stands in a line above too; keep one": found.duplicated(),
+        "a value outside [0, 1]; scale the column": is_outside.any(axis=1),
+    }
+    for fault, is_bad in faults.items():
+        if is_bad.any():
+            row = is_bad.idxmax()  # the first such line
+            raise InputError(f"{path}, line {row + 1}, {given[row]!r}: {fault}")
+    return dict(zip(found, values.itertuples(index=False, name=None), strict=True))
 
 
 def read_sources(folder) -> dict[str, tuple]:
@@ -180,15 +171,11 @@ def plan_split(files, known, fraction, seed) -> dict[str, tuple[int, str]]:
     for genre in sorted({genre_of(name) for name in added}):
         new = [name for name in added if genre_of(name) == genre]
         old = [split for name, (_, split) in plan.items() if genre_of(name) == genre]
-        n_test = max(n_held_out(len(old) + len(new), fraction) - old.count("test"), 0)
-        test = set(rng.permutation(new)[:n_test].tolist())
+        n_clips = len(old) + len(new)
+        wanted = min(max(round(fraction * n_clips), 1), n_clips - 1)  # at least one, never all
+        test = set(rng.permutation(new)[: max(wanted - old.count("test"), 0)].tolist())
         plan |= {name: (ids[name], "test" if name in test else "train") for name in new}
     return plan
-
-
-def n_held_out(n_clips, fraction) -> int:
-    """Test clips of a class: at least one of two or more, never all."""
-    return min(max(round(fraction * n_clips), 1), n_clips - 1)
 
 
 def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
@@ -199,11 +186,11 @@ def array_paths(root, clip_id, split, parts, beat) -> list[Path]:
 def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
     """Compute and write the arrays of one song.
 
-    Returns its id, why there are none (else ""), and what is wrong with the file (else "").
+    Returns its id, whether it has them, and what is wrong with the file (else "").
     """
     paths = [array_paths(root, song.clip_id, song.split, song.parts, beat) for beat in (0, 1)]
     if all(path.exists() for path in paths[0] + paths[1]):
-        return song.clip_id, "", ""
+        return song.clip_id, True, ""
     mark = begun(root, song)
     mark.touch()
     try:
@@ -211,19 +198,19 @@ def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
         waveform, damage = read_clip(audio_dir / song.name)
         if len(waveform) < N_FFT:
             fault = f"{len(waveform) / SR:.3f} s of sound; at least {N_FFT / SR:.3f} s are needed"
-            return song.clip_id, fault, ""
+            raise InputError(fault)
         if np.ptp(waveform) < 1e-5:  # under a third of a 16-bit step: no array that steps accept
-            return song.clip_id, "silence", ""
+            raise InputError("silence")
         with threadpool_limits(1):  # there is a process per core
             arrays = extract_features(waveform)
         for array, targets in zip(arrays, paths, strict=True):
             for path in targets:
                 write_bytes(path, functools.partial(np.save, arr=array))
     except InputError as error:
-        return song.clip_id, str(error).removeprefix(f"{audio_dir / song.name}: "), ""
+        return song.clip_id, False, str(error).removeprefix(f"{audio_dir / song.name}: ")
     finally:
         mark.unlink(missing_ok=True)
-    return song.clip_id, "", damage
+    return song.clip_id, True, damage
 
 
 def begun(root, song) -> Path:
@@ -231,10 +218,8 @@ def begun(root, song) -> Path:
     return root / ".begun" / str(song.clip_id)
 
 
-def make_all(
-    root, audio_dir, songs, workers=None, dask=None
-) -> tuple[dict[Song, str], dict[Song, str]]:
-    """Make the arrays of all songs; returns the songs without, and why, and the damaged ones.
+def make_all(root, audio_dir, songs, workers=None, dask=None) -> dict[Song, str]:
+    """Make the arrays of all songs; returns the songs without, and why.
 
     A song that was being made when a worker process died, or this one in an earlier run, is made
     again, alone: if the process dies again, it is left out like a file that cannot be read.
@@ -245,23 +230,24 @@ def make_all(
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
     (root / ".begun").mkdir(exist_ok=True)
     workers = workers or joblib.cpu_count()
-    failed, damaged, left = {}, {}, {song.clip_id: song for song in songs}
+    failed, left = {}, {song.clip_id: song for song in songs}
     suspects = [song for song in songs if begun(root, song).exists()]
     bar = tqdm(total=len(songs), desc="clips", disable=not show_bars())
-    shown, start = 0, time.monotonic()
+    start = time.monotonic()
 
     def make(some, workers):
-        nonlocal shown
         tasks = [(root, audio_dir, song) for song in some]
         results = parallel_map(make_arrays, tasks, workers, dask, "generator_unordered")
-        for clip_id, reason, damage in results:
-            bar.update()
+        for clip_id, is_made, fault in results:
             song = left.pop(clip_id)
-            failed.update({song: reason} if reason else {})
-            damaged.update({song: damage} if damage else {})
+            if not is_made:
+                failed[song] = fault
+            if fault:
+                what = "used as far as it goes" if is_made else "left out"
+                print(f"{what}: {song.name}: {fault}", file=sys.stderr)
+            bar.update()
             n_done = len(songs) - len(left)
-            if not show_bars() and n_done * 10 // len(songs) > shown:
-                shown = n_done * 10 // len(songs)
+            if not show_bars() and n_done % math.ceil(len(songs) / 10) == 0:
                 seconds = time.monotonic() - start
                 print(f"{n_done} of {len(songs)} clips, {seconds:.0f} s", flush=True)
 
@@ -280,32 +266,26 @@ def make_all(
                 make([song], 2)
             except WorkerDied:
                 failed[song] = "its worker process died twice (out of memory, or a broken file)"
-                left.pop(song.clip_id)
     shutil.rmtree(root / ".begun", ignore_errors=True)
-    return failed, damaged
+    return failed
 
 
 def write_labels(root, songs, seed) -> None:
     """Write the label files with the lab's headers and its forms of names."""
-
-    def write(path, header, part, row):
-        """In an order that says nothing of the classes; no file without lines."""
-        some = [song for song in songs if part in song.parts]
-        order = np.random.default_rng(seed).permutation(len(some))
-        split = path.name.partition("_")[0]
-        lines = [row(some[i]) for i in order if some[i].split == split]
-        if lines:
-            write_text(path, "\n".join([header, *lines]) + "\n")
-
-    for beat in (False, True):
-        folder = part_folder(root, "genre", beat)
-        for split, form in (("train", "fused.full"), ("test", "full.fused")):
-            ending = f"{'beatsync.fused' if beat else form}.npy.gz"
-            row = f"{{0.clip_id}}.{ending}\t{{0.genre}}".format
-            write(folder / f"{split}_labels.txt", "Id\tGenre", "genre", row)
-        path = part_folder(root, "emotion", beat) / "train_labels.txt"
-        header = f"Id,{','.join(EMOTIONS)}"
-        write(path, header, "emotion", lambda song: ",".join(map(str, (song[0], *song.emotions))))
+    for beat, split in itertools.product((False, True), ("train", "test")):
+        form = "beatsync.fused" if beat else {"train": "fused.full", "test": "full.fused"}[split]
+        for part in FOLDERS if split == "train" else ["genre"]:
+            some = [song for song in songs if part in song.parts]
+            # In an order that says nothing of the classes.
+            order = np.random.default_rng(seed).permutation(len(some))
+            some = [some[i] for i in order if some[i].split == split]
+            lines = ["Id\tGenre", *(f"{song[0]}.{form}.npy.gz\t{song.genre}" for song in some)]
+            if part == "emotion":
+                values = (",".join(map(str, (song[0], *song.emotions))) for song in some)
+                lines = [f"Id,{','.join(EMOTIONS)}", *values]
+            if some:
+                path = part_folder(root, part, beat) / f"{split}_labels.txt"
+                write_text(path, "\n".join(lines) + "\n")
 
 
 def check_folder(out, arguments) -> None:
@@ -320,12 +300,8 @@ def check_folder(out, arguments) -> None:
     # Hidden files mean nothing, and data/demo is where the steps put their demo set.
     if made is None and any(path.name != "demo" for path in out.glob("[!.]*")):
         raise InputError(f"{out}: holds something that make_dataset did not make; {cure}")
-    changed = [
-        f"{key} {made.get(key)}, now {arguments.get(key)}"
-        for key in (arguments | made if made else ())
-        if made.get(key) != arguments.get(key)
-    ]
-    if changed:
+    if made and made != arguments:
+        changed = (f"{k} {made.get(k)}, now {v}" for k, v in arguments.items() if made.get(k) != v)
         fault = f"made with other arguments ({'; '.join(changed)})"
         raise InputError(f"{out}: {fault}; {cure}, or delete it")
 
@@ -364,7 +340,10 @@ def make_set(args) -> None:
     out, audio_dir = args.out, args.audio_dir.resolve()
     files, others = find_audio(audio_dir)
     require_decoder(files)
-    emotions = read_emotions(args.emotions, files) if args.emotions else {}
+    emotions = {}
+    if args.emotions:
+        emotions = read_emotions(args.emotions, files)
+        others = [name for name in others if not args.emotions.samefile(audio_dir / name)]
     arguments = {
         "audio_dir": str(audio_dir),
         "test_fraction": args.test_fraction,
@@ -380,7 +359,6 @@ def make_set(args) -> None:
     for name, (i, part) in plan_split(files, earlier, args.test_fraction, args.seed).items():
         stat = (audio_dir / name).stat()
         songs.append(Song(i, name, part, stat.st_size, stat.st_mtime_ns, emotions.get(name)))
-    others = [name for name in others if audio_dir / name != args.emotions]
     if others:
         print(f"left out: {len(others)} files that are no audio of a genre: {names(others)}")
     finished = (part_folder(out, "genre") / "train_labels.txt").exists()
@@ -388,15 +366,17 @@ def make_set(args) -> None:
     if finished and same and not (out / "unreadable.csv").exists():
         print(f"{out}: made already")
     else:
-        require_emotions(args.emotions, songs)
+        if emotions and not any(song.emotions and song.split == "train" for song in songs):
+            fault = "none of its files is in the training part; label more files"
+            raise InputError(f"{args.emotions}: {fault}")
         begin(out, arguments, songs, known)
         n_genres = len({song.genre for song in songs})
         print(f"extracting {len(songs)} files of {n_genres} genres", flush=True)
-        finish(args, songs, *make_all(out, audio_dir, songs, args.workers, args.dask))
+        finish(args, songs, make_all(out, audio_dir, songs, args.workers, args.dask))
     lock.release()
 
 
-def finish(args, songs, failed, damaged) -> None:
+def finish(args, songs, failed) -> None:
     """Write unreadable.csv and the label files; say what is left out."""
     unreadable = args.out / "unreadable.csv"
     unreadable.unlink(missing_ok=True)
@@ -407,14 +387,10 @@ def finish(args, songs, failed, damaged) -> None:
     # A class that lost all its training files cannot be learned, so it cannot be asked for either.
     trained = {song.genre for song in made if song.split == "train"}
     kept = [song for song in made if song.genre in trained]
-    require_emotions(args.emotions, kept)
     if not kept:
         fault = f"not one file gives a training clip; {len(failed)} of {len(songs)} are listed"
         raise InputError(f"{args.audio_dir}: {fault}, with reasons, in {unreadable}")
     write_labels(args.out, kept, args.seed)
-    for what, some in (("left out", failed), ("used as far as it goes", damaged)):
-        for song in sorted(some)[:10]:
-            print(f"{what}: {song.name}: {some[song]}", file=sys.stderr)
     if failed:
         counted = f"{len(failed)} of {len(songs)} files left out"
         print(f"{counted}; all are listed in {unreadable}", file=sys.stderr)
@@ -426,27 +402,14 @@ def finish(args, songs, failed, damaged) -> None:
         print(f"class {foreign[0]} is none of the lab's 20: give the steps --no-merge")
 
 
-def require_emotions(path, songs) -> None:
-    if path and songs and not any(song.emotions and song.split == "train" for song in songs):
-        fault = "none of its files gives a clip of the training part"
-        raise InputError(f"{path}: {fault}; label more files")
-
-
 def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.flag
-
-    def path(text):
-        return Path(text).expanduser().absolute()
-
-    need = {"required": True, "type": path, "metavar": "DIR"}
+    need = {"required": True, "type": Path, "metavar": "DIR"}
     add("--audio-dir", "folder with a folder of audio files per genre", **need)
-    parser.add_argument("--out", "--out-dir", help="folder of the new set", **need)
-    add("--emotions", "emotion values of the files", type=path, metavar="CSV")
+    add("--out", "folder of the new set", **need)
+    add("--emotions", "emotion values of the files", type=Path, metavar="CSV")
     share = "the test part's share of each genre"
     add("--test-fraction", share, type=bounded(float, 0.05, 0.5), default=0.2)
     add("--seed", "seed of the split", type=bounded(int, 0, 2**31), default=42, metavar="N")
@@ -460,12 +423,13 @@ def make_parser() -> Parser:
 def main(argv=None) -> dict:
     """Read the command line, make the set, say what is in it."""
     args = make_parser().parse_args(argv)
+    args.out = args.out.absolute()  # a Dask worker has another working directory
     began = time.monotonic()
     try:
         make_set(args)
     except KeyboardInterrupt:
-        cure = "finished clips are kept, the same command goes on from here"
-        raise Stopped(cure) from None
+        print("stopped; finished clips are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
     counts = {
         f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("[!.]*.npy")))
         for part, split in itertools.product(FOLDERS, ("train", "test"))

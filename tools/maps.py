@@ -9,13 +9,13 @@ hovering shows what a clip is and what was predicted, clicking plays five second
 """
 
 import base64
-import importlib.util
+import functools
 import io
 import json
-import re
 
 import joblib
 import numpy as np
+import pandas as pd
 import soundfile
 
 from patrec.clips import load_clips
@@ -24,95 +24,50 @@ from patrec.features import BANDS, HOP, SR, mel_to_waveform
 from patrec.files import write_text
 from patrec.labels import fingerprint, read_entries
 from patrec.parallel import parallel_map
-from patrec.plots import COLORS, MARKERS, run_title
+from patrec.plots import COLORS, run_title
 from patrec.step import Step
-
-SYMBOLS = {  # plotly's names of MARKERS
-    "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
-    "P": "cross", "X": "x", "*": "star", "<": "triangle-left", ">": "triangle-right",
-}  # fmt: skip
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Maps of the test clips</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1300px }
-h1 { font-size: 1.3rem } #map { width: 100%; height: min(75vh, 800px) }
-#map:focus-visible { outline: 3px solid #0072B2 }
-fieldset { border: 0; padding: 0; margin: .4rem 0 }
-label { margin-right: 1rem; white-space: nowrap } #said { min-height: 3em }
-</style>
+<body style="font: 16px/1.5 system-ui, sans-serif">
 <h1>The genre test clips as the networks see them</h1>
-<fieldset><label>model <select id="model"></select></label>
-<label>method <select id="method"></select></label></fieldset>
-<fieldset id="right"><label><input type="radio" name="right" value="all" checked> all</label>
-<label><input type="radio" name="right" value="right"> predicted right</label>
-<label><input type="radio" name="right" value="wrong"> predicted wrong</label></fieldset>
-<fieldset id="classes"></fieldset>
-<div id="map" tabindex="0" role="application" aria-label="Map: arrow keys go from clip to clip,
- Enter plays"></div>
-<p id="said" aria-live="polite">Click a point, or focus the map and use the arrow keys and Enter:
-five seconds of the clip, made from its spectrogram.</p>
-<script>@PLOTLY@</script>
-<script>
-"use strict";
-const data = @DATA@, $ = id => document.getElementById(id), map = $("map");
-const audio = new Audio();
-let shown = [], chosen = -1;
-for (const name of Object.keys(data.models)) $("model").add(new Option(data.models[name], name));
-for (const name of data.methods) $("method").add(new Option(name));
-data.classes.forEach((name, k) => {
-  const label = document.createElement("label"), box = document.createElement("input");
-  box.type = "checkbox"; box.checked = true; box.value = k;
-  label.append(box, " " + name); $("classes").append(label);
-});
-function describe(i) {
-  const run = data.runs[$("model").value], k = run.predicted[i];
-  return "clip " + data.ids[i] + ", " + data.classes[data.labels[i]] + ", predicted " +
-    data.classes[k] + " (unscaled probability " + run.probability[i].toFixed(2) + ")";
+<label>map <select id="map"></select></label> <label>clips <select id="shown"></select></label>
+<p>Click a point, or focus the map and use the arrow keys and Enter, to hear five seconds of the
+clip, made from its spectrogram.</p>
+<audio id="audio" controls></audio>
+{figure}
+</html>
+"""
+# Plotly runs this when the figure is drawn; {plot_id} is the figure's.
+SCRIPT = """
+const figure = document.getElementById("{plot_id}"), menus = MENUS, sounds = SOUNDS;
+for (const id of ["map", "shown"]) {
+  const menu = document.getElementById(id);
+  for (const label of Object.keys(menus[id])) menu.add(new Option(label));
+  menu.addEventListener("change", () => Plotly.restyle(figure, menus[id][menu.value]));
 }
-function draw() {
-  const run = data.runs[$("model").value], points = run.points[$("method").value];
-  const right = document.querySelector("[name=right]:checked").value;
-  const on = new Set([...document.querySelectorAll("#classes :checked")].map(b => +b.value));
-  shown = data.ids.map((id, i) => i).filter(i => on.has(data.labels[i]) && (right === "all" ||
-    (run.predicted[i] === data.labels[i]) === (right === "right")));
-  if (!shown.includes(chosen)) chosen = -1;
-  const traces = data.classes.map((name, k) => {
-    const rows = shown.filter(i => data.labels[i] === k);
-    return {type: "scatter", mode: "markers", name, x: rows.map(i => points[i][0]),
-      y: rows.map(i => points[i][1]), customdata: rows, text: rows.map(describe),
-      hovertemplate: "%{text}<extra></extra>", marker: {color: data.colors[k % 10],
-      symbol: data.symbols[k % 10], size: 10, line: {width: 1, color: "#000"}}};
-  });
-  const ring = chosen < 0 ? [] : [points[chosen]];
-  traces.push({type: "scatter", mode: "markers", showlegend: false, hoverinfo: "skip",
-    x: ring.map(p => p[0]), y: ring.map(p => p[1]),
-    marker: {symbol: "circle-open", size: 24, color: "#d00", line: {width: 3}}});
-  const axis = {title: "", zeroline: false, showticklabels: false};
-  Plotly.react(map, traces, {margin: {l: 10, r: 10, t: 10, b: 10}, xaxis: axis, yaxis: axis,
-    hovermode: "closest", legend: {orientation: "h"}}, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["toImage"]});
+function play(number) {
+  const audio = document.getElementById("audio");
+  audio.src = "data:audio/mpeg;base64," + sounds[number];
+  audio.play();
 }
-function choose(i, play) {
-  chosen = i; draw(); $("said").textContent = describe(i);
-  if (play) { audio.src = "data:audio/mpeg;base64," + data.sounds[i]; audio.play(); }
-}
-draw();
-map.on("plotly_click", event => choose(event.points[0].customdata, true));
-for (const id of ["model", "method", "right", "classes"]) $(id).addEventListener("change", draw);
-map.addEventListener("keydown", event => {
-  const points = data.runs[$("model").value].points[$("method").value];
-  const order = [...shown].sort((a, b) => points[a][0] - points[b][0]);
-  const at = order.indexOf(chosen), by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (by && order.length) choose(order[(at + by + order.length) % order.length], false);
-  else if (event.key === "Enter" && chosen >= 0) choose(chosen, true);
+figure.on("plotly_click", event => play(event.points[0].customdata));
+let at = -1;  // the place of the chosen point, from left to right
+figure.tabIndex = 0;
+figure.addEventListener("keydown", event => {
+  const points = figure.data.flatMap((trace, curveNumber) => trace.visible === "legendonly" ? [] :
+    trace.x.map((x, i) => ({x, curveNumber, pointNumber: i, number: trace.customdata[i]})));
+  points.sort((a, b) => a.x - b.x);
+  const by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (by && points.length) {
+    at = (at + by + points.length) % points.length;
+    Plotly.Fx.hover(figure, [points[at]]);
+  } else if (event.key === "Enter" && points[at]) play(points[at].number);
   else return;
   event.preventDefault();
 });
-</script>
-</html>
 """
 
 
@@ -124,24 +79,28 @@ def sound_of(mel) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def read_step11(step) -> tuple[dict, dict]:
-    """What step 11 has saved: {run: title}, {run: its clips and its maps, by id}.
+def read_step11(step) -> dict[str, pd.DataFrame]:
+    """What step 11 has saved: for each map, i.e. model and method, the clips that all models have.
+
+    The columns are x, y, genre, predicted and probability; the index holds the clips' ids.
 
     Raises
     ------
     InputError
         Step 11 was not run here, or with other clips.
     """
-    folder = step.out / "step11_latent"
+    folder, maps = step.out / "step11_latent", {}
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
-        titles, runs = {}, {}
         for name, role in metrics["roles"].items():
-            titles[name] = f"{role} ({run_title(name)})"
             with np.load(folder / f"latent_{name}.npz") as file:
-                clips = {key: file[key] for key in file if key != "vectors"}
+                clips = pd.DataFrame({"probability": file["probability"]}, file["ids"])
+                for column, numbers in (("genre", "labels"), ("predicted", "predicted")):
+                    clips[column] = file["classes"][file[numbers]]
             with np.load(folder / f"maps_{name}.npz") as file:
-                runs[name] = clips | {"maps": {method: file[method] for method in file}}
+                for method in file:
+                    x, y = file[method].round(3).T
+                    maps[f"{role} ({run_title(name)}): {method}"] = clips.assign(x=x, y=y)
         made_with = metrics["data"]["fingerprint"]["genre"]
     except (OSError, KeyError, ValueError) as error:
         fault = f"no complete outputs of step 11 ({error})"
@@ -149,7 +108,8 @@ def read_step11(step) -> tuple[dict, dict]:
     if made_with != fingerprint(step.source.root, "genre"):
         fault = f"step 11 was run with other labels than those in {step.source.root}"
         raise InputError(f"{folder}: {fault}; name the same --data-dir, or run it again")
-    return titles, runs
+    ids = functools.reduce(pd.Index.intersection, [clips.index for clips in maps.values()])
+    return {title: clips.loc[ids] for title, clips in maps.items()}
 
 
 def read_sounds(step, ids) -> list[str]:
@@ -165,44 +125,64 @@ def read_sounds(step, ids) -> list[str]:
     return list(parallel_map(sound_of, mels, 1 if step.args.smoke else joblib.cpu_count()))
 
 
-def page_data(step, titles, runs) -> dict:
-    """What the page shows: the clips that all models have, in one order."""
-    of_cnn = runs["cnn_mel"]
-    ids = [i for i in of_cnn["ids"].tolist() if all(i in run["ids"] for run in runs.values())]
-    rows = {name: [run["ids"].tolist().index(i) for i in ids] for name, run in runs.items()}
-    return {
-        "ids": ids,
-        "labels": of_cnn["labels"][rows["cnn_mel"]].tolist(),
-        "classes": of_cnn["classes"].tolist(),
-        "models": titles,
-        "methods": list(of_cnn["maps"]),
-        "runs": {
-            name: {
-                "predicted": run["predicted"][rows[name]].tolist(),
-                "probability": run["probability"][rows[name]].round(3).tolist(),
-                "points": {m: xy[rows[name]].round(3).tolist() for m, xy in run["maps"].items()},
-            }
-            for name, run in runs.items()
+def draw(maps) -> tuple[dict, dict]:
+    """The first map of `read_step11` as a Plotly figure, and what the page's menus change in it.
+
+    Each class has two traces, of clips that are predicted right (filled) and wrong (open).
+    """
+    first = next(iter(maps.values()))
+    classes = sorted(first["genre"].unique())
+    traces = [(genre, right) for genre in classes for right in (True, False)]
+
+    def values(clips):
+        """What the traces show of a map: for each property, a list with an entry per trace."""
+        said = "clip {}, {}, predicted {} (unscaled probability {:.2f})".format
+        columns = [clips[key] for key in ("genre", "predicted", "probability")]
+        texts = list(map(said, clips.index, *columns))
+        clips = clips.assign(text=texts, customdata=range(len(clips)))
+        is_right = clips["genre"] == clips["predicted"]
+        parts = [clips[(clips["genre"] == genre) & (is_right == right)] for genre, right in traces]
+        keys = ("x", "y", "text", "customdata")
+        return {key: [part[key].tolist() for part in parts] for key in keys}
+
+    kept = {"all": (True, False), "predicted right": (True,), "predicted wrong": (False,)}
+    menus = {
+        "map": {title: values(clips) for title, clips in maps.items()},
+        "shown": {
+            label: {"visible": [right in some or "legendonly" for _, right in traces]}
+            for label, some in kept.items()
         },
-        "sounds": read_sounds(step, ids),
-        "colors": COLORS,
-        "symbols": [SYMBOLS[marker] for marker in MARKERS],
     }
+    figure = {"data": [], "layout": {"height": 800, "hovermode": "closest"}}
+    for place, (genre, right) in enumerate(traces):
+        k = classes.index(genre) % len(COLORS)
+        symbol = k if right else k + 100  # Plotly's open form of the same mark
+        look = {"type": "scatter", "mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
+        look["marker"] = {"color": COLORS[k], "symbol": symbol, "size": 10, "line": {"width": 1}}
+        shown = {key: lists[place] for key, lists in values(first).items()}
+        figure["data"].append(look | shown | {"name": genre if right else f"{genre}, wrong"})
+    axis = {"zeroline": False, "showticklabels": False}
+    figure["layout"] |= {"xaxis": axis, "yaxis": axis, "legend": {"orientation": "h"}}
+    return figure, menus
 
 
 def main():
     step = Step("maps", __doc__, parts=("genre",))
-    if not importlib.util.find_spec("plotly"):
-        raise InputError("the page needs plotly: pip install plotly")
-    from plotly.offline import get_plotlyjs
-
-    titles, runs = read_step11(step)
-    facts = page_data(step, titles, runs)
-    parts = {"PLOTLY": get_plotlyjs(), "DATA": json.dumps(facts).replace("<", "\\u003c")}
-    page = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
-    write_text(step.folder / "maps.html", page)
+    try:
+        from plotly.io import to_html
+    except ImportError:
+        raise InputError("the page needs plotly: pip install plotly") from None
+    maps = read_step11(step)
+    figure, menus = draw(maps)
+    ids = next(iter(maps.values())).index
+    # A name may hold anything, and "</script>" would end the script.
+    script = SCRIPT.replace("MENUS", json.dumps(menus).replace("<", "\\u003c"))
+    script = script.replace("SOUNDS", json.dumps(read_sounds(step, ids)))
+    config = {"responsive": True, "displaylogo": False}
+    figure = to_html(figure, full_html=False, post_script=script, config=config)
+    write_text(step.folder / "maps.html", PAGE.format(figure=figure))
     step.text("[maps.html](maps.html): all maps of step 11 in one page, to hover and to listen.")
-    step.finish(clips=len(facts["ids"]))
+    step.finish(clips=len(ids))
 
 
 if __name__ == "__main__":

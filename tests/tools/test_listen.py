@@ -3,15 +3,13 @@
 The networks have random weights: tested is what is done with their predictions.
 """
 
-import io
 import json
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -22,6 +20,7 @@ from patrec.batches import cut_windows
 from patrec.errors import InputError
 from patrec.features import BANDS, HOP, SR, extract_features
 from patrec.flags import Source
+from patrec.labels import EMOTIONS
 from patrec.recipes import Network, window_size
 from tools import listen
 
@@ -47,8 +46,8 @@ def data(tmp_path_factory):
     return write_data_set(root, per_class=(3, 1), n_emotion=(24, 3), n_frames=(300, 320))
 
 
-def save_networks(out, data, **odd):
-    """Checkpoints as steps 5, 7 and 10 leave them; odd : settings of the CNN's that are changed."""
+def save_networks(out, data):
+    """Checkpoints as steps 5, 7 and 10 leave them."""
     for role, (step, run) in listen.NETWORKS.items():
         torch.manual_seed(len(role))
         features = "fused" if role == "emotion_lstm" else "mel"
@@ -63,7 +62,6 @@ def save_networks(out, data, **odd):
             for head in model.heads.values():  # untrained, all would predict the mean label
                 torch.nn.init.normal_(head.weight, std=0.05)
         settings = cut.settings | {"run": run, "window": window_size(network)}
-        settings |= odd if role == "cnn" else {}
         (out / step / run).mkdir(parents=True)
         path = out / step / run / "best.pt"
         common.save_checkpoint(path, model, settings, epoch=1, val_score=0.5, facts={})
@@ -72,9 +70,8 @@ def save_networks(out, data, **odd):
     (out / "explain" / "metrics.json").write_text(json.dumps(facts))
 
 
-def networks_of(out, train=False, data_dir=None):
-    flags = SimpleNamespace(train=train, data_dir=data_dir, device="cpu")
-    return listen.find_networks(out, flags)
+def networks_of(out):
+    return listen.find_networks(out, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +167,7 @@ def test_without_the_training_clips_there_are_no_nearest(outputs, data, tmp_path
     (tmp_path / "set" / "multitask_dataset").mkdir(parents=True)
     other = write_data_set(tmp_path / "other", per_class=(3, 1), n_emotion=(4, 2), n_frames=40)
     for data_dir in (None, tmp_path / "set", other):
-        assert listen.training_vectors(cnn, SimpleNamespace(data_dir=data_dir)) is None
+        assert listen.training_vectors(cnn, data_dir) is None
     assert listen.nearest(None, None) == []
 
 
@@ -179,10 +176,9 @@ def test_attributions_are_for_the_class_predicted_for_the_whole_song(outputs, fo
 
     class Undecided(listen.LoadedModel):
         def predict_clips(self, rows, every=None):
-            outputs, middles = super().predict_clips(rows, every)
-            outputs = torch.zeros_like(outputs)
+            outputs = torch.zeros_like(super().predict_clips(rows, every))
             outputs[0, 3], outputs[1:, 5] = 9.0, 9.0
-            return outputs, middles
+            return outputs
 
     networks, asked = networks_of(outputs), []
     networks["cnn"] = Undecided(networks["cnn"].model, networks["cnn"].settings)
@@ -200,17 +196,28 @@ def test_attributions_are_for_the_class_predicted_for_the_whole_song(outputs, fo
     assert list(facts["genre_lstm"]) == others
 
 
-def test_low_bands_are_drawn_below_and_nothing_loud_is_lost():
+def test_the_picture_loses_nothing_loud_and_tells_curves_apart(monkeypatch):
     """A picture of an hour has fewer columns than the hour has frames."""
-    mel = np.full((128, 4000), -80.0)
-    mel[:10, 1000], mel[100, 3000] = 0.0, -20.0
-    png = listen.picture(mel, "magma", -80, 0)
-    shown = plt.imread(io.BytesIO(png))[..., :3].sum(2)
-    assert shown.shape[0] == 128 and shown.shape[1] <= 1600
-    rows, columns = np.nonzero(shown > shown.min() + 0.1)
-    low = columns < shown.shape[1] / 2
-    assert set(rows[low]) == set(range(118, 128)) and set(rows[~low]) == {127 - 100}
-    assert set(columns) == {1000 // 3, 3000 // 3}
+    mel, parts = np.full((128, 42_000), -80, np.int8), np.zeros((128, 42_000), np.float32)
+    mel[5, 1000], mel[100, 30_000] = 0, -20
+    classes = [f"class {k}" for k in range(8)]
+    genres = pd.DataFrame([np.arange(8) / 40, np.arange(8) / 20], [100.0, 900.0], classes)
+    emotions = pd.DataFrame(0.5, [100.0, 900.0], EMOTIONS)
+    monkeypatch.setattr(listen.plt, "close", lambda fig: None)
+    listen.draw(mel, parts, genres, emotions, 975.3, "class 1")
+    fig = listen.plt.gcf()
+    (image,), lines = fig.axes[0].images, [ax.lines for ax in fig.axes[2:]]
+    bands, columns = np.nonzero(image.get_array() > -80)
+    assert image.origin == "lower" and image.get_array().shape == (128, 1400)
+    assert bands.tolist() == [5, 100] and columns.tolist() == [1000 // 30, 30_000 // 30]
+    # Of the genres the six likeliest over time.
+    for drawn, names in zip(lines, (classes[:1:-1], EMOTIONS), strict=True):
+        assert [line.get_label() for line in drawn] == list(names)
+        assert len(
+            {(line.get_linestyle(), str(line._unscaled_dash_pattern)) for line in drawn}
+        ) == len(names)
+    monkeypatch.undo()
+    listen.plt.close(fig)
 
 
 def test_networks_of_the_demo_set_are_named_on_the_page(outputs, tmp_path):
@@ -220,22 +227,6 @@ def test_networks_of_the_demo_set_are_named_on_the_page(outputs, tmp_path):
         (tmp_path / "step10_multitask" / "metrics.json").write_text(json.dumps(facts))
         limits = listen.limits_of(tmp_path, networks_of(outputs), 1.0)
         assert ("demo music" in limits) is demo
-
-
-def test_train_runs_what_is_missing_on_the_same_data(outputs, tmp_path, monkeypatch):
-    shutil.copytree(outputs / "step07_cnn", tmp_path / "step07_cnn")
-    commands = []
-
-    def run(command):
-        commands.append(command[1:])
-        return SimpleNamespace(returncode=int(len(commands) == 2))
-
-    monkeypatch.setattr(listen.subprocess, "run", run)
-    with pytest.raises(InputError, match="step10_multitask could not be trained"):
-        networks_of(tmp_path, train=True, data_dir=tmp_path / "set")
-    where = ["--out-dir", str(tmp_path), "--data-dir", str(tmp_path / "set")]
-    steps = ("step05_lstm", "step10_multitask")
-    assert commands == [[str(listen.PROJECT / f"{step}.py"), *where] for step in steps]
 
 
 def test_a_song_of_any_length_is_covered(listened):
@@ -249,7 +240,7 @@ def test_a_song_of_any_length_is_covered(listened):
 
 def test_a_training_clip_is_nearest_to_itself(data, outputs, listened):
     """By its own latent vector; the other clips follow by distance."""
-    known = listen.training_vectors(networks_of(outputs)["cnn"], SimpleNamespace(data_dir=data))
+    known = listen.training_vectors(networks_of(outputs)["cnn"], data)
     found = listen.nearest(known[0][5], known)
     assert found[0] == {"clip": known[1].index[5], "genre": known[1].iloc[5], "distance": 0}
     distances = [clip["distance"] for clip in found]
@@ -293,15 +284,8 @@ def test_odd_songs_are_named_and_the_others_go_on(folder, data, outputs, tmp_pat
 def test_missing_checkpoints_name_the_steps(folder, outputs, tmp_path):
     shutil.copytree(outputs / "step07_cnn", tmp_path / "step07_cnn")
     result = run_forked("tools/listen.py", folder / "clip.wav", "--out-dir", tmp_path, check=False)
-    assert_clean_error(result, "python step05_lstm.py", "python step10_multitask.py", "--train")
+    assert_clean_error(result, "python step05_lstm.py", "python step10_multitask.py")
     assert "step07" not in result.stderr
-
-
-@pytest.mark.parametrize("change", [{"features": "chroma"}, {"window": None}])
-def test_a_network_for_other_input_is_refused(data, tmp_path, change):
-    save_networks(tmp_path, data, **change)
-    with pytest.raises(InputError, match="cnn_mel.*other input.*train step07_cnn again"):
-        networks_of(tmp_path)
 
 
 # --- the page ---------------------------------------------------------------------------
@@ -331,38 +315,32 @@ def test_the_page_plays_follows_and_jumps(open_page, pages, width):
     assert page.evaluate("audio.duration") == pytest.approx(71, abs=0.2)
 
     def cursor():
-        return page.evaluate("parseFloat(document.querySelector('.cursor').style.left)")
+        """Where the cursor is on the time axis, in seconds."""
+        left = page.evaluate("parseFloat(document.querySelector('#cursor').style.left)") / 100
+        return 71 * (left - listen.LEFT) / (listen.RIGHT - listen.LEFT)
 
-    def dashes(curves):
-        return page.eval_on_selector_all(
-            f"{curves} polyline", "all => all.map(p => p.getAttribute('stroke-dasharray'))"
-        )
-
-    assert cursor() == 0
-    panel = page.locator(".panel").nth(1)
-    panel.click(position={"x": panel.bounding_box()["width"] / 2, "y": 20})  # half of the song
+    assert cursor() == pytest.approx(0, abs=0.1)
+    box = page.locator("#picture").bounding_box()
+    middle = (listen.LEFT + listen.RIGHT) / 2 * box["width"]  # half of the song
+    page.locator("#picture").click(position={"x": middle, "y": box["height"] / 2})
     page.wait_for_function("Math.abs(audio.currentTime - 35.5) < 1")
-    assert cursor() == pytest.approx(50, abs=2)
+    assert cursor() == pytest.approx(35.5, abs=1)
     page.evaluate("audio.muted = true; audio.play(); 0")  # returns before the promise is kept
     page.wait_for_function("audio.currentTime > 36.2")
     page.evaluate("audio.pause()")
-    assert cursor() > 50.5
-    page.focus("#panels")
+    assert cursor() > 36
+    page.focus("#picture")
     for key, expected in (("Home", 0), ("ArrowRight", 5), ("ArrowRight", 10), ("ArrowLeft", 5)):
         page.keyboard.press(key)
         page.wait_for_function(f"Math.abs(audio.currentTime - {expected}) < 0.2")
-    assert len(set(dashes("#genres"))) == 6  # told apart without colours too
-    assert len(dashes("#emotions")) == 3
-    assert page.locator("#mel").is_visible() and page.locator("#attributions").is_hidden()
-    page.check("#explain")
-    assert page.locator("#attributions").is_visible() and page.locator("#mel").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_an_odd_name_is_shown_as_text_and_never_becomes_markup(open_page, pages):
+def test_an_odd_name_is_shown_as_text_and_never_becomes_markup(open_page, pages, listened):
     path = pages[ODD_NAME]
     text = path.read_text()
     assert text.count("<script>") == text.count("</script>") == 1
     page = open_page(path)
     assert page.text_content("h1") == ODD_NAME
-    assert page.evaluate("genre.rows.length === song.classes.length")
+    n_classes = len(listened[1][ODD_NAME]["classes"])
+    assert page.locator("table").first.locator("tbody tr").count() == n_classes

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from conftest import assert_clean_error, labels_of, run_forked, write_data_set
 
 from patrec.features import HOP, SR
 from patrec.labels import fingerprint
-from tools.maps import sound_of
+from tools.maps import read_step11, sound_of
 
 pytestmark = pytest.mark.slow
-TOOL = "tools/maps.py"
+TOOL, METHODS = "tools/maps.py", ("PCA", "t-SNE")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def outputs(small_data, tmp_path_factory):
         arrays["predicted"] = rng.integers(0, len(classes), len(known))
         arrays["probability"] = rng.random(len(known))
         np.savez(folder / f"latent_{name}.npz", **arrays)
-        maps = {method: rng.standard_normal((len(known), 2)) for method in ("PCA", "t-SNE")}
+        maps = {method: rng.standard_normal((len(known), 2)) for method in METHODS}
         np.savez(folder / f"maps_{name}.npz", **maps)
     facts = {"roles": {"cnn_mel": "CNN", "beat_chroma": "worst LSTM"}}
     facts["data"] = {"fingerprint": {"genre": fingerprint(small_data, "genre")}}
@@ -43,9 +45,15 @@ def outputs(small_data, tmp_path_factory):
     return out
 
 
-def maps_data(outputs):
+def maps_of(outputs, data):
+    """What the page is made of: {map: its clips}."""
+    return read_step11(SimpleNamespace(out=outputs, source=SimpleNamespace(root=data)))
+
+
+def sounds_of(outputs):
+    """The sounds in the page, in the order of the clips."""
     text = (outputs / "maps" / "maps.html").read_text()
-    return json.loads(re.search(r"^const data = (.*), \$ = id", text, re.MULTILINE)[1])
+    return json.loads(re.search(r"sounds = (\[.*?\]);", text)[1])
 
 
 def test_without_step_11_or_with_other_clips_it_says_what_to_run(small_data, tmp_path, outputs):
@@ -57,65 +65,74 @@ def test_without_step_11_or_with_other_clips_it_says_what_to_run(small_data, tmp
     assert_clean_error(result, "other labels", "--data-dir")
 
 
-def test_the_maps_hold_every_clip_that_all_models_have(outputs):
-    data, folder = maps_data(outputs), outputs / "step11_latent"
-    assert data["models"] == {"cnn_mel": "CNN (CNN, mel)",
-                              "beat_chroma": "worst LSTM (LSTM, chroma, beats)"}  # fmt: skip
-    for name, run in data["runs"].items():
+def test_the_maps_hold_every_clip_that_all_models_have(outputs, small_data):
+    found, folder = maps_of(outputs, small_data), outputs / "step11_latent"
+    titles = {"cnn_mel": "CNN (CNN, mel)", "beat_chroma": "worst LSTM (LSTM, chroma, beats)"}
+    assert list(found) == [f"{t}: {method}" for t in titles.values() for method in METHODS]
+    for name, title in titles.items():
         clips, maps = np.load(folder / f"latent_{name}.npz"), np.load(folder / f"maps_{name}.npz")
-        rows = [clips["ids"].tolist().index(clip) for clip in data["ids"]]
-        assert data["labels"] == clips["labels"][rows].tolist()
-        for method in ("PCA", "t-SNE"):
-            np.testing.assert_allclose(run["points"][method], maps[method][rows], atol=1e-3)
-        assert run["predicted"] == clips["predicted"][rows].tolist()
-        assert run["probability"] == pytest.approx(clips["probability"][rows].tolist(), abs=1e-3)
-    assert len(data["ids"]) == len(np.load(folder / "latent_beat_chroma.npz")["ids"])
+        for method in METHODS:
+            table = found[f"{title}: {method}"]
+            assert list(table.index) == list(next(iter(found.values())).index)  # as the sounds are
+            rows = [clips["ids"].tolist().index(clip) for clip in table.index]
+            np.testing.assert_allclose(table[["x", "y"]], maps[method][rows], atol=1e-3)
+            for column, key in (("genre", "labels"), ("predicted", "predicted")):
+                assert table[column].tolist() == clips["classes"][clips[key][rows]].tolist()
+            np.testing.assert_allclose(table["probability"], clips["probability"][rows])
+    assert len(table) == len(np.load(folder / "latent_beat_chroma.npz")["ids"])
 
 
 def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
-    data, n_frames = maps_data(outputs), round(SR / HOP)
-    sound = soundfile.info(io.BytesIO(base64.b64decode(data["sounds"][0])))
+    sounds, n_frames = sounds_of(outputs), round(SR / HOP)
+    ids = next(iter(maps_of(outputs, small_data).values())).index
+    sound = soundfile.info(io.BytesIO(base64.b64decode(sounds[0])))
     assert sound.duration == pytest.approx(1, abs=0.2)  # five seconds without --smoke
-    assert len(set(data["sounds"])) > 0.9 * len(data["ids"])
+    assert len(sounds) == len(ids) and len(set(sounds)) > 0.9 * len(ids)
     for i in (0, 7):
-        path = small_data / "fma_genre_spectrograms" / "test" / f"{data['ids'][i]}.fused.full.npy"
+        path = small_data / "fma_genre_spectrograms" / "test" / f"{ids[i]}.fused.full.npy"
         mel = np.load(path)[:128].astype(np.float16).astype(np.float32)
         first = (mel.shape[1] - n_frames) // 2
-        assert data["sounds"][i] == sound_of(mel[:, first : first + n_frames])
+        assert sounds[i] == sound_of(mel[:, first : first + n_frames])
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_maps_can_be_walked_in(open_page, outputs, width):
-    page, data = open_page(outputs / "maps" / "maps.html", width), maps_data(outputs)
-    page.wait_for_function("document.querySelectorAll('#map .points path').length > 5")
-    assert page.evaluate("shown.length") == len(data["ids"])
-    page.check("[value=wrong]")
-    run = data["runs"][next(iter(data["models"]))]
-    wrong = [i for i, label in enumerate(data["labels"]) if run["predicted"][i] != label]
-    assert page.evaluate("shown") == wrong
-    page.check("[value=all]")
-    page.uncheck("#classes input >> nth=0")
-    there = [i for i, label in enumerate(data["labels"]) if label != 0]
-    assert page.evaluate("shown") == there
-    page.select_option("#model", "cnn_mel")
-    page.select_option("#method", "t-SNE")
-    page.focus("#map")
-    page.keyboard.press("ArrowRight")
-    points = data["runs"]["cnn_mel"]["points"]["t-SNE"]
-    first = page.evaluate("chosen")
-    assert first == min(there, key=lambda i: points[i][0])
-    page.keyboard.press("Enter")
-    page.wait_for_function("audio.currentTime > 0.2")
-    said = page.inner_text("#said")
-    assert f"clip {data['ids'][first]}, {data['classes'][data['labels'][first]]}" in said
-    assert "probability" in said
-    # Hovering says the same of another clip, the one furthest to the right; clicking plays it.
-    boxes = [path.bounding_box() for path in page.locator("#map .points path").all()]
-    box = max(boxes, key=lambda box: box["x"])
+def test_the_maps_can_be_walked_in(open_page, outputs, small_data, width):
+    page, maps = open_page(outputs / "maps" / "maps.html", width), maps_of(outputs, small_data)
+    page.wait_for_function("document.querySelectorAll('.points path').length > 5")
+    page.select_option("#map", "CNN (CNN, mel): t-SNE")
+    table, sounds = maps["CNN (CNN, mel): t-SNE"], sounds_of(outputs)
+
+    def shown():
+        """The points that can be seen: {place in the list of sounds: (x, y, text)}."""
+        traces = page.evaluate("document.querySelector('.js-plotly-plot').data")
+        rows = [zip(t["customdata"], t["x"], t["y"], t["text"], strict=True)
+                for t in traces if t.get("visible", True) is True]  # fmt: skip
+        return {i: (x, y, text) for i, x, y, text in itertools.chain(*rows)}
+
+    points = shown()
+    assert sorted(points) == list(range(len(table)))
+    for i, (x, y, text) in points.items():
+        row = table.iloc[i]
+        assert (x, y) == pytest.approx((row["x"], row["y"]))
+        said = f"clip {table.index[i]}, {row['genre']}, predicted {row['predicted']} "
+        assert text.startswith(said) and f"{row['probability']:.2f}" in text
+    page.select_option("#shown", "predicted wrong")
+    wrong = np.flatnonzero(table["genre"] != table["predicted"])
+    assert sorted(shown()) == wrong.tolist()
+    # Hovering says what a clip is, clicking plays it; so do the arrow keys and Enter.
+    box = page.locator(".points path").first.bounding_box()
     at = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(*at)
-    page.wait_for_selector("#map .hovertext")
-    assert "clip " in page.text_content("#map .hoverlayer")
+    page.wait_for_selector(".hovertext")
+    said = page.text_content(".hoverlayer")
     page.mouse.click(*at)
-    page.wait_for_function(f"chosen !== {first} && audio.currentTime > 0.2")
+    page.wait_for_function("audio.currentTime > 0.2")
+    (i,) = (i for i, (*_, text) in points.items() if text == said)
+    assert page.evaluate("audio.src") == f"data:audio/mpeg;base64,{sounds[i]}"
+    page.focus(".js-plotly-plot")
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Enter"):
+        page.keyboard.press(key)
+    i = min(wrong, key=lambda i: points[i][0])
+    assert page.text_content(".hoverlayer") == points[i][2]
+    assert page.evaluate("audio.src") == f"data:audio/mpeg;base64,{sounds[i]}"
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
