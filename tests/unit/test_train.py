@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -76,6 +77,11 @@ def scored(monkeypatch):
     return patch
 
 
+def load_both(folder):
+    """best.pt and last.pt of a run."""
+    return [common.load_torch(folder / name) for name in ("best.pt", "last.pt")]
+
+
 # --- which epoch is kept ----------------------------------------------------------------
 
 
@@ -91,7 +97,7 @@ def test_best_checkpoint_is_not_the_last_model(tmp_path, scored):
     """Bug 7: 'best' was an alias of the live model, or overwritten by the last one."""
     scored([0.1, 0.9, 0.2, 0.3])
     model, result = train(tmp_path / "run", recipe={"settled": 0.75})
-    best, last = (common.load_torch(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    best, last = load_both(tmp_path / "run")
     assert result.facts["best_epoch"] == best["epoch"] == 2
     key = "head.1.weight"
     assert torch.equal(model.state_dict()[key], best["state"][key])
@@ -128,15 +134,15 @@ def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
     assert result.history["kept"].tolist() == [1, 1, 0, 0] and result.facts["best_epoch"] == 2
 
 
-@pytest.mark.parametrize("epochs, options", [(2, {}), (20, {"max_seconds": 0})])
-def test_something_is_kept_although_every_score_is_negative(tmp_path, scored, epochs, options):
-    """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1.
-
-    Also of a run cut short, where no epoch is settled yet.
-    """
-    scored([-5.0, -5.0])
-    _, result = train(tmp_path / "run", epochs=epochs, **options)
+def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_is_negative(
+    tmp_path, scored, capsys
+):
+    """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1."""
+    scored([-5.0])
+    _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
     assert (tmp_path / "run" / "best.pt").exists() and val_score(result) == -5.0
+    assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
+    assert "time is up" in capsys.readouterr().out
 
 
 def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
@@ -153,25 +159,32 @@ def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
     assert (result.facts["n_train"], result.facts["n_val"]) == (15, 3)
 
 
-def test_best_checkpoint_holds_the_averaged_weights(tmp_path):
-    train(tmp_path / "run", epochs=1, recipe={"batch_size": 2})  # 12 steps
-    best, last = (common.load_torch(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+def test_best_checkpoint_rebuilds_the_model_with_the_averaged_weights(tmp_path):
+    model, _ = train(tmp_path / "run", epochs=1, recipe={"batch_size": 2})  # 12 steps
+    best, last = load_both(tmp_path / "run")
     for key, value in best["state"].items():
         assert torch.equal(value, last["average"][f"module.{key}"]), key
     assert not torch.equal(best["state"]["head.1.weight"], last["model"]["head.1.weight"])
+    again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
+    x, _, lengths = next(iter(DataLoader(clips(), 8)))
+    assert torch.equal(model.eval()(x, lengths), again(x, lengths))
+    assert checkpoint["settings"]["names"] == list("abc")
+    best["spec"]["backbone_args"]["hidden_size"] = 9
+    torch.save(best, tmp_path / "run" / "best.pt")
+    with pytest.raises(InputError, match="best.pt"):
+        common.load_model(tmp_path / "run" / "best.pt")
 
 
 # --- the loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("mode", [True, False])
 def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path, mode):
     """Bug 4: train() called once: dropout and batch norm stayed on in validation, or off later.
 
-    In whichever mode the network comes: that of a checkpoint in evaluation mode, a new one in
-    training mode. The averaged copy that is validated carries the hook too.
+    In whichever mode the network comes. The averaged copy that is validated carries the hook too.
     """
-    model, seen = classifier().train(mode == "training"), []
+    model, seen = classifier().train(mode), []
     model.head[0].register_forward_hook(lambda module, *_: seen.append(module.training))
     train(tmp_path / "run", epochs=2, model=model)
     assert seen == ([True] * 3 + [False] * 3) * 2
@@ -235,52 +248,39 @@ class OneWeight(nn.Module):
         return self.weight * x[:, 0, 0]
 
 
-def one_cycle(step, n_steps, highest, warm_up=0.1):
-    """Rate and momentum of Smith's one-cycle schedule, along cosines.
-
-    The rate goes up from 1/25 and down to 1/250,000 of the highest, the momentum against it.
-    """
-    turn = warm_up * n_steps - 1
-
-    def along_cosine(start, top, end):
-        rising = step <= turn
-        first, last = (start, top) if rising else (top, end)
-        share = step / turn if rising else (step - turn) / (n_steps - 1 - turn)
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
-    return along_cosine(highest / 25, highest, highest / 25 / 1e4), along_cosine(0.95, 0.85, 0.95)
-
-
 @pytest.mark.parametrize("steps_per_epoch, decay", [(4, 1 - 10 / 40), (120, 0.99)])
-def test_rate_and_running_average_follow_their_formulas(
+def test_rate_goes_up_and_down_once_and_the_running_average_is_validated(
     tmp_path, monkeypatch, steps_per_epoch, decay
 ):
     """In a short run the average must forget its start too: decay at most 1 - 10 / steps."""
-    n_steps, validated = 10 * steps_per_epoch, []
+    steps, weights, validated = 10 * steps_per_epoch, [], []
     ones = torch.ones(steps_per_epoch)
     data = toy_data(TensorDataset(ones[:, None, None], torch.zeros(steps_per_epoch), ones.long()))
 
-    def score(outputs, targets, settings):
-        validated.append(outputs[0].item())  # the averaged weight is what is validated
+    def score(outputs, *_):
+        validated.append(outputs[0].item())
         return 0.0
+
+    def note(optimizer, *_):
+        group = optimizer.param_groups[0]
+        weights.append((model.weight.item(), group["lr"], group["betas"][0]))
 
     patch_everywhere(monkeypatch, "validation_score", score)
     model, recipe = OneWeight(), {"lr": 0.1, "batch_size": 1, "augment": None}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    folder, loss = tmp_path / "run", MeanOutput()
-    _, result = train(folder, 10, model, data, loss, recipe, optimizer)
-    weight, average, gradient, averages = 0.0, 0.0, 0.0, []
-    for step in range(n_steps):
-        rate, momentum = one_cycle(step, n_steps, 0.1)
-        gradient = momentum * gradient + (1 - momentum)
-        weight -= rate * gradient / (1 - momentum ** (step + 1))
-        average = decay * average + (1 - decay) * weight if step else weight
-        averages.append(average)
-    ends = averages[steps_per_epoch - 1 :: steps_per_epoch]
-    np.testing.assert_allclose(validated, ends, rtol=1e-3)
-    # What is written is the rate that an epoch begins with.
-    rates = [one_cycle(epoch * steps_per_epoch, n_steps, 0.1)[0] for epoch in range(10)]
-    np.testing.assert_allclose(result.history["lr"], rates, rtol=1e-3)
+    optimizer.register_step_post_hook(note)
+    _, result = train(tmp_path / "run", 10, model, data, MeanOutput(), recipe, optimizer)
+    weights, rates, momenta = np.array(weights).T
+    peak = steps // 10 - 1  # after a tenth of the steps
+    places = [0, peak, steps - 1]
+    np.testing.assert_allclose(rates[places], [0.1 / 25, 0.1, 0.1 / 250_000])
+    np.testing.assert_allclose(momenta[places], [0.95, 0.85, 0.95])
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+    np.testing.assert_allclose(result.history["lr"], rates[::steps_per_epoch])  # as it begins
+    average = itertools.accumulate(weights, lambda mean, w: decay * mean + (1 - decay) * w)
+    np.testing.assert_allclose(
+        validated, list(average)[steps_per_epoch - 1 :: steps_per_epoch], rtol=1e-3
+    )
 
 
 def test_a_warm_up_of_exactly_one_step_works(tmp_path):
@@ -300,12 +300,6 @@ def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
     with pytest.raises(StepFailed, match=r"epoch 2, batch 2, learning rate"):
         train(tmp_path / "run", loss=Bad())
     assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
-
-
-def test_time_limit_ends_training_with_a_scored_epoch(tmp_path, capsys):
-    _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
-    assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
-    assert "time is up" in capsys.readouterr().out
 
 
 # --- going on ---------------------------------------------------------------------------
@@ -330,6 +324,9 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypa
         assert again.history[key].tolist() == result.history[key].tolist()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    state = (tmp_path / "parts" / "last.pt").read_bytes()  # it is finished, and stays as it is
+    assert train(tmp_path / "parts", epochs=5, resume=True)[1].history.equals(again.history)
+    assert (tmp_path / "parts" / "last.pt").read_bytes() == state
 
 
 def test_resume_keeps_the_best_epoch_of_before(tmp_path, scored):
@@ -357,15 +354,6 @@ def test_resume_of_another_run_is_refused(tmp_path):
         train(tmp_path / "run", epochs=2, resume=True)
 
 
-def test_a_finished_run_stays_as_it_was_when_resumed(tmp_path):
-    _, whole = train(tmp_path / "run", epochs=3)
-    state = (tmp_path / "run" / "last.pt").read_bytes()
-    _, again = train(tmp_path / "run", epochs=3, resume=True)
-    assert whole.facts["epochs"] == again.facts["epochs"] == 3
-    assert whole.history.equals(again.history)
-    assert (tmp_path / "run" / "last.pt").read_bytes() == state
-
-
 def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_path):
     """The old run's checkpoint stays until the new one has one, and is not taken for finished."""
     train(tmp_path / "run", epochs=2)
@@ -390,8 +378,11 @@ def overfit(tensors, passes=300):
     return train(None, passes, data=tensors, recipe={"lr": 0.01}, overfit_batch=True)
 
 
-def test_overfit_reaches_zero_loss_with_regularisation_off():
-    model, check = overfit(clips(64))
+def test_overfit_learns_four_batches_of_training_clips_by_heart_without_regularisation():
+    """Bug 9: the check was run on the whole set."""
+    watched = Watched(*clips(80).tensors)
+    model, check = overfit(watched)
+    assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
     assert check.learned and check.facts["loss"] < 0.01 and check.facts["accuracy"] == 1
     assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
     assert check.history["loss"].tolist()[-1] == check.facts["loss"]
@@ -406,64 +397,15 @@ def test_overfit_fails_where_nothing_can_be_learned():
     assert not check.learned and check.facts["passes"] == 15 and check.facts["loss"] > 0.3
 
 
-def test_overfit_uses_four_batches_of_the_training_clips_only():
-    """Bug 9: the check was run on the whole set."""
-    watched = Watched(*clips(80).tensors)
-    overfit(watched)
-    assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
-
-
-def test_overfit_blanks_no_stripes():
-    """They are regularisation too; only the LSTM's own module draws them."""
-    model, whole = Classifier(LSTMBackbone(6, hidden_size=8, mask_bands=4), 3), []
+def test_overfit_blanks_no_stripes_and_learns_at_a_constant_rate():
+    model, whole, rates = Classifier(LSTMBackbone(6, hidden_size=8, mask_bands=4), 3), [], []
     (mask,) = (module for module in model.modules() if isinstance(module, common.StripeMask))
     mask.register_forward_hook(lambda _, inputs, output: whole.append(output is inputs[0]))
-    train(None, 2, model, overfit_batch=True)
-    assert mask.training and whole and all(whole)
-
-
-def test_overfit_learns_at_a_constant_rate():
-    model = classifier()
-    optimizer, rates = torch.optim.AdamW(model.parameters(), lr=0.01), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     train(None, 3, model, optimizer=optimizer, overfit_batch=True)
+    assert mask.training and whole and all(whole)
     assert rates == [0.01] * 3 * 3  # 24 clips are three batches
-
-
-# --- checkpoints ------------------------------------------------------------------------
-
-
-def test_checkpoint_rebuilds_the_model(tmp_path):
-    model, _ = train(tmp_path / "run", epochs=1)
-    again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
-    x, _, lengths = next(iter(DataLoader(clips(), 8)))
-    assert torch.equal(model.eval()(x, lengths), again(x, lengths))
-    assert checkpoint["settings"]["names"] == list("abc")
-
-
-class Evil:
-    """A pickle that would run code when read."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("code in a checkpoint was run",))
-
-
-@pytest.mark.parametrize("fault", ["truncated", "pickle", "empty", "other weights"])
-def test_bad_checkpoint_is_one_clear_error(tmp_path, fault):
-    train(tmp_path / "run", epochs=1)
-    path = tmp_path / "run" / "best.pt"
-    if fault == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif fault == "empty":
-        path.write_bytes(b"")
-    elif fault == "pickle":
-        torch.save({"spec": Evil()}, path)
-    else:
-        content = torch.load(path, weights_only=True)
-        content["spec"]["backbone_args"]["hidden_size"] = 9
-        torch.save(content, path)
-    with pytest.raises(InputError, match="best.pt"):
-        common.load_model(path)
 
 
 # --- half precision, and what a card's memory decides -----------------------------------
@@ -487,13 +429,6 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
 
     And a resumed training goes on with the scale where it was.
     """
-    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    # A processor is slow in float16.
-    patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
-    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float32)
-    model, result = train(tmp_path / "float32")
-    assert not Scaler.made[-1].enabled
-    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float16)
 
     def note(owner, name):
         function = getattr(owner, name)
@@ -507,16 +442,22 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
     order = ["scale", "unscale_", "clip_grad_norm_", "step", "update"]
     for name in order:
         note(nn.utils if name == "clip_grad_norm_" else Scaler, name)
-    scaled, scaled_result = train(tmp_path / "float16")
-    assert Scaler.made[-1].enabled and Scaler.made[-1].events == order * 12
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    # A processor is slow in float16.
+    patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        patch_everywhere(monkeypatch, "fast_dtype", lambda device_type, dtype=dtype: dtype)
+        results.append(train(tmp_path / str(dtype))[1])
+        assert Scaler.made[-1].enabled == (dtype == torch.float16)
+        assert Scaler.made[-1].events == order * 12
     # A factor of 2^10 is taken off again without a trace.
-    assert scaled_result.history["train_loss"].equals(result.history["train_loss"])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, scaled.state_dict()[name]), name
-    state = common.load_torch(tmp_path / "float16" / "last.pt")
+    assert results[0].history["train_loss"].equals(results[1].history["train_loss"])
+    path = tmp_path / "torch.float16" / "last.pt"
+    state = common.load_torch(path)
     state["scaler"]["scale"] = 512.0
-    torch.save(state, tmp_path / "float16" / "last.pt")
-    train(tmp_path / "float16", resume=True)
+    torch.save(state, path)
+    train(path.parent, resume=True)
     assert Scaler.made[-1].get_scale() == 512.0
 
 
@@ -551,15 +492,12 @@ def test_random_numbers_of_the_card_go_on_where_they_were(tmp_path, monkeypatch)
     assert len(restored) == 1 and (restored[0] == 1).all() and epoch[0] == 3
 
 
-@pytest.mark.parametrize("passes, kept", [(1, False), (7, True)])  # an epoch: 3, and 3 to validate
-def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(
-    tmp_path, monkeypatch, passes, kept
-):
+def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypatch):
     """Other programs may take the card's memory at any time."""
     usual, calls = Classifier.forward, iter(range(100))
 
     def forward(*args):
-        if next(calls) >= passes:
+        if next(calls) >= 7:  # in the second epoch: one is 3 batches, and 3 to validate
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return usual(*args)
 
@@ -567,7 +505,7 @@ def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(
     for options in ({}, {"overfit_batch": True}):
         with pytest.raises(StepFailed, match="batches of 8 clips; try --batch-size 4"):
             train(tmp_path / "run", **options)
-        assert (tmp_path / "run" / "best.pt").exists() == kept
+        assert (tmp_path / "run" / "best.pt").exists()
 
 
 # --- predict, and what it is judged by --------------------------------------------------
