@@ -1,12 +1,10 @@
 """Training for emotions: each head its own axis, each fold its own network."""
 
 import pandas as pd
-import pytest
 import torch
 from conftest import EMOTIONS, write_data_set
 
 import common
-import patrec.errors
 from patrec.flags import Source, TrainingOptions
 from patrec.recipes import GENRE_NETWORKS
 
@@ -54,12 +52,3 @@ def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
         pd.testing.assert_frame_equal(result.predictions.loc[predictions.index], predictions)
         assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
         assert member.facts["lr"] == 0.5 * training.lr
-
-
-def test_a_clip_without_its_beats_is_named(tmp_path):
-    data = write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20)
-    labels = data / "multitask_dataset_beat" / "train_labels.txt"
-    header, first, *rows = labels.read_text().splitlines()
-    labels.write_text("\n".join([header, *rows]) + "\n")
-    with pytest.raises(patrec.errors.InputError, match=first.split(",")[0]):
-        common.load_data(Source(data), "mel", True, "emotion")
