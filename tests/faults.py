@@ -180,7 +180,7 @@ TABLE = {  # file: rows of (name, old text, new text, test)
         ("transfer: the backbone begins anew",
          'model, _ = load_model(path)\n    backbone',
          'model = build_model(load_checkpoint(path)["spec"])\n    backbone',
-         "unit/test_earlier.py::test_transfer_takes_the_backbone_and_nothing_else"),
+         "unit/test_experiments.py::test_transfer_takes_the_backbone_and_nothing_else"),
         ("workers: --workers not heeded",
          '    if training.workers:\n        most = training.workers\n    elif',
          "    if",
