@@ -12,11 +12,6 @@ from patrec.errors import InputError
 from patrec.features import SR
 
 
-@pytest.fixture
-def without_av(monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
-
-
 def noise(seconds, rate=SR, channels=1, seed=0):
     return 0.2 * np.random.default_rng(seed).uniform(-1, 1, (round(seconds * rate), channels))
 
@@ -49,9 +44,8 @@ def decoded(path):
 
 
 FORMS = [
-    ("wav", "PCM_U8", 1, SR), ("wav", "PCM_16", 2, 44_100), ("wav", "PCM_24", 6, 48_000),
-    ("wav", "PCM_32", 2, 16_000), ("wav", "FLOAT", 2, 44_100), ("wav", "DOUBLE", 1, 8000),
-    ("flac", "PCM_16", 1, 44_100), ("flac", "PCM_24", 2, 48_000),
+    ("wav", "PCM_U8", 1, SR), ("wav", "PCM_24", 6, 48_000), ("wav", "FLOAT", 2, 16_000),
+    ("flac", "PCM_16", 2, 44_100),
 ]  # fmt: skip
 
 
@@ -71,7 +65,7 @@ def test_wav_and_flac_are_librosas_bit_for_bit(
     assert len(waveform) == 30 * SR and np.array_equal(waveform, expected)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 30, 61, 100.7])
+@pytest.mark.parametrize("seconds", [0.5, 100.7])
 def test_the_middle_30_s_of_any_length(tmp_path, seconds):
     """Blocks from before the middle are dropped on the way; none of the clip's may be."""
     samples = np.linspace(0, 1, round(seconds * SR), dtype=np.float32)
@@ -111,15 +105,6 @@ def test_an_mp3_without_a_header_is_not_judged_by_its_bit_rate(tmp_path):
         assert seconds == pytest.approx(120, abs=0.2) and not damage
 
 
-@pytest.mark.parametrize("ending", ["mp3", "ogg"])
-def test_joined_files_are_read_as_one(tmp_path, ending):
-    parts = [write(tmp_path / f"{seconds}.{ending}", seconds) for seconds in (4, 7)]
-    joined = tmp_path / f"joined.{ending}"
-    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    seconds, damage = decoded(joined)
-    assert seconds == pytest.approx(11, abs=0.2) and not damage
-
-
 def test_a_whole_ogg_is_not_called_damaged(tmp_path):
     """Of some, FFmpeg's first packet states a length of days."""
     t = np.arange(2 * SR) / SR
@@ -128,16 +113,18 @@ def test_a_whole_ogg_is_not_called_damaged(tmp_path):
     assert decoded(tmp_path / "song.ogg")[1] == ""
 
 
-def test_joined_files_may_differ_in_rate_and_channels(tmp_path):
-    """Where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
-    for ending in ("mp3", "ogg"):
-        parts = [write(tmp_path / f"a.{ending}", 4, 44_100, 2), write(tmp_path / f"b.{ending}", 6)]
-        joined = tmp_path / f"joined.{ending}"
-        joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+@pytest.mark.parametrize("ending", ["mp3", "ogg"])
+def test_joined_files_are_read_as_one(tmp_path, ending):
+    """If rate and channels change, where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
+    first, other = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
+    joined = tmp_path / f"joined.{ending}"
+    write(first, 4, 44_100, 2)
+    for form, whole in (((44_100, 2), True), ((SR, 1), ending == "mp3")):
+        write(other, 6, *form)
+        joined.write_bytes(first.read_bytes() + other.read_bytes())
         waveform, damage = read_clip(joined)
-        seconds = 10 if ending == "mp3" else 4
-        assert len(waveform) / SR == pytest.approx(seconds, abs=0.2)
-        assert damage[:26] == ("decoding ended after 4.0 s" if ending == "ogg" else "")
+        assert len(waveform) / SR == pytest.approx(10 if whole else 4, abs=0.2)
+        assert damage[:26] == ("" if whole else "decoding ended after 4.0 s")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +135,7 @@ def test_other_formats_are_read(tmp_path, name, codec, rate):
     assert seconds == pytest.approx(5, abs=0.1) and not damage
 
 
-@pytest.mark.parametrize("name", ["song.flac", "song.mp3", "song.au"])
+@pytest.mark.parametrize("name", ["song.flac", "song.mp3"])
 def test_an_incomplete_file_gives_what_it_has_and_both_lengths(tmp_path, name, capfd):
     path = write(tmp_path / name, 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
@@ -174,13 +161,11 @@ def test_a_damaged_stretch_does_not_end_a_file(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-@pytest.mark.parametrize("subtype", ["FLOAT", "PCM_16"])
-def test_opposite_channels_do_not_become_silence(tmp_path, subtype):
+def test_opposite_channels_do_not_become_silence(tmp_path):
     """Nor the noise of one bit that rounding leaves of them."""
     left = noise(2)[:, 0]
-    rounded = np.stack([left, -left + 2**-15], axis=1) if subtype == "PCM_16" else None
-    samples = np.stack([left, -left], axis=1) if rounded is None else rounded
-    soundfile.write(tmp_path / "song.wav", samples, SR, subtype=subtype)
+    samples = np.stack([left, -left + 2**-15], axis=1)
+    soundfile.write(tmp_path / "song.wav", samples, SR, subtype="PCM_16")
     waveform, _ = read_clip(tmp_path / "song.wav")
     assert np.abs(waveform - left).max() < 1e-4
 
@@ -192,7 +177,7 @@ def test_quiet_music_and_unlike_channels_are_mixed(tmp_path):
     assert np.allclose(waveform, samples.mean(1), atol=1e-9)
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan, -1e20])
+@pytest.mark.parametrize("value", [np.nan, -1e20])
 def test_samples_that_are_no_numbers_are_named(tmp_path, value):
     samples = noise(2)
     samples[5000] = value
@@ -202,19 +187,19 @@ def test_samples_that_are_no_numbers_are_named(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<!doctype html>" + b"<p>not found</p>\n" * 500, b"\xff\xfb\x90" * 3, b"RIFF"]
+    "content", [b"", b"<p>not found</p>\n" * 500, b"\xff\xfb\x90" * 3, b"RIFF"]
 )
-@pytest.mark.parametrize("name", ["song.mp3", "song.wav"])
-def test_what_is_no_sound_is_one_line(tmp_path, content, name, capfd):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: not readable as sound \(.+\); check") as error:
-        read_clip(tmp_path / name)
+def test_what_is_no_sound_is_one_line(tmp_path, content, capfd):
+    (tmp_path / "song.mp3").write_bytes(content)
+    with pytest.raises(InputError, match=r"song.mp3: not readable as sound \(.+\); check") as error:
+        read_clip(tmp_path / "song.mp3")
     assert "\n" not in str(error.value) and not capfd.readouterr().err
     with pytest.raises(InputError, match="no such file"):
         read_clip(tmp_path / "nowhere.mp3")
 
 
-def test_without_av_it_is_named_where_it_is_needed(tmp_path, without_av):
+def test_without_av_it_is_named_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
     files = ["Rock/a.wav", "Rock/b.FLAC"]
     require_decoder(files)
     with pytest.raises(InputError, match=r'Rock/c\.mp3: .*"pip install av"'):
