@@ -115,7 +115,7 @@ def test_a_whole_ogg_is_not_called_damaged(tmp_path):
 
 @pytest.mark.parametrize("ending", ["mp3", "ogg"])
 def test_joined_files_are_read_as_one(tmp_path, ending):
-    """If rate and channels change, where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
+    """If the rate changes, where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
     first, other = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
     joined = tmp_path / f"joined.{ending}"
     write(first, 4, 44_100, 2)

@@ -77,10 +77,10 @@ def runs_of_zeros(row):
 
 @pytest.mark.parametrize(
     "dim, size, widest, allowed",
-    [(2, 128, 16, 16), (1, 200, 38, 38), (2, 12, 16, 3), (1, 40, 38, 10)],
+    [(2, 12, 16, 3), (1, 200, 38, 38)],
 )
 def test_masks_are_single_stripes_of_every_width_up_to_the_widest(dim, size, widest, allowed):
-    """Never wider than a quarter of the 12 notes of a chromagram, the 40 frames of a beat clip."""
+    """Never wider than a quarter of the 12 notes of a chromagram."""
     torch.manual_seed(0)
     augment, n = Augment(**OFF | {"mask_bands" if dim == 2 else "mask_frames": widest}), 3000
     x = torch.ones((n, size, 4) if dim == 1 else (n, 4, size))
@@ -98,7 +98,7 @@ def test_masks_are_single_stripes_of_every_width_up_to_the_widest(dim, size, wid
     assert (blanked[1:] > 0).all() and blanked[size // 4 : -size // 4].std() < 0.2 * blanked.mean()
 
 
-@pytest.mark.parametrize("n_bands", [12, 128, 140])
+@pytest.mark.parametrize("n_bands", [12, 140])
 def test_bands_are_shifted_by_up_to_two_and_notes_are_not(n_bands):
     """The edges repeat the outermost band; chroma stays: a shift would be another key."""
     torch.manual_seed(0)
@@ -130,8 +130,7 @@ def test_windows_by_hand():
 
 
 @pytest.mark.parametrize(
-    "device, nbytes, moved",
-    [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False), ("mps", 1, False)],
+    "device, nbytes, moved", [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False)]
 )
 def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
     monkeypatch, device, nbytes, moved

@@ -1,6 +1,5 @@
 """What steps 1 to 3 measure of spectrograms, against known sounds; sound made from spectrograms."""
 
-import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -9,7 +8,6 @@ import torch
 from patrec.features import (
     DB_FLOOR,
     HOP,
-    N_FFT,
     N_MELS,
     SR,
     extract_features,
@@ -124,20 +122,6 @@ def test_sound_comes_back_like_the_spectrogram_it_was_made_of(sound, mel):
     assert spectrogram_similarity(noise, mel)["correlation"] < 0.4
     for level in (0, 20):  # the level of the whole clip does not matter
         assert spectrogram_similarity(sound, mel - level)["mean_distance_db"] < 0.01
-
-
-def test_a_sound_has_the_magnitudes_it_was_asked_for(mel):
-    """Bands hardly tell one round of Griffin & Lim from 32; the FFT's frequencies do."""
-    filters = librosa.filters.mel(sr=SR, n_fft=N_FFT, n_mels=N_MELS)
-    power = np.linalg.pinv(filters) @ librosa.db_to_power(mel.astype("f4"))
-    wanted = np.sqrt(np.maximum(power, 0))
-    errors = []
-    for n_iter in (1, 16):
-        waveform = mel_to_waveform(mel, n_iter=n_iter)
-        found = np.abs(librosa.stft(waveform, n_fft=N_FFT, hop_length=HOP))
-        found *= (found * wanted).sum() / np.square(found).sum()  # a level of its own
-        errors.append(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-    assert errors[1] < 0.25 and errors[1] < 0.7 * errors[0]
 
 
 def test_the_same_seed_gives_the_same_sound(mel, tmp_path):
