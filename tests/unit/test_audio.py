@@ -113,20 +113,6 @@ def test_a_whole_ogg_is_not_called_damaged(tmp_path):
     assert decoded(tmp_path / "song.ogg")[1] == ""
 
 
-@pytest.mark.parametrize("ending", ["mp3", "ogg"])
-def test_joined_files_are_read_as_one(tmp_path, ending):
-    """If the rate changes, where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
-    first, other = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
-    joined = tmp_path / f"joined.{ending}"
-    write(first, 4, 44_100, 2)
-    for form, whole in (((44_100, 2), True), ((SR, 1), ending == "mp3")):
-        write(other, 6, *form)
-        joined.write_bytes(first.read_bytes() + other.read_bytes())
-        waveform, damage = read_clip(joined)
-        assert len(waveform) / SR == pytest.approx(10 if whole else 4, abs=0.2)
-        assert damage[:26] == ("" if whole else "decoding ended after 4.0 s")
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "rate"), [("a.m4a", "aac", 44_100), ("a.opus", "libopus", 48_000)]
 )

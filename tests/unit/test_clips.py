@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import GENRES, Payload, fake_clip, patch_everywhere, write_data_set
+from conftest import GENRES, Payload, fake_clip, patch_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,19 +152,11 @@ def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
             assert_own_frames(store)
 
 
-def test_a_store_holds_every_frame_of_every_clip(data_dir):
-    """Bug 12: a limit of 150 frames silently kept 3.5 s of 30 s. Nothing is cut here."""
-    entries = read_entries(data_dir, "genre", "train")
-    store = load_clips(entries)
-    assert store.entries == entries and int(store.lengths.min()) >= 700
-    assert_own_frames(store)
-
-
 def test_clips_of_several_blocks_keep_their_order(tmp_path):
-    """Arrays are converted 512 at a time."""
+    """Arrays are converted 512 at a time. And bug 12: a limit of 150 frames kept 3.5 s of 30 s."""
     entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(1, 1100)]
     for n, entry in enumerate(entries, start=1):
-        array = np.zeros((140, 1 + n % 3), dtype=np.float16)
+        array = np.zeros((140, 1300 if n == 9 else 1 + n % 3), dtype=np.float16)
         array[:2] = [[-(n // 20)], [-(n % 20)]]
         np.save(entry.path, array)
     entries[700].path.write_bytes(b"")
@@ -176,25 +168,21 @@ def test_clips_of_several_blocks_keep_their_order(tmp_path):
 def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
     """Up to CPython 3.11.7 `ast`, which NumPy reads headers with, is not safe in threads.
 
-    Sound clips would be called broken. Clips of unlike lengths, or a header that was read once
-    would serve for all of them.
+    Sound clips would be called broken. NumPy remembers a header, so all lengths differ.
     """
-    clip = fake_clip(np.random.default_rng(0), 0.5, 64)
     entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(20, 60)]
     for n, entry in enumerate(entries, start=20):
-        np.save(entry.path, clip[:, :n])
-    parse, turn, at_once = ast.literal_eval, threading.Lock(), []
+        np.save(entry.path, fake_clip(np.random.default_rng(n), 0.5, n))
+    parse, turn = ast.literal_eval, threading.Lock()
 
-    def slow(*args):
-        at_once.append(turn.acquire(blocking=False))
+    def parse_alone(*args):
+        assert turn.acquire(blocking=False), "two threads were in the parser at once"
         time.sleep(0.002)  # long enough for another thread to come in
-        if at_once[-1]:
-            turn.release()
+        turn.release()
         return parse(*args)
 
-    monkeypatch.setattr(ast, "literal_eval", slow)
+    monkeypatch.setattr(ast, "literal_eval", parse_alone)
     assert len(load_clips(entries, threads=8).entries) == 40
-    assert len(at_once) >= 40 and all(at_once), "two threads were in the parser at once"
 
 
 # --- the cache --------------------------------------------------------------------------
@@ -322,18 +310,17 @@ def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
 
 def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
     """Linux refuses a copy-on-write mapping larger than its memory."""
-    memmap, modes = np.memmap, []
+    memmap = np.memmap
 
     def refuse(*args, mode, **options):
-        modes.append(mode)
         if mode == "c":
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return memmap(*args, mode=mode, **options)
 
     load_clips(entries)
     monkeypatch.setattr(np, "memmap", refuse)
+    patch_everywhere(monkeypatch, "fill_cache", lambda *_: pytest.fail("the cache was made anew"))
     assert_own_frames(load_clips(entries))
-    assert modes == ["c", "r"]
 
 
 # --- leaks and samples ------------------------------------------------------------------
@@ -365,10 +352,3 @@ def test_sampled_clips_are_their_own_in_both_forms(own_data):
     beats[clips[0].clip_id].path.write_bytes(b"")
     rest = sample_clips(own_data, 2, seed=1, skip_bad=True)
     assert {c.clip_id for c in clips} - {c.clip_id for c in rest} == {clips[0].clip_id}
-
-
-def test_one_genre_is_nothing_to_compare(tmp_path):
-    few = dict.fromkeys(GENRES, (0, 0)) | {"Rock": (3, 1)}
-    root = write_data_set(tmp_path / "one", few, n_emotion=(2, 1), n_frames=20)
-    with pytest.raises(InputError, match="train: no two readable clips of different genres"):
-        sample_clips(root, 2, seed=0)

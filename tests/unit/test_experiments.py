@@ -7,7 +7,7 @@ import types
 import pandas as pd
 import pytest
 import torch
-from conftest import patch_everywhere
+from conftest import patch_everywhere, write_data_set
 
 import common
 from patrec.errors import InputError, StepFailed
@@ -102,6 +102,28 @@ def test_unlabelled_clips_are_predicted_by_all_folds(monkeypatch):
     run, source = types.SimpleNamespace(members=folds), types.SimpleNamespace(device="cpu")
     mean = common.predict_unlabelled(source, run)
     assert mean["energy"].tolist() == pytest.approx([0.3, 0.6])
+
+
+def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
+    """At the lower rate that is asked for."""
+    root = write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20)
+    training = options(root, tmp_path, epochs=1)
+
+    def regressor(network, data):
+        return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
+
+    run = common.Experiment(
+        "run", GENRE_NETWORKS["beat_mel"], regressor,
+        lambda data: common.RegressionLoss(data.std), torch.optim.AdamW,
+        target="emotion", n_folds=2, lr_factor=0.5,
+    )  # fmt: skip
+    result = common.train_all(training, [run])["run"]
+    for fold, member in enumerate(result.members):
+        data = common.load_data(training.source, "mel", True, "emotion", fold=fold, n_folds=2)
+        predictions = common.predict_clips(member.model, data.held_out, member.settings)
+        pd.testing.assert_frame_equal(result.predictions.loc[predictions.index], predictions)
+        assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
+        assert member.facts["lr"] == 0.5 * training.lr
 
 
 # --- checkpoints of earlier steps -------------------------------------------------------

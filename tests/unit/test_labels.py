@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from patrec.errors import InputError
 from patrec.files import FOLDERS, find_data, part_folder
-from patrec.labels import EMOTIONS, MERGE, fingerprint, read_entries, read_labels
+from patrec.labels import MERGE, fingerprint, read_entries, read_labels
 
 GENRE, EMOTION = "Id\tGenre\n", "Id,valence,energy,danceability\n"
 
@@ -45,35 +45,6 @@ def write(path, text):
 )  # fmt: skip
 def test_every_form_is_read(tmp_path, text, labels):
     assert read_labels(write(tmp_path / "l.txt", text)) == labels
-
-
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1)
-NAMES = NAMES.map(str.strip).filter(bool)
-IDS = NAMES.filter(lambda name: not set(name) & set("./\\:,\t\ufeff"))
-
-
-@settings(derandomize=True, max_examples=80, deadline=None, database=None)
-@given(
-    ids=st.lists(IDS, unique=True, min_size=1, max_size=8),
-    columns=st.permutations(["Id", *EMOTIONS]),
-    genre=st.booleans(),
-    bom=st.booleans(),
-    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
-    draw=st.data(),
-)
-def test_valid_labels_come_back_in_their_order_whatever_their_names(
-    tmp_path_factory, ids, columns, genre, bom, end, draw
-):
-    if genre:
-        labels = [(i, draw.draw(NAMES)) for i in ids]
-        rows = ["Id\tGenre"] + [f"{i}.fused.full.npy.gz\t{label}" for i, label in labels]
-    else:
-        thousandths = st.integers(0, 1000).map(lambda n: n / 1000)
-        labels = [(i, tuple(draw.draw(thousandths) for _ in EMOTIONS)) for i in ids]
-        cells = [dict(zip(("Id", *EMOTIONS), (i, *map(str, x)), strict=True)) for i, x in labels]
-        rows = [",".join(columns)] + [",".join(cell[c] for c in columns) for cell in cells]
-    text = "\ufeff" * bom + end.join(rows) + end
-    assert read_labels(write(tmp_path_factory.getbasetemp() / "valid.txt", text)) == labels
 
 
 # --- what is refused --------------------------------------------------------------------

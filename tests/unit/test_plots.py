@@ -17,7 +17,6 @@ from patrec.plots import (
     plot_panels,
     plot_per_class,
     plot_scores,
-    run_title,
 )
 
 
@@ -122,30 +121,6 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
     (shade,) = ax.patches
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
-
-
-def test_learning_curves_share_their_score_axis_and_one_legend():
-    histories = {"cnn_mel": make_history([0.1, 0.8]), "chroma": make_history([-0.2, 0.3])}
-    for history in histories.values():
-        history.loc[1, "kept"] = 1
-    fig = plot_histories(histories, "Spearman")
-    panels = [ax for ax in fig.axes if ax.get_title()]
-    assert [ax.get_title() for ax in panels] == ["CNN, mel", "LSTM, chroma"]
-    assert {ax.get_ylim() for ax in fig.axes if "Spearman" in ax.get_ylabel()} == {(-0.2, 1)}
-    (legend,) = fig.legends
-    labels = ["training loss", "validation loss", "validation Spearman"]
-    assert texts_of(legend.get_texts()) == labels
-    assert not any(ax.get_legend() for ax in fig.axes)
-
-
-@pytest.mark.parametrize("name, title", [
-    ("cnn_mel_seed43", "CNN, mel, seed 43"),
-    ("beat_fused", "LSTM, mel and chroma, beats"),
-    ("plain_mel", "LSTM, mel, textbook"),
-    ("ridge", "ridge"),
-])  # fmt: skip
-def test_figures_name_a_run_by_its_network_and_input(name, title):
-    assert run_title(name) == title
 
 
 def test_bands_are_labelled_with_their_frequencies(ax):

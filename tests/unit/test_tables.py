@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,6 @@ from patrec.labels import EMOTIONS, fingerprint
 from patrec.tables import (
     difference_line,
     earlier_predictions,
-    epochs_kept,
     held_out_rows,
     markdown_table,
     prediction_rows,
@@ -48,12 +46,6 @@ def test_a_difference_of_two_scores():
     found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
     shown = "the accuracy interval lies above 0, the macro-F1 interval contains 0"
     assert difference_line("a", "b", found).endswith(f"on 5 clips; {shown}")
-
-
-def test_epochs_of_every_fold_and_the_one_that_was_kept():
-    facts = [{"epochs": 12, "best_epoch": 11}, {"epochs": 8, "best_epoch": 3}]
-    members = [types.SimpleNamespace(facts=fact) for fact in facts]
-    assert epochs_kept(types.SimpleNamespace(members=members)) == "12 (11), 8 (3)"
 
 
 def test_rows_of_predictions_by_hand():

@@ -106,7 +106,8 @@ def test_best_checkpoint_is_not_the_last_model(tmp_path, scored):
 
 def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path, scored):
     scored([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1])
-    _, result = train(tmp_path / "run", epochs=10)
+    # Ten steps: of a warm-up of exactly one OneCycleLR would make a division by zero.
+    _, result = train(tmp_path / "run", epochs=10, recipe={"batch_size": 24})
     assert result.facts["best_epoch"] == 9 and val_score(result) == 0.15
     assert result.history.query("kept == 1")["epoch"].tolist() == [1, 9]
 
@@ -121,17 +122,11 @@ def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path, scored):
 
 def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
     """On few validation clips many epochs have the same macro-F1."""
-    losses = iter([1.0, 0.4, 0.7, 0.6])
-
-    class Scripted(nn.CrossEntropyLoss):
-        def forward(self, outputs, targets):
-            validating = not outputs.requires_grad
-            return torch.tensor(next(losses)) if validating else super().forward(outputs, targets)
-
-    scored([0.5] * 4)
-    _, result = train(tmp_path / "run", loss=Scripted(), recipe={"settled": 1.0})
-    assert result.history["val_loss"].tolist() == pytest.approx([1.0, 0.4, 0.7, 0.6])
-    assert result.history["kept"].tolist() == [1, 1, 0, 0] and result.facts["best_epoch"] == 2
+    scored([0.5] * 8)
+    recipe = {"settled": 1.0, "lr": 0.5}
+    history = train(tmp_path / "run", epochs=8, recipe=recipe)[1].history
+    assert (history["kept"] == (history["val_loss"] == history["val_loss"].cummin())).all()
+    assert 1 < history["kept"].sum() < 8, "the loss goes up, too, else this tells nothing"
 
 
 def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_is_negative(
@@ -221,18 +216,19 @@ class MeanOutput(nn.Module):
         self.scale = scale
 
     def forward(self, outputs, targets):
+        assert outputs.dtype == torch.float32, "sums over a batch of half numbers would be off"
         return self.scale * (outputs if outputs.dim() == 1 else outputs[:, 0]).mean()
 
 
-def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
+def test_gradients_of_a_step_are_its_own_and_the_loss_gets_single_precision(tmp_path):
     """Never set to zero, they would add up from step to step."""
-    patch_everywhere(monkeypatch, "fast_dtype", lambda kind: torch.float32)
     model, seen = classifier(), []
+    model.head.register_forward_hook(lambda module, x, output: output.bfloat16())
     optimizer, bias = torch.optim.AdamW(model.parameters(), lr=0.02), model.head[1].bias
     optimizer.register_step_pre_hook(lambda *_: seen.append(bias.grad[0].item()))
     loss = MeanOutput(1e-3)
     train(tmp_path / "run", epochs=2, model=model, loss=loss, optimizer=optimizer)
-    assert seen == pytest.approx([1e-3] * 6)
+    assert seen == pytest.approx([1e-3] * 6, rel=0.02)
 
 
 class OneWeight(nn.Module):
@@ -281,12 +277,6 @@ def test_rate_goes_up_and_down_once_and_the_running_average_is_validated(
     np.testing.assert_allclose(
         validated, list(average)[steps_per_epoch - 1 :: steps_per_epoch], rtol=1e-3
     )
-
-
-def test_a_warm_up_of_exactly_one_step_works(tmp_path):
-    """OneCycleLR would divide by zero."""
-    _, result = train(tmp_path / "run", epochs=5, recipe={"batch_size": 12})  # 10 steps
-    assert len(result.history) == 5
 
 
 def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
@@ -459,37 +449,6 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
     torch.save(state, path)
     train(path.parent, resume=True)
     assert Scaler.made[-1].get_scale() == 512.0
-
-
-def test_the_loss_gets_single_precision(tmp_path):
-    """Logarithms and sums over a batch of half numbers would be off."""
-    model, seen = classifier(), set()
-    model.head.register_forward_hook(lambda module, x, output: output.bfloat16())
-
-    class Noting(nn.CrossEntropyLoss):
-        def forward(self, outputs, targets):
-            seen.add(outputs.dtype)
-            return super().forward(outputs, targets)
-
-    train(tmp_path / "run", epochs=1, model=model, loss=Noting())
-    assert seen == {torch.float32}
-
-
-def test_random_numbers_of_the_card_go_on_where_they_were(tmp_path, monkeypatch):
-    """The state after an epoch is kept, and set again when going on."""
-    epoch, restored = [0], []
-
-    def state(*_):
-        epoch[0] += 1
-        return torch.full((16,), epoch[0], dtype=torch.uint8)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, *_: restored.append(value))
-    train(tmp_path / "run", epochs=3, max_seconds=0)
-    assert epoch[0] == 1 and not restored
-    train(tmp_path / "run", epochs=3, resume=True)
-    assert len(restored) == 1 and (restored[0] == 1).all() and epoch[0] == 3
 
 
 def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypatch):
