@@ -132,7 +132,7 @@ FILE_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0."), mi
 FILE_NAMES = FILE_NAMES.filter(lambda name: len(name.encode()) < 200)
 
 
-@settings(derandomize=True, max_examples=30, deadline=None, database=None)
+@settings(derandomize=True, max_examples=15, deadline=None, database=None)
 @given(names=st.lists(FILE_NAMES, unique=True, min_size=1, max_size=6), draw=st.data())
 def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
     tmp_path_factory, names, draw
@@ -258,6 +258,7 @@ SPOILT = {
     "empty": lambda content: b"",
     "cut short": lambda content: content[:-1000],
     "zeros": lambda content: bytes(len(content)),
+    "another's": lambda content: npy(np.zeros((9, 140), np.float16)),
     "gone": None,
 }
 
@@ -273,16 +274,6 @@ def test_a_broken_cache_is_made_anew(entries, tmp_path, spoil, kind):
         path.write_bytes(SPOILT[spoil](content))
     assert_own_frames(load_clips(entries))
     assert path.read_bytes() == content
-
-
-def test_two_files_of_different_caches_are_made_anew(entries, tmp_path):
-    """A process that was killed between its two files, while another one read a bad clip."""
-    load_clips(entries)
-    (frames,) = (tmp_path / "cache").glob("*.npy")
-    other = np.load(frames)[:-1]
-    frames.unlink()
-    np.save(frames, other)
-    assert_own_frames(load_clips(entries))
 
 
 def test_what_killed_runs_left_in_the_cache_goes_after_a_day(entries, tmp_path):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import types
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -72,38 +72,6 @@ def test_a_fine_tuning_has_the_budget_the_rate_and_the_statistics_asked_for(tiny
         common.train_fold(options(tiny_data, epochs=10, lr=0.004), run, 0, 1)
 
 
-# --- folds ------------------------------------------------------------------------------
-
-
-def test_folds_are_summed_up_as_one_run(monkeypatch):
-    """Step 8 chooses a network by the mean validation score."""
-    facts = [
-        {"epochs": e, "train_seconds": s, "n_train": 40, "val": {"energy": v}}
-        for e, s, v in ((4, 10.0, 0.2), (6, 14.5, 0.7))
-    ]
-    load = lambda i, device: types.SimpleNamespace(facts=facts[i])  # noqa: E731
-    patch_everywhere(monkeypatch, "load_trained", load)
-    tables = [pd.DataFrame({"energy": [0.1 * n]}, [str(n)]) for n in (1, 2)]
-    run = common.join_folds([(i, table, 2 * table) for i, table in enumerate(tables)], "cpu")
-    assert run.facts["val"] == {"energy": pytest.approx(0.45)}
-    assert (run.facts["epochs"], run.facts["train_seconds"]) == (10, 24.5)
-    assert run.folds.to_dict() == {"1": 1, "2": 2}
-    assert run.predictions["energy"].tolist() == pytest.approx([0.1, 0.2])
-    assert run.truth["energy"].tolist() == pytest.approx([0.2, 0.4])
-
-
-def test_unlabelled_clips_are_predicted_by_all_folds(monkeypatch):
-    def predict_clips(model, *_):
-        return pd.DataFrame({"energy": [model, 2 * model]}, ["7", "10"])
-
-    patch_everywhere(monkeypatch, "load_test", lambda source, settings: settings)
-    patch_everywhere(monkeypatch, "predict_clips", predict_clips)
-    folds = [types.SimpleNamespace(model=model, settings={}) for model in (0.1, 0.2, 0.6)]
-    run, source = types.SimpleNamespace(members=folds), types.SimpleNamespace(device="cpu")
-    mean = common.predict_unlabelled(source, run)
-    assert mean["energy"].tolist() == pytest.approx([0.3, 0.6])
-
-
 def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
     """At the lower rate that is asked for."""
     root = write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20)
@@ -124,6 +92,17 @@ def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
         pd.testing.assert_frame_equal(result.predictions.loc[predictions.index], predictions)
         assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
         assert member.facts["lr"] == 0.5 * training.lr
+    val = np.mean([member.facts["val"]["mean_spearman"] for member in result.members])
+    assert result.facts["val"]["mean_spearman"] == pytest.approx(val)  # step 8 chooses by it
+    assert result.facts["epochs"] == 2
+    # Unlabelled clips are predicted by all folds.
+    tests = [common.load_test(training.source, member.settings) for member in result.members]
+    both = [
+        common.predict_clips(member.model, test, member.settings)
+        for member, test in zip(result.members, tests, strict=True)
+    ]
+    unlabelled = common.predict_unlabelled(training.source, result)
+    np.testing.assert_allclose(unlabelled, (both[0] + both[1]) / 2, atol=1e-6)
 
 
 # --- checkpoints of earlier steps -------------------------------------------------------
