@@ -75,42 +75,16 @@ def test_the_middle_30_s_of_any_length(tmp_path, seconds):
     assert np.allclose(waveform, samples[start : start + 30 * SR], atol=2 / len(samples))
 
 
-def test_blocks_have_the_length_asked_for(tmp_path):
-    path = write(tmp_path / "song.wav", 10.5, 8000, subtype="FLOAT")
-    blocks = list(Sound(path).blocks(3))
-    assert [len(block) / 8000 for block in blocks] == [3, 3, 3, 1.5]
-    assert np.array_equal(np.concatenate(blocks), noise(10.5, 8000)[:, 0].astype(np.float32))
-
-
-def test_a_flac_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
-    data = bytearray(write(tmp_path / "song.flac", 40).read_bytes())
-    data[21] &= 0xF0
-    data[22:26] = bytes(4)  # the number of samples: unknown, as an encoder writes into a pipe
-    (tmp_path / "song.flac").write_bytes(data)
-    assert decoded(tmp_path / "song.flac") == (40, "")
-
-
 def test_an_mp3_without_a_header_is_not_judged_by_its_bit_rate(tmp_path):
-    """FFmpeg guesses the length from the first frames, which here are loud, or silent."""
-    for place, loud in enumerate((0.0, 1.0)):
-        half = noise(60)
-        samples = np.concatenate([half * loud, half * (1 - loud)])
-        path = tmp_path / f"{place}.mp3"
-        options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5}
-        soundfile.write(path, samples, SR, format="MP3", **options)
-        data = path.read_bytes()
-        assert b"Xing" in data
-        path.write_bytes(data.replace(b"Xing", bytes(4), 1))
-        seconds, damage = decoded(path)
-        assert seconds == pytest.approx(120, abs=0.2) and not damage
-
-
-def test_a_whole_ogg_is_not_called_damaged(tmp_path):
-    """Of some, FFmpeg's first packet states a length of days."""
-    t = np.arange(2 * SR) / SR
-    wave = 0.4 * np.sin(2 * np.pi * 440 * t) * (1 + np.sin(2 * np.pi * 2 * t)) / 2
-    soundfile.write(tmp_path / "song.ogg", wave, SR)
-    assert decoded(tmp_path / "song.ogg")[1] == ""
+    """FFmpeg guesses the length from the first frames, which here are silent."""
+    path, samples = tmp_path / "song.mp3", np.concatenate([0 * noise(60), noise(60)])
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5}
+    soundfile.write(path, samples, SR, format="MP3", **options)
+    data = path.read_bytes()
+    assert b"Xing" in data
+    path.write_bytes(data.replace(b"Xing", bytes(4), 1))
+    seconds, damage = decoded(path)
+    assert seconds == pytest.approx(120, abs=0.2) and not damage
 
 
 @pytest.mark.parametrize(
@@ -154,13 +128,6 @@ def test_opposite_channels_do_not_become_silence(tmp_path):
     soundfile.write(tmp_path / "song.wav", samples, SR, subtype="PCM_16")
     waveform, _ = read_clip(tmp_path / "song.wav")
     assert np.abs(waveform - left).max() < 1e-4
-
-
-def test_quiet_music_and_unlike_channels_are_mixed(tmp_path):
-    samples = np.concatenate([noise(2, seed=1), noise(2, seed=2)], axis=1) * 1e-3
-    soundfile.write(tmp_path / "song.wav", samples, SR, subtype="FLOAT")
-    waveform, _ = read_clip(tmp_path / "song.wav")
-    assert np.allclose(waveform, samples.mean(1), atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [np.nan, -1e20])

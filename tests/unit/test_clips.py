@@ -5,25 +5,21 @@ import errno
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import GENRES, Payload, fake_clip, patch_everywhere
+from conftest import GENRES, fake_clip, patch_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patrec.clips import find_leak, load_clips, read_array, sample_clips
 from patrec.errors import InputError
 from patrec.labels import Entry, read_entries
-
-# --- one array --------------------------------------------------------------------------
 
 
 def npy(array, save=np.save, **options):
@@ -91,34 +87,6 @@ def test_a_compressed_array_is_named_with_the_cure(tmp_path):
         read_array(path)
 
 
-def test_a_pickle_among_the_arrays_is_never_read(tmp_path):
-    path, proof = tmp_path / "1.npy", tmp_path / "the code was run"
-    holder = np.full((140, 20), Payload(proof))
-    for content in (npy(holder, allow_pickle=True), pickle.dumps(Payload(proof))):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="not a readable"):
-            read_array(path)
-        assert not proof.exists()
-    np.load(path, allow_pickle=True)
-    assert proof.exists(), "the payload works, so the test above tells something"
-
-
-@pytest.mark.parametrize(
-    "dtype, order, version", [("<f8", "C", (1, 0)), (">f8", "F", (2, 0)), ("<f2", "C", (3, 0))]
-)
-def test_every_npy_layout_is_read_as_numpy_reads_it(tmp_path, dtype, order, version):
-    path = tmp_path / "1.fused.full.npy"
-    with open(path, "wb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that old NumPy cannot read versions 2 and 3
-        np.lib.format.write_array(file, np.asarray(CLIP, dtype, order), version)
-    read = read_array(path)
-    np.testing.assert_array_equal(read, np.load(path).astype(np.float32))
-    assert read.flags.writeable  # torch warns of arrays that are not
-
-
-# --- order and identity -----------------------------------------------------------------
-
-
 def assert_own_frames(store):
     """Every clip of the store has the frames of its own file."""
     assert len(store.frames) == int(store.lengths.sum()) and store.frames.dtype == torch.float16
@@ -183,9 +151,6 @@ def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ast, "literal_eval", parse_alone)
     assert len(load_clips(entries, threads=8).entries) == 40
-
-
-# --- the cache --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,17 +241,6 @@ def test_a_broken_cache_is_made_anew(entries, tmp_path, spoil, kind):
     assert path.read_bytes() == content
 
 
-def test_what_killed_runs_left_in_the_cache_goes_after_a_day(entries, tmp_path):
-    folders = [tmp_path / "cache" / name for name in ("old.clips", "new.clips", "strangers")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "npy").write_bytes(b"half")
-    for folder in (folders[0], folders[2]):
-        os.utime(folder, (time.time() - 25 * 3600,) * 2)
-    load_clips(entries)  # a fresh one may be another process's, a stranger's is not ours
-    assert [folder.exists() for folder in folders] == [False, True, True]
-
-
 def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -312,9 +266,6 @@ def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
     monkeypatch.setattr(np, "memmap", refuse)
     patch_everywhere(monkeypatch, "fill_cache", lambda *_: pytest.fail("the cache was made anew"))
     assert_own_frames(load_clips(entries))
-
-
-# --- leaks and samples ------------------------------------------------------------------
 
 
 def test_leak_is_found_by_id_and_by_content(own_data):
