@@ -218,7 +218,7 @@ TABLE = {  # file: rows of (name, old text, new text, test)
         ("bug 9: the overfit check never fails",
          '        if not reached:\n',
          '        if reached is None:\n',
-         "unit/test_train.py::test_overfit_fails_where_nothing_can_be_learned"),
+         "unit/test_step_record.py::test_a_goal_not_reached_ends_the_step_and_leaves_what_was_shown"),
     ],
     "patrec/recipes.py": [
         ("runs: beat_mel gets frames",
