@@ -12,11 +12,6 @@ from patrec.errors import InputError
 from patrec.features import SR
 
 
-@pytest.fixture
-def without_av(monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
-
-
 def noise(seconds, rate=SR, channels=1, seed=0):
     return 0.2 * np.random.default_rng(seed).uniform(-1, 1, (round(seconds * rate), channels))
 
@@ -49,9 +44,8 @@ def decoded(path):
 
 
 FORMS = [
-    ("wav", "PCM_U8", 1, SR), ("wav", "PCM_16", 2, 44_100), ("wav", "PCM_24", 6, 48_000),
-    ("wav", "PCM_32", 2, 16_000), ("wav", "FLOAT", 2, 44_100), ("wav", "DOUBLE", 1, 8000),
-    ("flac", "PCM_16", 1, 44_100), ("flac", "PCM_24", 2, 48_000),
+    ("wav", "PCM_U8", 1, SR), ("wav", "PCM_24", 6, 48_000), ("wav", "FLOAT", 2, 16_000),
+    ("flac", "PCM_16", 2, 44_100),
 ]  # fmt: skip
 
 
@@ -71,7 +65,7 @@ def test_wav_and_flac_are_librosas_bit_for_bit(
     assert len(waveform) == 30 * SR and np.array_equal(waveform, expected)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 30, 61, 100.7])
+@pytest.mark.parametrize("seconds", [0.5, 100.7])
 def test_the_middle_30_s_of_any_length(tmp_path, seconds):
     """Blocks from before the middle are dropped on the way; none of the clip's may be."""
     samples = np.linspace(0, 1, round(seconds * SR), dtype=np.float32)
@@ -81,63 +75,16 @@ def test_the_middle_30_s_of_any_length(tmp_path, seconds):
     assert np.allclose(waveform, samples[start : start + 30 * SR], atol=2 / len(samples))
 
 
-def test_blocks_have_the_length_asked_for(tmp_path):
-    path = write(tmp_path / "song.wav", 10.5, 8000, subtype="FLOAT")
-    blocks = list(Sound(path).blocks(3))
-    assert [len(block) / 8000 for block in blocks] == [3, 3, 3, 1.5]
-    assert np.array_equal(np.concatenate(blocks), noise(10.5, 8000)[:, 0].astype(np.float32))
-
-
-def test_a_flac_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
-    data = bytearray(write(tmp_path / "song.flac", 40).read_bytes())
-    data[21] &= 0xF0
-    data[22:26] = bytes(4)  # the number of samples: unknown, as an encoder writes into a pipe
-    (tmp_path / "song.flac").write_bytes(data)
-    assert decoded(tmp_path / "song.flac") == (40, "")
-
-
 def test_an_mp3_without_a_header_is_not_judged_by_its_bit_rate(tmp_path):
-    """FFmpeg guesses the length from the first frames, which here are loud, or silent."""
-    for place, loud in enumerate((0.0, 1.0)):
-        half = noise(60)
-        samples = np.concatenate([half * loud, half * (1 - loud)])
-        path = tmp_path / f"{place}.mp3"
-        options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5}
-        soundfile.write(path, samples, SR, format="MP3", **options)
-        data = path.read_bytes()
-        assert b"Xing" in data
-        path.write_bytes(data.replace(b"Xing", bytes(4), 1))
-        seconds, damage = decoded(path)
-        assert seconds == pytest.approx(120, abs=0.2) and not damage
-
-
-@pytest.mark.parametrize("ending", ["mp3", "ogg"])
-def test_joined_files_are_read_as_one(tmp_path, ending):
-    parts = [write(tmp_path / f"{seconds}.{ending}", seconds) for seconds in (4, 7)]
-    joined = tmp_path / f"joined.{ending}"
-    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    seconds, damage = decoded(joined)
-    assert seconds == pytest.approx(11, abs=0.2) and not damage
-
-
-def test_a_whole_ogg_is_not_called_damaged(tmp_path):
-    """Of some, FFmpeg's first packet states a length of days."""
-    t = np.arange(2 * SR) / SR
-    wave = 0.4 * np.sin(2 * np.pi * 440 * t) * (1 + np.sin(2 * np.pi * 2 * t)) / 2
-    soundfile.write(tmp_path / "song.ogg", wave, SR)
-    assert decoded(tmp_path / "song.ogg")[1] == ""
-
-
-def test_joined_files_may_differ_in_rate_and_channels(tmp_path):
-    """Where FFmpeg can go on (mp3); else what is lost is said (ogg)."""
-    for ending in ("mp3", "ogg"):
-        parts = [write(tmp_path / f"a.{ending}", 4, 44_100, 2), write(tmp_path / f"b.{ending}", 6)]
-        joined = tmp_path / f"joined.{ending}"
-        joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-        waveform, damage = read_clip(joined)
-        seconds = 10 if ending == "mp3" else 4
-        assert len(waveform) / SR == pytest.approx(seconds, abs=0.2)
-        assert damage[:26] == ("decoding ended after 4.0 s" if ending == "ogg" else "")
+    """FFmpeg guesses the length from the first frames, which here are silent."""
+    path, samples = tmp_path / "song.mp3", np.concatenate([0 * noise(60), noise(60)])
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5}
+    soundfile.write(path, samples, SR, format="MP3", **options)
+    data = path.read_bytes()
+    assert b"Xing" in data
+    path.write_bytes(data.replace(b"Xing", bytes(4), 1))
+    seconds, damage = decoded(path)
+    assert seconds == pytest.approx(120, abs=0.2) and not damage
 
 
 @pytest.mark.parametrize(
@@ -148,7 +95,7 @@ def test_other_formats_are_read(tmp_path, name, codec, rate):
     assert seconds == pytest.approx(5, abs=0.1) and not damage
 
 
-@pytest.mark.parametrize("name", ["song.flac", "song.mp3", "song.au"])
+@pytest.mark.parametrize("name", ["song.flac", "song.mp3"])
 def test_an_incomplete_file_gives_what_it_has_and_both_lengths(tmp_path, name, capfd):
     path = write(tmp_path / name, 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
@@ -174,25 +121,16 @@ def test_a_damaged_stretch_does_not_end_a_file(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-@pytest.mark.parametrize("subtype", ["FLOAT", "PCM_16"])
-def test_opposite_channels_do_not_become_silence(tmp_path, subtype):
+def test_opposite_channels_do_not_become_silence(tmp_path):
     """Nor the noise of one bit that rounding leaves of them."""
     left = noise(2)[:, 0]
-    rounded = np.stack([left, -left + 2**-15], axis=1) if subtype == "PCM_16" else None
-    samples = np.stack([left, -left], axis=1) if rounded is None else rounded
-    soundfile.write(tmp_path / "song.wav", samples, SR, subtype=subtype)
+    samples = np.stack([left, -left + 2**-15], axis=1)
+    soundfile.write(tmp_path / "song.wav", samples, SR, subtype="PCM_16")
     waveform, _ = read_clip(tmp_path / "song.wav")
     assert np.abs(waveform - left).max() < 1e-4
 
 
-def test_quiet_music_and_unlike_channels_are_mixed(tmp_path):
-    samples = np.concatenate([noise(2, seed=1), noise(2, seed=2)], axis=1) * 1e-3
-    soundfile.write(tmp_path / "song.wav", samples, SR, subtype="FLOAT")
-    waveform, _ = read_clip(tmp_path / "song.wav")
-    assert np.allclose(waveform, samples.mean(1), atol=1e-9)
-
-
-@pytest.mark.parametrize("value", [np.inf, np.nan, -1e20])
+@pytest.mark.parametrize("value", [np.nan, -1e20])
 def test_samples_that_are_no_numbers_are_named(tmp_path, value):
     samples = noise(2)
     samples[5000] = value
@@ -202,19 +140,19 @@ def test_samples_that_are_no_numbers_are_named(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<!doctype html>" + b"<p>not found</p>\n" * 500, b"\xff\xfb\x90" * 3, b"RIFF"]
+    "content", [b"", b"<p>not found</p>\n" * 500, b"\xff\xfb\x90" * 3, b"RIFF"]
 )
-@pytest.mark.parametrize("name", ["song.mp3", "song.wav"])
-def test_what_is_no_sound_is_one_line(tmp_path, content, name, capfd):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: not readable as sound \(.+\); check") as error:
-        read_clip(tmp_path / name)
+def test_what_is_no_sound_is_one_line(tmp_path, content, capfd):
+    (tmp_path / "song.mp3").write_bytes(content)
+    with pytest.raises(InputError, match=r"song.mp3: not readable as sound \(.+\); check") as error:
+        read_clip(tmp_path / "song.mp3")
     assert "\n" not in str(error.value) and not capfd.readouterr().err
     with pytest.raises(InputError, match="no such file"):
         read_clip(tmp_path / "nowhere.mp3")
 
 
-def test_without_av_it_is_named_where_it_is_needed(tmp_path, without_av):
+def test_without_av_it_is_named_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
     files = ["Rock/a.wav", "Rock/b.FLAC"]
     require_decoder(files)
     with pytest.raises(InputError, match=r'Rock/c\.mp3: .*"pip install av"'):

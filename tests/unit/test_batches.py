@@ -11,55 +11,23 @@ from patrec.batches import Augment, cut_windows, to_resident
 OFF = {"mixup": 0, "shift_bands": 0, "mask_bands": 0, "mask_frames": 0}
 
 
-def mixup(n_classes=0):
-    return Augment(**OFF | {"mixup": 0.3}, n_classes=n_classes)
+@pytest.mark.parametrize("classes", [True, False])
+def test_mixup_gives_inputs_and_targets_the_same_weight_and_partner(classes):
+    """Clip i is 2^i everywhere, its target the i-th unit vector: both tell who was mixed how.
 
-
-@pytest.fixture
-def fixed(monkeypatch):
-    """Function: let mixup draw these weights and partners."""
-
-    def fix(weights, partners):
-        draw = torch.distributions.Beta, "sample"
-        monkeypatch.setattr(*draw, lambda self, shape: torch.tensor(weights))
-        monkeypatch.setattr(torch, "randperm", lambda n, **options: torch.tensor(partners))
-
-    return fix
-
-
-def test_mixup_by_hand(fixed):
-    """A weight of .25 means .75: the clip keeps the larger share, in input and target."""
-    fixed([0.25, 0.6, 1.0], [1, 2, 0])
-    x = torch.tensor([1.0, 2.0, 4.0])[:, None, None].repeat(1, 5, 6)
-    before = x.clone()
-    mixed, targets = mixup(n_classes=3)(x, torch.tensor([0, 1, 2]))
-    expected = torch.tensor([0.75 * 1 + 0.25 * 2, 0.6 * 2 + 0.4 * 4, 4.0])
-    torch.testing.assert_close(mixed, expected[:, None, None].expand(3, 5, 6))
-    assert torch.equal(x, before)  # the caller's batch stays
-    by_hand = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.6, 0.4], [0.0, 0.0, 1.0]])
-    torch.testing.assert_close(targets, by_hand)
-
-
-def test_mixup_of_one_and_of_three_emotions_by_hand(fixed):
-    fixed([0.9, 0.8], [1, 0])
-    x = torch.tensor([0.0, 10.0])[:, None, None].expand(2, 4, 3)
-    mixed, targets = mixup()(x, torch.tensor([0.2, 0.6]))
-    torch.testing.assert_close(mixed[:, 0, 0], torch.tensor([1.0, 8.0]))
-    torch.testing.assert_close(targets, torch.tensor([0.24, 0.52]))
-    _, targets = mixup()(x, torch.tensor([[0.2, 0.0, 1.0], [0.6, 1.0, 1.0]]))
-    torch.testing.assert_close(targets, torch.tensor([[0.24, 0.1, 1.0], [0.52, 0.8, 1.0]]))
-
-
-def test_mixup_gives_inputs_and_targets_the_same_weight_and_partner():
-    """Clip i is 2^i everywhere, its target the i-th unit vector: both tell who was mixed how."""
+    As with three emotions, which are values from the beginning.
+    """
     torch.manual_seed(0)
     n = 12
-    powers, seen = 2.0 ** torch.arange(n), []
+    powers, before, seen = 2.0 ** torch.arange(n), torch.eye(n), []
+    mixup = Augment(**OFF | {"mixup": 0.3}, n_classes=n if classes else 0)
     for _ in range(200):
-        x, targets = mixup(n_classes=n)(powers[:, None, None].expand(n, 3, 4), torch.arange(n))
-        torch.testing.assert_close(x[:, 0, 0], targets @ powers)
+        x = powers[:, None, None].repeat(1, 3, 4)
+        mixed, targets = mixup(x, torch.arange(n) if classes else before)
+        torch.testing.assert_close(mixed[:, 0, 0], targets @ powers)
         torch.testing.assert_close(targets.sum(1), torch.ones(n))
         seen.append(targets.diagonal())
+        assert torch.equal(x[:, 0, 0], powers) and torch.equal(before, torch.eye(n))
     seen = torch.stack(seen)
     assert (seen >= 0.5).all()
     # The larger of w and 1 - w, w from Beta(.3, .3); one clip in n is its own partner.
@@ -69,18 +37,12 @@ def test_mixup_gives_inputs_and_targets_the_same_weight_and_partner():
     assert (seen.std(1) > 0.02).all()  # a weight of its own for each clip, not one for the batch
 
 
-def runs_of_zeros(row):
-    """Lengths of the stretches of zeros in a 1-D tensor."""
-    text = "".join("0" if value == 0 else "1" for value in row.tolist())
-    return [len(part) for part in text.split("1") if part]
-
-
 @pytest.mark.parametrize(
     "dim, size, widest, allowed",
-    [(2, 128, 16, 16), (1, 200, 38, 38), (2, 12, 16, 3), (1, 40, 38, 10)],
+    [(2, 12, 16, 3), (1, 200, 38, 38)],
 )
 def test_masks_are_single_stripes_of_every_width_up_to_the_widest(dim, size, widest, allowed):
-    """Never wider than a quarter of the 12 notes of a chromagram, the 40 frames of a beat clip."""
+    """Never wider than a quarter of the 12 notes of a chromagram."""
     torch.manual_seed(0)
     augment, n = Augment(**OFF | {"mask_bands" if dim == 2 else "mask_frames": widest}), 3000
     x = torch.ones((n, size, 4) if dim == 1 else (n, 4, size))
@@ -88,17 +50,18 @@ def test_masks_are_single_stripes_of_every_width_up_to_the_widest(dim, size, wid
     rows = out[:, :, 0] if dim == 1 else out[:, 0]
     whole = (rows[:, :, None] if dim == 1 else rows[:, None]).expand_as(x)
     assert torch.equal(out, whole), "the stripe goes right through"
-    stripes = [runs_of_zeros(row) for row in rows]
-    assert all(len(stripe) <= 1 for stripe in stripes)
-    widths = np.array([sum(stripe) for stripe in stripes])
+    blank = (rows == 0).float()
+    edges = torch.nn.functional.pad(blank, (1, 1)).diff(dim=1)
+    assert (edges.abs().sum(1) <= 2).all(), "one stripe, which begins and ends once"
+    widths = blank.sum(1).numpy()
     assert widths.max() == allowed and set(widths) >= set(range(1, allowed + 1))
     assert widths.mean() == pytest.approx(allowed / 2, rel=0.07)  # uniform between 0 and the widest
-    blanked = (rows == 0).float().mean(0)
+    blanked = blank.mean(0)
     # Every place is hit (but the very first one), and no part of the middle more than another.
     assert (blanked[1:] > 0).all() and blanked[size // 4 : -size // 4].std() < 0.2 * blanked.mean()
 
 
-@pytest.mark.parametrize("n_bands", [12, 128, 140])
+@pytest.mark.parametrize("n_bands", [12, 140])
 def test_bands_are_shifted_by_up_to_two_and_notes_are_not(n_bands):
     """The edges repeat the outermost band; chroma stays: a shift would be another key."""
     torch.manual_seed(0)
@@ -130,8 +93,7 @@ def test_windows_by_hand():
 
 
 @pytest.mark.parametrize(
-    "device, nbytes, moved",
-    [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False), ("mps", 1, False)],
+    "device, nbytes, moved", [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False)]
 )
 def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
     monkeypatch, device, nbytes, moved

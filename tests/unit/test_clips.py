@@ -5,17 +5,15 @@ import errno
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import GENRES, Payload, fake_clip, patch_everywhere, write_data_set
+from conftest import GENRES, fake_clip, patch_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,12 +21,10 @@ from patrec.clips import find_leak, load_clips, read_array, sample_clips
 from patrec.errors import InputError
 from patrec.labels import Entry, read_entries
 
-# --- one array --------------------------------------------------------------------------
 
-
-def npy(array, **options):
+def npy(array, save=np.save, **options):
     file = io.BytesIO()
-    np.save(file, array, **options)
+    save(file, array, **options)
     return file.getvalue()
 
 
@@ -38,12 +34,6 @@ def with_header(shape):
     header = {"descr": "<f8", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue() + bytes(64)
-
-
-def zipped(array):
-    file = io.BytesIO()
-    np.savez(file, array)
-    return file.getvalue()
 
 
 CLIP = fake_clip(np.random.default_rng(0), 0.5, 20)
@@ -59,27 +49,18 @@ ARRAY_FAULTS = {
     "missing": (None, "missing, though the label file names it"),
     "empty": (b"", "not a readable .npy"),
     "truncated": (npy(CLIP)[:-1000], "not a readable .npy"),
-    "cut in the header": (npy(CLIP)[:50], "not a readable .npy"),
     "a version yet unknown": (npy(CLIP)[:6] + b"\7" + npy(CLIP)[7:], "not (7, 0)"),
     "text": (b"<html>404</html>\n" * 9, "not a readable .npy"),
-    "an archive": (zipped(CLIP), "not a readable .npy"),
-    "half an archive": (zipped(CLIP)[:500], "not a readable .npy"),
+    "an archive": (npy(CLIP, np.savez), "not a readable .npy"),
     "a header of 9 TB": (with_header((140, 2**33)), "not a readable .npy"),
-    "a negative shape": (with_header((140, -5)), "not a readable .npy"),
     "wrong shape": (npy(CLIP[:128]), "shape (128, 20), expected (140, T)"),
-    "three dimensions": (npy(CLIP[None]), "shape (1, 140, 20)"),
-    "a number": (npy(np.float64(3)), "shape ()"),
     "transposed": (npy(CLIP.T.copy()), "transposed"),
     "integers": (npy(CLIP.astype(int)), "type int64"),
-    "complex": (npy(CLIP.astype(complex)), "type complex128"),
-    "words": (npy(CLIP.astype(str)), "numbers of type"),
     "objects": (npy(CLIP.astype(object), allow_pickle=True), "not a readable .npy"),
     "NaN": (spoiled(np.nan), "NaN"),
-    "NaN in the chroma": (spoiled(np.nan, row=135), "NaN"),
     "infinite": (spoiled(-np.inf), "infinite"),
     "too large for 32 bits": (spoiled(1e300), "infinite"),
     "power and not dB": (spoiled(12.0), "mel rows span"),
-    "below the floor": (spoiled(-95.0), "expected dB in [-80, 0]"),
     "chroma of 3": (spoiled(3.0, row=130), "chroma rows span"),
     "constant": (npy(np.full((140, 20), -80.0)), "silence"),
     "no frames": (npy(CLIP[:, :0]), "no frames"),
@@ -106,53 +87,20 @@ def test_a_compressed_array_is_named_with_the_cure(tmp_path):
         read_array(path)
 
 
-def test_a_pickle_among_the_arrays_is_never_read(tmp_path):
-    path, proof = tmp_path / "1.npy", tmp_path / "the code was run"
-    holder = np.empty((140, 20), dtype=object)
-    holder[:] = Payload(proof)
-    for content in (npy(holder, allow_pickle=True), pickle.dumps(Payload(proof))):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="not a readable"):
-            read_array(path)
-        assert not proof.exists()
-    np.load(path, allow_pickle=True)
-    assert proof.exists(), "the payload works, so the test above tells something"
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-@pytest.mark.parametrize("dtype", ["<f8", ">f8", "<f4", "<f2"])
-def test_every_npy_layout_is_read_as_numpy_reads_it(tmp_path, order, version, dtype):
-    path = tmp_path / "1.fused.full.npy"
-    with open(path, "wb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that old NumPy cannot read versions 2 and 3
-        np.lib.format.write_array(file, np.asarray(CLIP, dtype, order), version)
-    read = read_array(path)
-    np.testing.assert_array_equal(read, np.load(path).astype(np.float32))
-    assert read.flags.writeable  # torch warns of arrays that are not
-
-
-# --- order and identity -----------------------------------------------------------------
-
-
-def frames_of(store, index):
-    start, length = int(store.starts[index]), int(store.lengths[index])
-    return store.frames[start : start + length].T.float().numpy()
-
-
 def assert_own_frames(store):
     """Every clip of the store has the frames of its own file."""
-    assert len(store.entries) == len(store.lengths) == len(store.starts) == len(store.digests)
-    assert len(store.frames) == int(store.lengths.sum())
-    for index, entry in enumerate(store.entries):
-        np.testing.assert_allclose(frames_of(store, index), np.load(entry.path), atol=0.04)
+    assert len(store.frames) == int(store.lengths.sum()) and store.frames.dtype == torch.float16
+    parts = store.frames.split(store.lengths.tolist())
+    assert store.starts.tolist() == [0, *store.lengths.cumsum(0)[:-1]]
+    for entry, frames, _ in zip(store.entries, parts, store.digests, strict=True):
+        np.testing.assert_allclose(frames.T.float(), np.load(entry.path), atol=0.04)
 
 
 FILE_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0."), min_size=1)
 FILE_NAMES = FILE_NAMES.filter(lambda name: len(name.encode()) < 200)
 
 
-@settings(derandomize=True, max_examples=30, deadline=None, database=None)
+@settings(derandomize=True, max_examples=15, deadline=None, database=None)
 @given(names=st.lists(FILE_NAMES, unique=True, min_size=1, max_size=6), draw=st.data())
 def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
     tmp_path_factory, names, draw
@@ -172,20 +120,11 @@ def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
             assert_own_frames(store)
 
 
-def test_a_store_holds_every_frame_of_every_clip(data_dir):
-    """Bug 12: a limit of 150 frames silently kept 3.5 s of 30 s. Nothing is cut here."""
-    entries = read_entries(data_dir, "genre", "train")
-    store = load_clips(entries)
-    assert store.entries == entries and int(store.lengths.min()) >= 700
-    assert_own_frames(store)
-    assert store.frames.dtype == torch.float16
-
-
 def test_clips_of_several_blocks_keep_their_order(tmp_path):
-    """Arrays are converted 512 at a time."""
+    """Arrays are converted 512 at a time. And bug 12: a limit of 150 frames kept 3.5 s of 30 s."""
     entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(1, 1100)]
     for n, entry in enumerate(entries, start=1):
-        array = np.zeros((140, 1 + n % 3), dtype=np.float16)
+        array = np.zeros((140, 1300 if n == 9 else 1 + n % 3), dtype=np.float16)
         array[:2] = [[-(n // 20)], [-(n % 20)]]
         np.save(entry.path, array)
     entries[700].path.write_bytes(b"")
@@ -197,42 +136,27 @@ def test_clips_of_several_blocks_keep_their_order(tmp_path):
 def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
     """Up to CPython 3.11.7 `ast`, which NumPy reads headers with, is not safe in threads.
 
-    Sound clips would be called broken. Clips of unlike lengths, or a header that was read once
-    would serve for all of them.
+    Sound clips would be called broken. NumPy remembers a header, so all lengths differ.
     """
-    clip = fake_clip(np.random.default_rng(0), 0.5, 64)
     entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(20, 60)]
     for n, entry in enumerate(entries, start=20):
-        np.save(entry.path, clip[:, :n])
-    parse, turn, at_once = ast.literal_eval, threading.Lock(), []
+        np.save(entry.path, fake_clip(np.random.default_rng(n), 0.5, n))
+    parse, turn = ast.literal_eval, threading.Lock()
 
-    def slow(*args):
-        at_once.append(turn.acquire(blocking=False))
+    def parse_alone(*args):
+        assert turn.acquire(blocking=False), "two threads were in the parser at once"
         time.sleep(0.002)  # long enough for another thread to come in
-        if at_once[-1]:
-            turn.release()
+        turn.release()
         return parse(*args)
 
-    monkeypatch.setattr(ast, "literal_eval", slow)
+    monkeypatch.setattr(ast, "literal_eval", parse_alone)
     assert len(load_clips(entries, threads=8).entries) == 40
-    assert len(at_once) >= 40 and all(at_once), "two threads were in the parser at once"
-
-
-# --- the cache --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def entries(own_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
     return read_entries(own_data, "genre", "train")
-
-
-def test_the_cache_is_one_npy_and_one_json(entries, tmp_path):
-    store = load_clips(entries)
-    rows, frames = sorted((tmp_path / "cache").iterdir())
-    assert torch.equal(torch.from_numpy(np.load(frames)), store.frames)
-    assert [row["length"] for row in json.loads(rows.read_text())] == store.lengths.tolist()
-    assert (rows.suffix, frames.suffix, rows.stem) == (".json", ".npy", frames.stem)
 
 
 def test_second_start_reads_the_cache_and_not_the_files(entries, monkeypatch):
@@ -244,7 +168,7 @@ def test_second_start_reads_the_cache_and_not_the_files(entries, monkeypatch):
     assert_own_frames(again)
 
 
-def test_a_changed_file_is_read_anew(entries):
+def test_a_file_that_changed_or_vanished_is_noticed_in_spite_of_the_cache(entries):
     load_clips(entries)
     path, stat = entries[2].path, entries[2].path.stat()
     array = np.load(path)
@@ -252,10 +176,6 @@ def test_a_changed_file_is_read_anew(entries):
     np.save(path, array)  # same name, same size: only the time tells
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
     assert_own_frames(load_clips(entries))
-
-
-def test_a_file_that_vanished_is_noticed_in_spite_of_the_cache(entries):
-    load_clips(entries)
     entries[1].path.unlink()
     with pytest.raises(InputError, match=f"{entries[1].clip_id}.*missing"):
         load_clips(entries)
@@ -283,8 +203,7 @@ def test_nothing_but_bad_files(entries):
         load_clips([])
 
 
-@pytest.mark.parametrize("skip_bad", [False, True])
-def test_a_clip_that_failed_for_a_moment_is_read_again(entries, monkeypatch, skip_bad):
+def test_a_clip_that_failed_for_a_moment_is_read_again(entries, monkeypatch):
     """A share that hangs once must not brand a clip as bad for as long as the cache lives."""
 
     def fails(path):
@@ -294,22 +213,17 @@ def test_a_clip_that_failed_for_a_moment_is_read_again(entries, monkeypatch, ski
 
     with monkeypatch.context() as patch:
         patch_everywhere(patch, "read_array", fails)
-        if skip_bad:
-            assert len(load_clips(entries, skip_bad=True).entries) == len(entries) - 1
-        else:
-            with pytest.raises(InputError, match="Input/output error"):
-                load_clips(entries)
-    store = load_clips(entries, skip_bad)
+        assert len(load_clips(entries, skip_bad=True).entries) == len(entries) - 1
+    store = load_clips(entries)
     assert store.entries == entries
     assert_own_frames(store)
 
 
 SPOILT = {
     "empty": lambda content: b"",
-    "a beginning": lambda content: content[:7],
     "cut short": lambda content: content[:-1000],
     "zeros": lambda content: bytes(len(content)),
-    "an end": lambda content: content[-800:],
+    "another's": lambda content: npy(np.zeros((9, 140), np.float16)),
     "gone": None,
 }
 
@@ -327,35 +241,12 @@ def test_a_broken_cache_is_made_anew(entries, tmp_path, spoil, kind):
     assert path.read_bytes() == content
 
 
-def test_two_files_of_different_caches_are_made_anew(entries, tmp_path):
-    """A process that was killed between its two files, while another one read a bad clip."""
-    load_clips(entries)
-    (frames,) = (tmp_path / "cache").glob("*.npy")
-    other = np.load(frames)[:-1]
-    frames.unlink()
-    np.save(frames, other)
-    assert_own_frames(load_clips(entries))
-
-
-def test_what_killed_runs_left_in_the_cache_goes_after_a_day(entries, tmp_path):
-    files = [
-        tmp_path / "cache" / name for name in (".old.npy.1.tmp", ".new.npy.2.tmp", "strangers")
-    ]
-    files[0].parent.mkdir()
-    for file in files:
-        file.write_bytes(b"half")
-    for file in (files[0], files[2]):
-        os.utime(file, (time.time() - 25 * 3600,) * 2)
-    load_clips(entries)  # a fresh one may be another process's, a stranger's is not ours
-    assert [file.exists() for file in files] == [False, True, True]
-
-
 def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(json, "dumps", full)  # when the frames are written and the rows are not
         with pytest.raises(InputError, match=r"cache.*No space left on device.*\$PATREC_CACHE"):
             load_clips(entries)
     assert not list((tmp_path / "cache").iterdir())
@@ -364,25 +255,24 @@ def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
 
 def test_a_set_larger_than_memory_is_mapped_read_only(entries, monkeypatch):
     """Linux refuses a copy-on-write mapping larger than its memory."""
-    memmap, modes = np.memmap, []
+    memmap = np.memmap
 
     def refuse(*args, mode, **options):
-        modes.append(mode)
         if mode == "c":
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return memmap(*args, mode=mode, **options)
 
     load_clips(entries)
     monkeypatch.setattr(np, "memmap", refuse)
+    patch_everywhere(monkeypatch, "fill_cache", lambda *_: pytest.fail("the cache was made anew"))
     assert_own_frames(load_clips(entries))
-    assert modes == ["c", "r"]
-
-
-# --- leaks and samples ------------------------------------------------------------------
 
 
 def test_leak_is_found_by_id_and_by_content(own_data):
     train, test = (read_entries(own_data, "genre", split) for split in ("train", "test"))
+    array = np.load(train[0].path)
+    array[0, 16:] -= 1.0  # two excerpts may share a fade-in
+    np.save(test[0].path, array)
     assert find_leak(load_clips(train), load_clips(test)) == []
     shutil.copy(train[0].path, test[0].path)  # the same array under another id
     same_id = test[1]._replace(clip_id=train[1].clip_id)
@@ -390,34 +280,17 @@ def test_leak_is_found_by_id_and_by_content(own_data):
     assert found == [test[0].clip_id, train[1].clip_id]
 
 
-def test_clips_that_only_begin_alike_are_no_leak(own_data):
-    """Two excerpts may share a fade-in."""
-    train, test = (read_entries(own_data, "genre", split) for split in ("train", "test"))
-    array = np.load(train[0].path)
-    array[0, 16:] -= 1.0
-    np.save(test[0].path, array)
-    assert find_leak(load_clips(train), load_clips(test)) == []
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sampled_clips_are_their_own_in_both_forms(own_data, capsys, seed):
+def test_sampled_clips_are_their_own_in_both_forms(own_data):
     labels = {e.clip_id: e for e in read_entries(own_data, "genre", "train")}
     beats = {e.clip_id: e for e in read_entries(own_data, "genre", "train", beat=True)}
-    clips = sample_clips(own_data, 2, seed)
+    clips = sample_clips(own_data, 2, seed=1)
     assert len(clips) == 2 * len(GENRES) and clips[0].genre != clips[1].genre
     for clip in clips:
         assert clip.genre == labels[clip.clip_id].label
         np.testing.assert_allclose(clip.full, np.load(labels[clip.clip_id].path), atol=0.04)
         np.testing.assert_allclose(clip.beat, np.load(beats[clip.clip_id].path), atol=0.04)
-    alone = sample_clips(own_data, 2, seed, beat=False)
+    alone = sample_clips(own_data, 2, seed=1, beat=False)
     assert [clip.clip_id for clip in alone] == [clip.clip_id for clip in clips]
     beats[clips[0].clip_id].path.write_bytes(b"")
-    rest = sample_clips(own_data, 2, seed, skip_bad=True)
+    rest = sample_clips(own_data, 2, seed=1, skip_bad=True)
     assert {c.clip_id for c in clips} - {c.clip_id for c in rest} == {clips[0].clip_id}
-
-
-def test_one_genre_is_nothing_to_compare(tmp_path):
-    few = dict.fromkeys(GENRES, (0, 0)) | {"Rock": (3, 1)}
-    root = write_data_set(tmp_path / "one", few, n_emotion=(2, 1), n_frames=20)
-    with pytest.raises(InputError, match="train: no two readable clips of different genres"):
-        sample_clips(root, 2, seed=0)

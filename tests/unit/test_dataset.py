@@ -1,7 +1,6 @@
 """The Dataset and load_data: every item is its clip's, and no part learns from another."""
 
 import itertools
-import math
 import shutil
 from collections import Counter
 
@@ -11,7 +10,6 @@ import torch
 from conftest import COUNTS, labels_of, write_data_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Subset
 
 import common
 from common import SpectrogramDataset, load_data, load_test
@@ -41,63 +39,17 @@ def clip_store(arrays):
     return ClipStore(entries, frames, lengths.cumsum(0) - lengths, lengths, ids)
 
 
-# --- items and batches ------------------------------------------------------------------
-
-
-def test_item_is_the_standardised_clip(beat_set):
-    x, target, length = beat_set[3]
-    array = np.load(beat_set.store.entries[3].path)
-    mean, std = (value.numpy()[:, None] for value in beat_set.stats)
-    assert x.dtype == torch.float32 and int(target) == 3
-    assert x.shape == (int(length), 140) == array.T.shape
-    np.testing.assert_allclose(x.T.numpy(), (array - mean) / std, atol=0.02)
-
-
-ROWS = {"mel": slice(0, 128), "chroma": slice(128, 140), "fused": slice(0, 140)}
-
-
-@pytest.mark.parametrize("features", ROWS)
-def test_features_are_the_right_rows(data_dir, features):
-    entries = read_entries(data_dir, "genre", "train")[:4]
-    x = SpectrogramDataset(load_clips(entries), range(4), features)[2][0]
-    np.testing.assert_allclose(x.T.numpy(), np.load(entries[2].path)[ROWS[features]], atol=0.04)
-
-
-def test_a_batch_is_its_items_padded(beat_set):
+def test_a_batch_is_its_items_padded_with_the_mean_and_not_the_loudest_value(beat_set):
+    """Bug 12: dB padded with zeros is padded with maximum loudness."""
     indices = [5, 0, 90, 5]
-    batch = beat_set.__getitems__(indices)
     lengths = {int(beat_set[i][2]) for i in indices}
     assert len(lengths) > 1, "the test wants clips of several lengths"
-    for (x, target, length), index in zip(batch, indices, strict=True):
+    for (x, target, length), index in zip(beat_set.__getitems__(indices), indices, strict=True):
         alone, its_target, its_length = beat_set[index]
         assert x.shape == (max(lengths), 140) and target == its_target and length == its_length
-        assert torch.equal(x[:length], alone)
-
-
-def test_padding_is_the_mean_and_not_the_loudest_value(beat_set):
-    """Bug 12: dB padded with zeros is padded with maximum loudness."""
-    x, _, lengths = next(iter(DataLoader(beat_set, 32)))
-    padding = torch.arange(x.shape[1]) >= lengths[:, None]
-    assert padding.any() and (x[padding] == 0).all()
+        assert torch.equal(x[:length], alone) and (x[length:] == 0).all()
     mean, std = beat_set.stats
-    assert ((0 - mean[:128]) / std[:128]).min() > 1, (
-        "0 dB lies far above the mean, so the check above tells the two apart"
-    )
-
-
-@pytest.mark.parametrize("subset", [False, True])
-def test_loader_fetches_a_batch_at_once(beat_set, monkeypatch, subset):
-    calls, whole = [], SpectrogramDataset.__getitems__
-
-    def count(self, indices):
-        calls.append(len(indices))
-        return whole(self, indices)
-
-    monkeypatch.setattr(SpectrogramDataset, "__getitems__", count)
-    dataset = Subset(beat_set, list(range(10, 50))) if subset else beat_set
-    targets = torch.cat([y for _, y, _ in DataLoader(dataset, 16)])
-    assert sum(calls) == len(dataset) and max(calls) == 16 and len(calls) == -(-len(dataset) // 16)
-    assert targets.tolist() == (list(range(10, 50)) if subset else list(range(len(beat_set))))
+    assert ((0 - mean[:128]) / std[:128]).min() > 1, "0 dB lies far above the mean"
 
 
 def test_crops_are_random_and_stay_within_their_clip():
@@ -119,43 +71,11 @@ def test_crops_are_random_and_stay_within_their_clip():
     assert starts == [set(range(21)), {0}, {0}, {0, 1}]
 
 
-def test_long_clips_come_out_whole_and_targets_must_match():
-    store = clip_store([np.full((140, n), -9.0) for n in (2000, 2002)])
-    items = [SpectrogramDataset(store, [0, 1])[i] for i in range(2)]
-    assert [(len(x), int(length)) for x, _, length in items] == [(2000, 2000), (2002, 2002)]
-    with pytest.raises(ValueError, match="3 targets for 2 clips"):
-        SpectrogramDataset(store, [0, 1, 2])
-
-
-# --- statistics -------------------------------------------------------------------------
-
-
-def random_clips(lengths, seed=0):
-    """Clips with slow and fast changes, each about another mean, in the steps of half precision."""
-    rng = np.random.default_rng(seed)
-    clips = []
-    for n in lengths:
-        drift = 6 * np.sin(np.linspace(0, rng.uniform(2, 9), n)) + rng.uniform(-40, -20)
-        mel = drift + 5 * rng.standard_normal((128, n)) + np.linspace(-10, 10, 128)[:, None]
-        clip = np.vstack([np.clip(mel, -80, 0), rng.random((12, n))])
-        clips.append(clip.astype(np.float16).astype(np.float64))
-    return clips
-
-
-@pytest.mark.parametrize("features", ROWS)
-def test_band_statistics_are_those_of_the_given_clips(features):
-    """Exactly numpy's where every frame is read; of long clips a sample, which must come close."""
-    clips = random_clips([200, 150, 90, 255])
-    mean, std = common.band_statistics(clip_store(clips), [0, 2, 3], features)
-    frames = np.concatenate([clips[i] for i in (0, 2, 3)], axis=1)[ROWS[features]]
-    np.testing.assert_allclose(mean, frames.mean(1), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(std, frames.std(1), rtol=1e-4, atol=1e-4)
-    long = random_clips([1293, 1293, 1280, 1291, 1293], seed=1)
-    mean, std = common.band_statistics(clip_store(long), [0, 1, 3, 4], features)
-    frames = np.concatenate([long[i] for i in (0, 1, 3, 4)], axis=1)[ROWS[features]]
-    standard_error = frames.std(1) / math.sqrt(4 * 256)
-    assert (np.abs(mean.numpy() - frames.mean(1)) < 4 * standard_error).all()
-    np.testing.assert_allclose(std, frames.std(1), rtol=0.12)
+def test_statistics_of_long_clips_are_of_all_their_parts():
+    """Of a sample of their frames."""
+    ramp = np.tile(np.linspace(-80, 0, 1293), (140, 1))
+    mean, std = common.band_statistics(clip_store([ramp]), [0])
+    assert mean == pytest.approx(-40, abs=0.5) and std == pytest.approx(ramp.std(), abs=0.5)
 
 
 def test_statistics_of_a_silent_band_stay_finite():
@@ -189,9 +109,6 @@ def test_statistics_that_are_given_are_used(own_data):
         for part in (data.train.dataset, load_test(Source(own_data), data.settings)):
             array = np.load(part.store.entries[1].path)[:128]
             np.testing.assert_allclose(part[1][0].T.numpy(), (array + 40) / 5, atol=0.01)
-
-
-# --- identity: a clip, its frames, its label --------------------------------------------
 
 
 def write_marked(root, labels, draw):
@@ -250,22 +167,6 @@ def test_every_item_is_its_clips_own_whatever_the_order_of_the_label_files(
         assert len(ids_of_parts) == len(set(ids_of_parts)) and set(ids_of_parts) <= set(ids)
 
 
-@pytest.mark.parametrize("target", ["genre", "emotion"])
-def test_parts_cover_the_clips_and_depend_on_the_seed(own_data, target):
-    labels, cuts = labels_of(own_data, target), []
-    for seed in (42, 7):
-        data = load_data(Source(own_data, seed=seed), target=target, n_folds=2)
-        cuts.append([common.clip_ids(part) for part in (data.train, data.val, data.held_out)])
-        assert sorted(sum(cuts[-1], [])) == sorted(labels)
-        assert len(cuts[-1][0]) > len(cuts[-1][1]) > 0
-        assert len(cuts[-1][2]) == (0 if target == "genre" else len(labels) / 2)
-    assert cuts[0] != cuts[1]
-    data = load_data(Source(own_data), target="energy", n_folds=2)
-    if target == "emotion":  # one of the three alone
-        energy = common.true_labels(data.held_out, data.settings)["energy"]
-        assert energy.to_dict() == pytest.approx({i: labels[i][1] for i in energy.index})
-
-
 def test_class_numbers_are_sorted_and_come_from_training(data_dir):
     """Bug 8: names in set() order, or an encoder fitted on the test set by itself."""
     data = load_data(Source(data_dir, seed=1), beat=True)
@@ -278,9 +179,6 @@ def test_class_numbers_are_sorted_and_come_from_training(data_dir):
     foreign = some[0]._replace(label="Rebetiko")
     with pytest.raises(InputError, match="test_labels.txt: class 'Rebetiko' does not occur.*mend"):
         encode_labels([foreign], data.names)
-
-
-# --- parts ------------------------------------------------------------------------------
 
 
 def test_split_is_stratified_seeded_disjoint_and_covers_all():
@@ -315,48 +213,18 @@ def test_a_subset_has_every_class_and_no_validation_clip(data_dir):
     assert {int(data.train.dataset.targets[i]) for i in data.train.indices} == set(range(10))
 
 
-def test_a_subset_of_emotion_clips_leaves_the_other_parts_whole(own_data):
-    few, whole = (
-        load_data(Source(own_data, subset=n), target="emotion", n_folds=2) for n in (2, None)
-    )
-    assert len(few.train) == 2 < len(whole.train)
-    assert set(few.train.indices) < set(whole.train.indices)
-    for part in ("val", "held_out"):
-        assert getattr(few, part).indices == getattr(whole, part).indices
-
-
-@pytest.mark.parametrize("n_folds", [2, 3, 4])
-def test_folds_hold_every_clip_out_once(tmp_path, n_folds):
-    labels = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5))
+def test_folds_hold_every_clip_out_once(tmp_path):
+    labels, n_folds = dict.fromkeys(map(str, range(23)), (0.5, 0.5, 0.5)), 3
     source = Source(tmp_path / "nowhere")  # then the order is that of the labels
     cuts = [split_ids(source, "emotion", labels, fold, n_folds) for fold in range(n_folds)]
     for parts in cuts:
         assert sorted(sum(parts, [])) == sorted(labels), "parts overlap, or miss a clip"
     held_out = [clip_id for _, _, part in cuts for clip_id in part]
     assert sorted(held_out) == sorted(labels)
-    assert split_ids(source, "emotion", labels, 1, n_folds) == cuts[1]
+    assert split_ids(Source(tmp_path, seed=7), "emotion", labels, 0, n_folds) != cuts[0]
     few = dict(list(labels.items())[: 4 * n_folds - 1])
     with pytest.raises(InputError, match="too few for"):
         split_ids(source, "emotion", few, 0, n_folds)
-
-
-def test_validation_clips_of_emotion_follow_the_seed(tmp_path):
-    """Their places among the clips that are not held out, which change with the seed anyway."""
-    labels, places = dict.fromkeys(map(str, range(40)), (0.5, 0.5, 0.5)), set()
-    for seed in range(4):
-        source = Source(tmp_path / "nowhere", seed=seed)
-        _, val, held_out = split_ids(source, "emotion", labels)
-        known = [clip_id for clip_id in labels if clip_id not in held_out]
-        places.add(tuple(known.index(clip_id) for clip_id in val))
-    assert len(places) == 4
-
-
-def test_parts_without_a_readable_clip_are_one_error(own_data):
-    data = load_data(Source(own_data), target="emotion", n_folds=2)
-    (clip_id,) = common.clip_ids(data.val)
-    (own_data / "multitask_dataset" / "train" / f"{clip_id}.fused.full.npy").write_bytes(b"")
-    with pytest.raises(InputError, match="multitask_dataset.*no readable clip"):
-        load_data(Source(own_data, skip_bad=True), target="emotion", n_folds=2)
 
 
 def test_an_emotion_clip_in_one_form_only_is_refused(own_data):
@@ -394,9 +262,6 @@ def test_only_training_clips_are_cropped(own_data, target):
     assert {int(length) for _, _, length in data.train} == {10}
     for part in (data.val, data.held_out):
         assert all(40 <= int(length) <= 42 for _, _, length in part)
-
-
-# --- the test split ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("same", ["id", "array"])

@@ -1,9 +1,8 @@
 """The trainings of a step: how they share time and workers, and the checkpoints that they find."""
 
 import dataclasses
-import math
-import types
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,12 +13,13 @@ from patrec.errors import InputError, StepFailed
 from patrec.flags import Source, TrainingOptions
 from patrec.recipes import GENRE_NETWORKS, window_size
 
-# --- how many at once, and for how long -------------------------------------------------
 
-
-def options(folder, **changes):
-    source = {key: changes.pop(key) for key in ("device", "smoke") if key in changes}
-    return TrainingOptions(Source(folder, **source), folder, folder, **changes)
+def options(root, out=None, **changes):
+    """TrainingOptions of a step with the folder `out`/own."""
+    names = {field.name for field in dataclasses.fields(Source)}
+    source = Source(root, **{key: changes.pop(key) for key in names & changes.keys()})
+    out = out or root
+    return TrainingOptions(source, out, out / "own", **changes)
 
 
 def test_a_process_per_core_or_card_unless_told_otherwise(tmp_path, monkeypatch):
@@ -35,10 +35,7 @@ def test_a_process_per_core_or_card_unless_told_otherwise(tmp_path, monkeypatch)
         assert count(9, device="cuda") == workers
 
 
-@pytest.mark.parametrize(
-    "workers, later, shares", [(1, 0, [5, 4, 3, 2, 1]), (2, 1, [3, 3, 2, 2, 1])]
-)
-def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, later, shares):
+def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch):
     """By how many rounds are still to come, those of a later phase included."""
     asked = []
 
@@ -51,87 +48,68 @@ def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch, workers, l
     empty = [GENRE_NETWORKS["mel"], None, None, None]
     runs = [common.Experiment(name, *empty, n_folds=n) for name, n in (("a", 2), ("b", 3))]
     with pytest.raises(StepFailed, match="enough"):
-        common.train_all(options(tmp_path, workers=workers), runs, to_come=later)
-    assert asked == shares
+        common.train_all(options(tmp_path, workers=2), runs, to_come=1)
+    assert asked == [3, 3, 2, 2, 1]
 
 
-def test_what_vanishes_is_zero_before_a_worker_begins_to_compute(tmp_path, monkeypatch):
-    """The setting is a thread's; those of a product have it from the thread that begins them."""
-    torch.set_flush_denormal(False)
-
-    def load_data(*_, **__):
-        raise InputError(f"{torch.tensor(1e-30) * 1e-10:g}")
-
-    patch_everywhere(monkeypatch, "load_data", load_data)
-    run = common.Experiment("one", GENRE_NETWORKS["beat_mel"], None, None, None)
-    with pytest.raises(InputError, match="^0$"):
-        common.train_fold(options(tmp_path), run, 0, 1)
-
-
-def test_a_fine_tuning_has_the_budget_the_rate_and_the_statistics_asked_for(tiny_data, monkeypatch):
-    def train(model, data, loss_fn, optimizer, recipe, folder, **options):
-        rate = optimizer.param_groups[0]["lr"]
-        same = data.settings["stats"] is stats
-        raise StepFailed(f"{recipe.epochs} epochs at {recipe.lr:g} and {rate:g}, {same}")
-
-    patch_everywhere(monkeypatch, "train", train)
+def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
+    """At the lower rate, for the shorter time and with the statistics that are asked for."""
+    root = write_data_set(tmp_path / "data", per_class=(1, 1), n_frames=20)
+    training = options(root, tmp_path, epochs=2)
     stats = torch.full((128,), -40.0), torch.full((128,), 9.0)
-    changes = {"share": 0.3, "lr_factor": 0.5, "stats": stats}
-    run = dataclasses.replace(common.genre_experiment("mel"), **changes)
-    with pytest.raises(StepFailed, match="^3 epochs at 0.002 and 0.002, True$"):
-        common.train_fold(options(tiny_data, epochs=10, lr=0.004), run, 0, 1)
 
+    def regressor(network, data):
+        return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
 
-# --- folds ------------------------------------------------------------------------------
-
-
-def test_folds_are_summed_up_as_one_run(monkeypatch):
-    """Step 8 chooses a network by the mean validation score."""
-    facts = [
-        {"epochs": e, "train_seconds": s, "n_train": 40, "val": {"energy": v}}
-        for e, s, v in ((4, 10.0, 0.2), (6, 14.5, 0.7))
+    run = common.Experiment(
+        "run", GENRE_NETWORKS["beat_mel"], regressor,
+        lambda data: common.RegressionLoss(data.std), torch.optim.AdamW,
+        target="emotion", n_folds=2, lr_factor=0.5, share=0.5, stats=stats,
+    )  # fmt: skip
+    result = common.train_all(training, [run])["run"]
+    for fold, member in enumerate(result.members):
+        folds = {"fold": fold, "n_folds": 2, "stats": stats}
+        data = common.load_data(training.source, "mel", True, "emotion", **folds)
+        predictions = common.predict_clips(member.model, data.held_out, member.settings)
+        pd.testing.assert_frame_equal(result.predictions.loc[predictions.index], predictions)
+        assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
+        assert member.facts["lr"] == 0.5 * training.lr and member.facts["epochs"] == 1
+        assert (member.settings["stats"][0] == -40).all()
+    val = np.mean([member.facts["val"]["mean_spearman"] for member in result.members])
+    assert result.facts["val"]["mean_spearman"] == pytest.approx(val)  # step 8 chooses by it
+    assert result.facts["epochs"] == 2  # one of each fold
+    # Unlabelled clips are predicted by all folds.
+    tests = [common.load_test(training.source, member.settings) for member in result.members]
+    both = [
+        common.predict_clips(member.model, test, member.settings)
+        for member, test in zip(result.members, tests, strict=True)
     ]
-    load = lambda i, device: types.SimpleNamespace(facts=facts[i])  # noqa: E731
-    patch_everywhere(monkeypatch, "load_trained", load)
-    tables = [pd.DataFrame({"energy": [0.1 * n]}, [str(n)]) for n in (1, 2)]
-    run = common.join_folds([(i, table, 2 * table) for i, table in enumerate(tables)], "cpu")
-    assert run.facts["val"] == {"energy": pytest.approx(0.45)}
-    assert (run.facts["epochs"], run.facts["train_seconds"]) == (10, 24.5)
-    assert run.folds.to_dict() == {"1": 1, "2": 2}
-    assert run.predictions["energy"].tolist() == pytest.approx([0.1, 0.2])
-    assert run.truth["energy"].tolist() == pytest.approx([0.2, 0.4])
+    unlabelled = common.predict_unlabelled(training.source, result)
+    np.testing.assert_allclose(unlabelled, (both[0] + both[1]) / 2, atol=1e-6)
 
 
-def test_unlabelled_clips_are_predicted_by_all_folds(monkeypatch):
-    def predict_clips(model, *_):
-        return pd.DataFrame({"energy": [model, 2 * model]}, ["7", "10"])
-
-    patch_everywhere(monkeypatch, "load_test", lambda source, settings: settings)
-    patch_everywhere(monkeypatch, "predict_clips", predict_clips)
-    folds = [types.SimpleNamespace(model=model, settings={}) for model in (0.1, 0.2, 0.6)]
-    run, source = types.SimpleNamespace(members=folds), types.SimpleNamespace(device="cpu")
-    mean = common.predict_unlabelled(source, run)
-    assert mean["energy"].tolist() == pytest.approx([0.3, 0.6])
-
-
-# --- checkpoints of earlier steps -------------------------------------------------------
-
-
-def save_mel(step, folder, odd, **network):
-    """A checkpoint as step 5 leaves one for `mel`, odd in one way; returns its path."""
-    backbone = common.make_backbone(GENRE_NETWORKS["mel"])
-    if network:
-        backbone = common.LSTMBackbone(**backbone.config | network)
-    data = common.load_data(step.source, "mel")
-    settings = data.settings | {"run": "mel", "window": window_size(GENRE_NETWORKS["mel"])} | odd
-    folder.mkdir(parents=True, exist_ok=True)
-    model, path = common.Classifier(backbone, len(data.names)), folder / "best.pt"
-    common.save_checkpoint(path, model, settings, epoch=1, val_score=0.5, facts={})
-    return path
+def save_network(training, name, folder, val_score=0.5, hidden_size=None, **odd):
+    """A checkpoint as step 5 or 7 leaves one in `folder`/name, its weights unlike fresh ones."""
+    torch.manual_seed(1)
+    network = GENRE_NETWORKS[name]
+    data = common.load_data(training.source, network.features, network.beat)
+    backbone = common.make_backbone(network)
+    if hidden_size:
+        backbone = common.LSTMBackbone(**backbone.config | {"hidden_size": hidden_size})
+    model = common.Classifier(backbone, len(data.names))
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.05 * torch.rand_like(value))
+    settings = data.settings | {"run": name, "window": window_size(network)} | odd
+    path, facts = training.out / folder / name / "best.pt", {"planned_epochs": 1, "n_val": 9}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(path, model, settings, epoch=1, val_score=val_score, facts=facts)
+    return path, model
 
 
-def find(step):
-    return common.find_genre_checkpoint(step.training, "mel")
+def find(training, name="mel"):
+    return common.find_genre_checkpoint(training, name)
 
 
 @pytest.mark.parametrize("odd, changes", [
@@ -141,88 +119,85 @@ def find(step):
     ("subset", {"subset": 30}),
     ("smoke", {"smoke": True, "subset": 64}),
     ("window", {"window": 999}),
-    ("network", {}),
-    ("run", {"run": "beat_mel"}),
+    ("network", {"hidden_size": 16}),
 ])  # fmt: skip
 def test_a_checkpoint_of_something_else_is_passed_over_and_said_so(
-    tiny_data, tmp_path, make_step, capsys, odd, changes
+    tiny_data, tmp_path, capsys, odd, changes
 ):
     """Weights of the demo set were used on real music, and those of seed 42 ranked seed 43."""
-    step, folder = make_step(tiny_data, tmp_path), tmp_path / "step05_lstm" / "mel"
-    save_mel(step, folder, changes, **({"hidden_size": 16} if odd == "network" else {}))
+    training = options(tiny_data, tmp_path)
+    path, _ = save_network(training, "mel", "step05_lstm", **changes)
     capsys.readouterr()
-    assert find(step) is None
+    assert find(training) is None
     said = capsys.readouterr().out
-    assert str(folder / "best.pt") in said and f"another {odd}" in said, said
+    assert str(path) in said and f"another {odd}" in said, said
     # The one beside it fits and is found, wherever it lies.
-    path = save_mel(step, step.folder / "mel", {})
-    assert find(step) == path
-    path = save_mel(step, folder, {})
-    assert find(step) == path and common.load_checkpoint(path)["val_score"] == 0.5
-    (folder / common.UNFINISHED).touch()  # a training that was stopped
-    assert find(step) == step.folder / "mel" / "best.pt"
+    own, _ = save_network(training, "mel", "own")
+    assert find(training) == own
+    save_network(training, "mel", "step05_lstm")
+    assert find(training) == path
+    path.with_name(common.UNFINISHED).touch()  # a training that was stopped
+    assert find(training) == own
 
 
-def test_a_checkpoint_does_not_fit_a_step_with_other_flags(tiny_data, tmp_path, make_step):
-    """But with --smoke it is asked whether the step runs: any checkpoint of this seed will do."""
-    full, smoke = make_step(tiny_data, tmp_path), make_step(tiny_data, tmp_path, "--smoke")
-    folder = tmp_path / "step05_lstm" / "mel"
-    save_mel(full, folder, {})
-    for flags in (["--seed", "43"], ["--subset", "30"], ["--no-merge"]):
-        assert find(make_step(tiny_data, tmp_path, *flags, name="other")) is None
-    for odd, found in (({}, True), ({"smoke": True, "subset": 64}, True), ({"seed": 1}, False)):
-        save_mel(full, folder, odd)
+def test_with_smoke_any_checkpoint_of_this_seed_will_do(tiny_data, tmp_path):
+    """It is asked only whether the step runs."""
+    smoke = options(tiny_data, tmp_path, smoke=True, subset=64)
+    for odd, found in (({}, True), ({"smoke": True}, True), ({"seed": 1}, False)):
+        save_network(smoke, "mel", "step05_lstm", **{"smoke": False, "subset": None} | odd)
         assert bool(find(smoke)) == found
 
 
 def test_on_kaggle_ones_own_checkpoint_comes_before_that_of_an_attached_kernel(
-    tiny_data, tmp_path, make_step, monkeypatch
+    tiny_data, tmp_path, monkeypatch
 ):
     """What this session has trained anew is not to be replaced by what an older one has left."""
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "kaggle"))
     (tmp_path / "kaggle" / "working").mkdir(parents=True)
-    step = make_step(tiny_data, tmp_path / "out")
-    for root in (tmp_path / "kaggle" / "input" / "a-kernel" / "outputs", tmp_path / "out"):
-        path = save_mel(step, root / "step05_lstm" / "mel", {})
-        assert find(step) == path
+    training = options(tiny_data, tmp_path / "out")
+    attached = options(tiny_data, tmp_path / "kaggle" / "input" / "a-kernel" / "outputs")
+    for left_by in (attached, training):
+        path, _ = save_network(left_by, "mel", "step05_lstm")
+        assert find(training) == path
 
 
-def test_changed_labels_make_an_old_checkpoint_no_longer_fit(tmp_path, make_step, capsys):
-    data = write_data_set(tmp_path / "data", n_emotion=(2, 1), n_frames=40)
-    step = make_step(data, tmp_path / "out")
-    save_mel(step, tmp_path / "out" / "step05_lstm" / "mel", {})
-    assert find(step)
-    path = data / "fma_genre_spectrograms" / "train_labels.txt"
-    header, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
-    assert find(step)  # the same labels in another order
-    path.write_text(path.read_text().replace("\tPunk", "\tMetal", 1))
-    assert find(step) is None and "fingerprint" in capsys.readouterr().out
-    path.unlink()  # step 8 needs no genres
-    assert find(step) is None
+def test_a_checkpoint_under_another_runs_name_is_an_error(tiny_data, tmp_path):
+    training = options(tiny_data, tmp_path)
+    save_network(training, "beat_mel", "step05_lstm", run="mel")
+    with pytest.raises(InputError, match="model of run mel, not of beat_mel"):
+        find(training, "beat_mel")
 
 
-def test_the_textbook_lstm_is_no_candidate_and_adjusts_no_logits(
-    tiny_data, tmp_path, make_step, monkeypatch
-):
-    """It stands beside the lab's networks for comparison: later steps do not go on from it."""
-    step, seen = make_step(tiny_data, tmp_path), {}
+def test_genre_networks_are_ranked_by_validation_score(tiny_data, tmp_path):
+    """Those that do not fit are left out, whatever their score.
 
-    def train(model, data, loss_fn, optimizer, recipe, folder, **options):
-        seen[folder.name] = data.settings["priors"], options["max_seconds"]
-        folder.mkdir(parents=True)
-        settings = data.settings | {"run": folder.name, "window": recipe.window}
-        facts = {"n_val": len(data.val), "planned_epochs": 1}
-        score = 0.9 if folder.name == "plain_mel" else 0.5
-        path = folder / "best.pt"
-        common.save_checkpoint(path, model, settings, epoch=1, val_score=score, facts=facts)
-        return common.load_trained(path)
+    `genre_models` takes what is found and trains what is missing.
+    """
+    training = options(tiny_data, tmp_path, epochs=1)
+    assert common.genre_val_scores(training).empty
+    save_network(training, "mel", "step05_lstm", 0.3)
+    save_network(training, "beat_mel", "step05_lstm", 0.6)
+    path, model = save_network(training, "cnn_mel", "step07_cnn", 0.5)
+    save_network(training, "beat_chroma", "step05_lstm", 0.7, seed=43)
+    assert list(common.genre_val_scores(training).index) == ["beat_mel", "cnn_mel", "mel"]
+    found = common.genre_models(training, ["cnn_mel", "beat_chroma", "plain_mel"])
+    assert list(found) == ["cnn_mel", "beat_chroma", "plain_mel"] and found["cnn_mel"].path == path
+    for key, value in found["cnn_mel"].model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert found["beat_chroma"].path == training.folder / "beat_chroma" / "best.pt"
+    assert found["beat_chroma"].settings["seed"] == 42
+    # The textbook's LSTM stands beside them for comparison and adjusts no logits.
+    assert len(set(found["plain_mel"].settings["priors"])) == 1
+    assert "plain_mel" not in common.genre_val_scores(training).index
 
-    patch_everywhere(monkeypatch, "train", train)
-    folder = tmp_path / "step05_lstm"
-    training = dataclasses.replace(step.training, folder=folder, workers=1)
-    common.train_all(training, [common.genre_experiment(name) for name in ("plain_mel", "mel")])
-    assert len(set(seen["plain_mel"][0])) == 1 < len(set(seen["mel"][0]))
-    assert seen["mel"][1] == math.inf  # without --max-minutes
-    assert common.find_genre_checkpoint(step.training, "plain_mel")
-    assert list(common.genre_val_scores(step.training).index) == ["mel"]
+
+@pytest.mark.parametrize("name", ["cnn_mel", "mel"])
+def test_transfer_takes_the_backbone_and_nothing_else(tiny_data, tmp_path, name):
+    path, model = save_network(options(tiny_data, tmp_path), name, "any")
+    backbone = common.load_backbone(path)
+    assert backbone.state_dict().keys() == model.backbone.state_dict().keys()
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], value), key
+    head = common.Regressor(backbone, ["valence"], [0.5], [0.2]).heads["valence"].weight
+    assert head.shape == (1, backbone.feature_size)
+    assert not torch.isclose(head, model.head[-1].weight).any(0).all()

@@ -1,16 +1,16 @@
 """Label files: all forms are read, and every fault is one line that names file and line."""
 
+import itertools
 import shutil
-from collections import Counter
 
 import pytest
-from conftest import COUNTS, GENRES, MERGED, write_data_set
+from conftest import GENRES, MERGED, write_data_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patrec.errors import InputError
 from patrec.files import FOLDERS, find_data, part_folder
-from patrec.labels import EMOTIONS, MERGE, fingerprint, read_entries, read_labels
+from patrec.labels import MERGE, fingerprint, read_entries, read_labels
 
 GENRE, EMOTION = "Id\tGenre\n", "Id,valence,energy,danceability\n"
 
@@ -20,20 +20,14 @@ def write(path, text):
     return path
 
 
-# --- what is read -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
         (GENRE + "104085.fused.full.npy.gz\tPsych-Folk\n", [("104085", "Psych-Folk")]),
-        (GENRE + "104085.beatsync.fused.npy.gz\tRock", [("104085", "Rock")]),
-        (GENRE + "104085.full.fused.npy.gz\t Rock \n", [("104085", "Rock")]),
         ("Genre\tId\nRock\t1.x\n", [("1", "Rock")]),
         (EMOTION + "123212738,0.153,0.961,0.013\n", [("123212738", (0.153, 0.961, 0.013))]),
         # Bug 2: fixed column numbers loaded valence as energy, or ids as labels.
         ("Id,danceability,valence,energy\n7,0.3,0.1,0.2\n", [("7", (0.1, 0.2, 0.3))]),
-        ("danceability,Id,valence,energy\n1,0007,0,0.2\n", [("0007", (0.0, 0.2, 1.0))]),
         # What pandas would take for a missing value, a number or the begin of a quotation.
         (GENRE + "1\tNA\n2\tNone\n3\t1\n", [("1", "NA"), ("2", "None"), ("3", "1")]),
         (GENRE + '1\t"Rock\n2\tRock"n"Roll\n"3"\tnan',
@@ -41,75 +35,32 @@ def write(path, text):
         (GENRE + "1\tRock # live\n2\tA\u0085B\n", [("1", "Rock # live"), ("2", "A\u0085B")]),
         (b"\xef\xbb\xbfId\tGenre\r\n1.a\tRock\r\n\r\n  \r\n1.b\tRock\r\n2\tHip-Hop\r\n\r\n",
          [("1", "Rock"), ("2", "Hip-Hop")]),
-        (EMOTION + "1,0.5,0.5,0.5\n,,,\n1,0.50,.5,5e-1\n", [("1", (0.5, 0.5, 0.5))]),
+        ("\n\n" + EMOTION + "1,0.5,0.5,0.5\n,,,\n1,0.50,.5,5e-1\n", [("1", (0.5, 0.5, 0.5))]),
     ],
 )  # fmt: skip
 def test_every_form_is_read(tmp_path, text, labels):
     assert read_labels(write(tmp_path / "l.txt", text)) == labels
 
 
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1)
-NAMES = NAMES.map(str.strip).filter(bool)
-IDS = NAMES.filter(lambda name: not set(name) & set("./\\:,\t\ufeff"))
-
-
-@settings(derandomize=True, max_examples=80, deadline=None, database=None)
-@given(
-    ids=st.lists(IDS, unique=True, min_size=1, max_size=8),
-    columns=st.permutations(["Id", *EMOTIONS]),
-    genre=st.booleans(),
-    bom=st.booleans(),
-    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
-    draw=st.data(),
-)
-def test_valid_labels_come_back_in_their_order_whatever_their_names(
-    tmp_path_factory, ids, columns, genre, bom, end, draw
-):
-    if genre:
-        labels = [(i, draw.draw(NAMES)) for i in ids]
-        rows = ["Id\tGenre"] + [f"{i}.fused.full.npy.gz\t{label}" for i, label in labels]
-    else:
-        thousandths = st.integers(0, 1000).map(lambda n: n / 1000)
-        labels = [(i, tuple(draw.draw(thousandths) for _ in EMOTIONS)) for i in ids]
-        cells = [dict(zip(("Id", *EMOTIONS), (i, *map(str, x)), strict=True)) for i, x in labels]
-        rows = [",".join(columns)] + [",".join(cell[c] for c in columns) for cell in cells]
-    text = "\ufeff" * bom + end.join(rows) + end
-    assert read_labels(write(tmp_path_factory.getbasetemp() / "valid.txt", text)) == labels
-
-
-# --- what is refused --------------------------------------------------------------------
-
 FAULTS = {
     "empty": ("", "header ''"),
-    "blank": ("\n" + GENRE, "header ''"),
     "header only": (GENRE + "\n\n", "a header and no clips"),
     "no header": ("1.x\tRock\n", "header '1.x"),
     "genre by commas": ("Id,Genre\n1,Rock\n", "with a tab between them"),
-    "emotion by tabs": (EMOTION.replace(",", "\t") + "1\t0\t0\t0\n", "header"),
-    "semicolons": ("Id;valence;energy;danceability\n1;0,1;0,2;0,3\n", "header 'Id;valence"),
-    "a column too few": ("Id,valence,energy\n1,0.1,0.2\n", "header"),
     "a column twice": ("Id,valence,energy,energy\n1,0.1,0.2,0.3\n", "header"),
-    "a column too many": ("Id\tGenre\tmore\n1\tRock\tx\n", "header"),
     "cell missing": (GENRE + "1\tRock\n\n2\n3\tJazz\n", r"line 4: \['2', ''\] does not have 2"),
     "cell empty": (GENRE + "\tRock\n", "line 2: .* does not have 2 filled"),
-    "cell of spaces": (EMOTION + "1, ,0.5,0.5\n", "line 2: .* does not have 4 filled"),
     "a cell too many": (GENRE + "1\tRock\n\n2\tRock\tmore\n", "line 4, saw 3"),
     "all rows a cell too long": (GENRE + "1\tRock\tx\n2\tRock\tx\n", "line 2, saw 3"),
-    "decimal commas": (EMOTION + "7,0,1,0,2,0,3\n", "line 2, saw 7"),
+    "decimal commas": ("\n" + EMOTION + "7,0,1,0,2,0,3\n", "line 3, saw 7"),
     "id with ..": (GENRE + "../1.npy\tRock\n", "line 2: .* no clip id such as"),
-    "id of dots": (GENRE + "1\tRock\n..\tRock\n", "line 3: .* no clip id"),
     "hidden file": (GENRE + "._1.npy\tRock\n", "line 2: .* no clip id"),
     "path of Windows": (GENRE + "x\\1\tRock\n", "no clip id"),
-    "absolute path": (GENRE + "/etc/1\tRock\n", "no clip id"),
-    "drive": (GENRE + "C:1\tRock\n", "no clip id"),
     "NUL": (GENRE + "1\0.npy\tRock\n", "holds NUL characters; expected a label file in UTF-8"),
     "no number": (EMOTION + "1,0.1,0.2,0.3\n2,0.1,high,0.3\n", "line 3: .*no number in"),
     "above 1": (EMOTION + "1,0.1,55,0.3\n", r"line 2: .*'55'.* no number in \[0, 1\]"),
-    "below 0": (EMOTION + "1,0.1,-0.5,0.3\n", "no number in"),
     "nan": (EMOTION + "1,0.1,0.2,nan\n", "no number in"),
-    "infinite": (EMOTION + "1,inf,0.2,0.2\n", "no number in"),
     "two genres": (GENRE + "1.a\tRock\n2\tRock\n1.b\tJazz\n", "line 4: .* labelled otherwise"),
-    "two values": (EMOTION + "1,0.1,0.2,0.3\n1,0.1,0.2,0.4\n", "line 3: .* labelled otherwise"),
     "not UTF-8": ("Id\tGenre\n1\tfrançais\n".encode("latin-1"), "expected a label file in UTF-8"),
     "UTF-16": ("Id\tGenre\n1\tRock\n".encode("utf-16"), "expected a label file in UTF-8"),
 }
@@ -152,42 +103,33 @@ def test_any_label_file_is_read_or_refused_in_one_line(tmp_path_factory, text):
         assert array.parent == folder / "train", "an id leaves the folder of its split"
 
 
-# --- entries ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("parent", ["test", "train", "beat", "multitask_dataset"])
+@pytest.mark.parametrize("parent", ["test", "multitask_dataset"])
 def test_nothing_is_decided_by_a_parent_folder(tmp_path, parent):
     """A data root under a folder called `test` once turned training clips into test clips."""
     root = write_data_set(tmp_path / parent / "data", (2, 1), n_emotion=(4, 2), n_frames=30)
-    sizes = {"genre": {"train": 40, "test": 20}, "emotion": {"train": 4, "test": 2}}
-    for part, beat in ((part, beat) for part in sizes for beat in (False, True)):
-        for split, n in sizes[part].items():
-            entries = read_entries(root, part, split, beat)
-            assert len(entries) == n
-            for entry in entries:
-                assert entry.path.parent == part_folder(root, part, beat) / split
-                # Whatever the label file calls it: the array's name is made of the id.
-                assert entry.path.name == f"{entry.clip_id}.fused.full.npy"
-                assert entry.path.exists()
-            kinds = {type(entry.label) for entry in entries}
-            assert kinds == {str if part == "genre" else tuple if split == "train" else type(None)}
+    sizes = {("genre", "train"): 40, ("genre", "test"): 20}
+    sizes |= {("emotion", "train"): 4, ("emotion", "test"): 2}
+    for (part, split), beat in itertools.product(sizes, (False, True)):
+        entries = read_entries(root, part, split, beat)
+        assert len(entries) == sizes[part, split]
+        for entry in entries:
+            assert entry.path.parent == part_folder(root, part, beat) / split
+            # Whatever the label file calls it: the array's name is made of the id.
+            assert entry.path.name == f"{entry.clip_id}.fused.full.npy"
+            assert entry.path.exists()
+        kind = str if part == "genre" else tuple if split == "train" else type(None)
+        assert {type(entry.label) for entry in entries} == {kind}
     assert find_data(root) == root.resolve()
 
 
-def test_hidden_files_are_no_clips(own_data):
+def test_of_clips_without_labels_all_files_are_entries_but_hidden_ones(own_data):
     """macOS leaves ._1.npy beside 1.npy, and such files ended step 8 after all training."""
     before = read_entries(own_data, "emotion", "test")
+    assert len(before) == 2
     for entry in before:
         entry.path.with_name(f"._{entry.path.name}").write_bytes(b"\0\5\26\7")
+        entry.path.rename(f"{entry.path}.gz")  # of what is still compressed read_array says it
     assert read_entries(own_data, "emotion", "test") == before
-    assert len(before) == 2
-
-
-def test_arrays_that_are_still_compressed_are_entries_too(own_data):
-    before = read_entries(own_data, "emotion", "test")
-    for entry in before:
-        entry.path.rename(f"{entry.path}.gz")
-    assert read_entries(own_data, "emotion", "test") == before  # read_array says what is wrong
 
 
 def test_labels_of_the_other_part_are_refused(own_data):
@@ -200,20 +142,13 @@ def test_labels_of_the_other_part_are_refused(own_data):
         read_entries(own_data, "genre", "train")
 
 
-# --- classes ----------------------------------------------------------------------------
-
-
 def test_merge_gives_the_labs_ten_classes(data_dir):
-    """The counts follow from the lab's table.
-
-    Each clip's class is looked at too: a swap of two classes would keep some counts.
-    """
-    for number, split in enumerate(("train", "test")):
+    """Each clip's class is looked at: a swap of two classes would keep some counts."""
+    for split in ("train", "test"):
         before = {e.clip_id: e.label for e in read_entries(data_dir, "genre", split)}
         after = {e.clip_id: e.label for e in read_entries(data_dir, "genre", split, merge=True)}
-        assert Counter(before.values()) == {name: counts[number] for name, counts in COUNTS.items()}
         assert after == {i: MERGED[genre] for i, genre in before.items() if genre in MERGED}
-    assert set(MERGE) == set(GENRES)
+    assert set(before.values()) == set(MERGE) == set(GENRES)
 
 
 @pytest.mark.parametrize(("genre", "words"), [("Rebetiko", "'Rebetiko'"), ("Old-Time", "drops")])

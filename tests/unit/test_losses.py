@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from common import LSTMBackbone, RegressionLoss, Regressor, regression_loss
+from common import CNNBackbone, LSTMBackbone, RegressionLoss, Regressor, regression_loss
+from patrec.labels import EMOTIONS
 
 
 def test_regression_loss_by_hand():
@@ -25,7 +26,6 @@ def test_regression_loss_by_hand():
     ([0.9, 0.1], [0.4, 0.6], ((0.5 / 0.25) ** 2 + (0.5 / 0.25) ** 2) / 2),
     # A constant prediction correlates with nothing.
     ([0.5, 0.5, 0.5], [0.0, 0.5, 1.0], (4 + 0 + 4) / 3 + 0.5),
-    ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0], 0.0),
     ([1.0, 0.5, 0.0], [0.0, 0.5, 1.0], (16 + 0 + 16) / 3 + 1.0),
 ])  # fmt: skip
 def test_regression_loss_of_small_batches_and_constants(outputs, targets, expected):
@@ -48,24 +48,34 @@ def test_regression_output_and_target_shapes_cannot_broadcast():
             RegressionLoss([1.0] * outputs[-1])(torch.zeros(outputs), torch.zeros(targets))
 
 
-STD = (0.5, 0.25, 0.125)
-LOSSES = (1.0, 0.0, 50 / 3 + 0.5)  # of `three_clips`
-
-
-def three_clips():
-    """Three clips of which every loss is known.
+def test_multitask_loss_by_hand():
+    """Each squared error in units of its label's spread, and a plain sum: nothing is learned.
 
     Valence is one spread off everywhere and perfectly ordered: 1. Energy is right: 0. Danceability
     is 5, 4 and 3 spreads off: 50 / 3, and its predictions are all alike, so + 1/2.
     """
     targets = torch.tensor([[0.0, 0.2, 0.25], [0.5, 0.4, 0.375], [1.0, 0.9, 0.5]])
-    errors = torch.tensor([[0.5, 0.0, 0.625], [0.5, 0.0, 0.5], [0.5, 0.0, 0.375]])
-    return targets + errors, targets
-
-
-def test_multitask_loss_by_hand():
-    """Each squared error in units of its label's spread, and a plain sum: nothing is learned."""
-    loss = RegressionLoss(STD)
-    assert loss.terms(*three_clips()).tolist() == pytest.approx(LOSSES, rel=1e-5)
-    assert loss(*three_clips()).item() == pytest.approx(sum(LOSSES), rel=1e-5)
+    outputs = targets + torch.tensor([[0.5, 0.0, 0.625], [0.5, 0.0, 0.5], [0.5, 0.0, 0.375]])
+    loss, by_hand = RegressionLoss((0.5, 0.25, 0.125)), (1.0, 0.0, 50 / 3 + 0.5)
+    assert loss.terms(outputs, targets).tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert loss(outputs, targets).item() == pytest.approx(sum(by_hand), rel=1e-5)
     assert not list(loss.parameters())
+
+
+def test_each_head_learns_from_its_own_axis_and_the_backbone_from_all():
+    """Right on two axes: only the third one's head is corrected."""
+    torch.manual_seed(0)
+    model = Regressor(CNNBackbone(), EMOTIONS, [0.5] * 3, [0.25] * 3).eval()
+    for head in model.heads.values():  # untrained heads answer all clips alike
+        torch.nn.init.normal_(head.weight)
+    x, lengths = torch.randn(6, 64, 128), torch.full((6,), 64)
+    for column, axis in enumerate(EMOTIONS):
+        outputs = model(x, lengths)
+        targets = outputs.detach().clone()
+        targets[:, column] += torch.rand(6)
+        model.zero_grad()
+        RegressionLoss([0.25, 0.25, 0.17])(outputs, targets).backward()
+        largest = {name: head.weight.grad.abs().max() for name, head in model.heads.items()}
+        assert largest.pop(axis) > 0.1 and max(largest.values()) < 1e-3
+        for name, weights in model.backbone.named_parameters():
+            assert weights.grad.abs().sum() > 0, name

@@ -1,11 +1,14 @@
 """Where a step computes, and in which format."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from patrec.errors import InputError
-from patrec.machine import fast_dtype, pick_device
+from patrec.machine import fast_dtype, pick_device, seed_everything
 
 
 class BrokenCard(TorchFunctionMode):
@@ -42,3 +45,13 @@ def test_bfloat16_only_on_cards_that_compute_in_it(monkeypatch, capability, dtyp
     """A T4 (7.5) says that it supports bfloat16, and emulates it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert fast_dtype("cuda") == dtype
+
+
+def test_a_seed_fixes_all_random_numbers():
+    drawn = []
+    for seed in (3, 3, 4):
+        seed_everything(seed)
+        # The global state, from which libraries draw.
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    first, again, other = drawn
+    assert first == again and not set(first) & set(other)

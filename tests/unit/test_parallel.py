@@ -20,8 +20,3 @@ def test_each_worker_takes_a_card_of_its_own(monkeypatch):
         monkeypatch.setattr(processes, "current_process", lambda process=named: process)
         assert patrec.parallel.in_worker(os.getpid(), max, number, 0) == number
     assert sorted(taken[:2]) == [0, 1] and taken[2] == taken[0]
-
-
-def test_one_worker_is_this_process():
-    found = patrec.parallel.parallel_map(lambda n: (n, os.getpid()), [(1,), (2,)], workers=1)
-    assert list(found) == [(1, os.getpid()), (2, os.getpid())]

@@ -1,7 +1,5 @@
 """Figures that several steps share: every number stands under its own name."""
 
-from types import SimpleNamespace
-
 import librosa
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,11 +14,9 @@ from patrec.plots import (
     plot_confusions,
     plot_emotion_scores,
     plot_histories,
-    plot_overfit,
     plot_panels,
     plot_per_class,
     plot_scores,
-    run_title,
 )
 
 
@@ -87,6 +83,10 @@ def test_confusions_are_written_where_they_belong(ax):
     assert ax.get_xlabel() == "Predicted class" and ax.get_ylabel() == "True class"
 
 
+def texts_of(artists):
+    return [artist.get_text() for artist in artists]
+
+
 def test_each_model_has_its_own_confusion_and_bars():
     """{run: scores}: a panel and a colour each, in the order given, named as figures name runs."""
     per_class = {"a": {"f1": 0.2, "support": 3}, "b": {"f1": 0.7, "support": 5}}
@@ -96,17 +96,14 @@ def test_each_model_has_its_own_confusion_and_bars():
     scores = {"cnn_mel": first, "beat_mel": second}
     first_ax, second_ax = plot_confusions(scores, ["a", "b"]).axes
     assert first_ax.get_title() == "CNN, mel (accuracy 0.750)"
-    assert [text.get_text() for text in first_ax.texts] == ["3", "", "2", "3"]
+    assert texts_of(first_ax.texts) == ["3", "", "2", "3"]
     assert second_ax.get_title() == "LSTM, mel, beats (accuracy 0.500)"
-    assert [text.get_text() for text in second_ax.texts] == ["1", "2", "2", "3"]
+    assert texts_of(second_ax.texts) == ["1", "2", "2", "3"]
     (ax,) = plot_per_class(scores).axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["a (3)", "b (5)"]
+    assert texts_of(ax.get_xticklabels()) == ["a (3)", "b (5)"]
     heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
     assert heights == [[0.2, 0.7], [0.9, 0.1]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "CNN, mel",
-        "LSTM, mel, beats",
-    ]
+    assert texts_of(ax.get_legend().get_texts()) == ["CNN, mel", "LSTM, mel, beats"]
 
 
 def make_history(values):
@@ -124,44 +121,6 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
     (shade,) = ax.patches
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
-
-
-def test_learning_curves_share_their_score_axis_and_one_legend():
-    histories = {"cnn_mel": make_history([0.1, 0.8]), "chroma": make_history([-0.2, 0.3])}
-    for history in histories.values():
-        history.loc[1, "kept"] = 1
-    fig = plot_histories(histories, "Spearman")
-    panels = [ax for ax in fig.axes if ax.get_title()]
-    assert [ax.get_title() for ax in panels] == ["CNN, mel", "LSTM, chroma"]
-    assert {ax.get_ylim() for ax in fig.axes if "Spearman" in ax.get_ylabel()} == {(-0.2, 1)}
-    (legend,) = fig.legends
-    labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == ["training loss", "validation loss", "validation Spearman"]
-    assert not any(ax.get_legend() for ax in fig.axes)
-
-
-def test_overfitting_is_drawn_pass_by_pass():
-    check = SimpleNamespace(history=pd.DataFrame({"pass": [1, 2, 3], "loss": [1.0, 0.1, 0.005]}))
-    (ax,) = plot_overfit({"beat_chroma": check}).axes
-    line = ax.get_lines()[0]
-    assert line.get_label() == "LSTM, chroma, beats"
-    assert line.get_xdata().tolist() == [1, 2, 3] and line.get_ydata().tolist() == [1.0, 0.1, 0.005]
-    ax.figure.canvas.draw()
-    assert all(float(tick).is_integer() for tick in ax.get_xticks())
-
-
-@pytest.mark.parametrize(
-    ("name", "title"),
-    [
-        ("cnn_mel", "CNN, mel"),
-        ("cnn_mel_seed43", "CNN, mel, seed 43"),
-        ("beat_fused", "LSTM, mel and chroma, beats"),
-        ("plain_mel", "LSTM, mel, textbook"),
-        ("ridge", "ridge"),
-    ],
-)
-def test_figures_name_a_run_by_its_network_and_input(name, title):
-    assert run_title(name) == title
 
 
 def test_bands_are_labelled_with_their_frequencies(ax):

@@ -1,8 +1,6 @@
 """Tables and files of predictions, worked out by hand; what an earlier step has predicted."""
 
 import json
-import math
-import types
 
 import numpy as np
 import pandas as pd
@@ -13,50 +11,24 @@ from patrec.labels import EMOTIONS, fingerprint
 from patrec.tables import (
     difference_line,
     earlier_predictions,
-    epochs_kept,
     held_out_rows,
-    markdown_table,
     prediction_rows,
     write_predictions,
     write_submission,
 )
 
 
-def test_a_table_in_markdown_by_hand():
-    frame = pd.DataFrame({"score": [0.12349, math.nan], "wh|at": ["a|b", 7]}, ["x|", "y"])
-    assert markdown_table(frame.rename_axis("model")).splitlines() == [
-        "| model | score | wh\\|at |",
-        "| --- | --- | --- |",
-        "| x\\| | 0.123 | a\\|b |",
-        "| y |  | 7 |",
-    ]
-
-
-@pytest.mark.parametrize(
-    "low, high, shown",
-    [
-        (-0.05, 0.25, "no difference is shown"),
-        (0.01, 0.25, "above 0"),
-        (-0.25, -0.01, "below 0"),
-    ],
-)
-def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
-    found = {"spearman": 0.1, "spearman_ci95": [low, high], "n_clips": 5}
-    line = f"`a` minus `b`, 5 clips: Spearman +0.100 [{low:+.3f}, {high:+.3f}] ({shown})"
+def test_a_difference_in_one_line_and_what_it_shows():
+    found = {"spearman": 0.1, "spearman_ci95": [-0.05, 0.25], "n_clips": 5}
+    shown = "the interval contains 0: no difference is shown on these clips"
+    line = f"`a` minus `b`: Spearman +0.100 [-0.050, +0.250] on 5 clips; {shown}"
     assert difference_line("a", "b", found) == line
-
-
-def test_epochs_of_every_fold_and_the_one_that_was_kept():
-    facts = [{"epochs": 12, "best_epoch": 11}, {"epochs": 8, "best_epoch": 3}]
-    members = [types.SimpleNamespace(facts=fact) for fact in facts]
-    assert epochs_kept(types.SimpleNamespace(members=members)) == "12 (11), 8 (3)"
-
-
-def test_a_difference_of_two_scores():
+    found["spearman_ci95"] = [-0.25, -0.01]
+    assert difference_line("a", "b", found).endswith("the interval lies below 0")
     found = {"accuracy": 0.2, "accuracy_ci95": [0.1, 0.3], "n_clips": 5}
     found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
-    values = "accuracy +0.200 [+0.100, +0.300] (above 0), macro-F1 +0.200 [-0.100, +0.400] (no "
-    assert values in difference_line("a", "b", found)
+    shown = "the accuracy interval lies above 0, the macro-F1 interval contains 0"
+    assert difference_line("a", "b", found).endswith(f"on 5 clips; {shown}")
 
 
 def test_rows_of_predictions_by_hand():
@@ -90,8 +62,6 @@ def test_submission_by_hand(tmp_path):
         "10,0.200000,0.000000,0.250000",
     ]
 
-
-# --- what an earlier step has predicted -------------------------------------------------
 
 IDS = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
 FULL = pd.DataFrame(np.random.default_rng(0).random((3, 3)).round(3), IDS, EMOTIONS)

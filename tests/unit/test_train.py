@@ -1,8 +1,9 @@
 """train, its checks and checkpoints, on toy clips: what public solutions got wrong is held here."""
 
 import contextlib
-import dataclasses
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +77,9 @@ def scored(monkeypatch):
     return patch
 
 
-# --- which epoch is kept ----------------------------------------------------------------
+def load_both(folder):
+    """best.pt and last.pt of a run."""
+    return [common.load_torch(folder / name) for name in ("best.pt", "last.pt")]
 
 
 def test_learns_and_returns_the_best_epoch(tmp_path):
@@ -87,91 +90,62 @@ def test_learns_and_returns_the_best_epoch(tmp_path):
     assert again == pytest.approx(val_score(result))
 
 
-def test_best_checkpoint_is_not_the_last_model(tmp_path, scored):
+def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path, scored):
     """Bug 7: 'best' was an alias of the live model, or overwritten by the last one."""
-    scored([0.1, 0.9, 0.2, 0.3])
-    model, result = train(tmp_path / "run", recipe={"settled": 0.75})
-    best, last = (common.load_torch(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
-    assert result.facts["best_epoch"] == best["epoch"] == 2
+    scored([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1])
+    # Ten steps: of a warm-up of exactly one OneCycleLR would make a division by zero.
+    model, result = train(tmp_path / "run", epochs=10, recipe={"batch_size": 24})
+    assert result.history.query("kept == 1")["epoch"].tolist() == [1, 9]
+    best, last = load_both(tmp_path / "run")
+    assert result.facts["best_epoch"] == best["epoch"] == 9 and val_score(result) == 0.15
     key = "head.1.weight"
     assert torch.equal(model.state_dict()[key], best["state"][key])
     assert not torch.equal(best["state"][key], last["average"][f"module.{key}"])
 
 
-def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path, scored):
-    scored([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1])
-    _, result = train(tmp_path / "run", epochs=10)
-    assert result.facts["best_epoch"] == 9 and val_score(result) == 0.15
-    assert result.history.query("kept == 1")["epoch"].tolist() == [1, 9]
-
-
-def test_of_a_run_cut_short_the_best_so_far_is_kept(tmp_path, scored):
-    scored([0.2, 0.9, 0.3, None])
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", epochs=20)
-    assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 2
-    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1 + 3
-
-
 def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
     """On few validation clips many epochs have the same macro-F1."""
-    losses = iter([1.0, 0.4, 0.7, 0.6])
-
-    class Scripted(nn.CrossEntropyLoss):
-        def forward(self, outputs, targets):
-            validating = not outputs.requires_grad
-            return torch.tensor(next(losses)) if validating else super().forward(outputs, targets)
-
-    scored([0.5] * 4)
-    _, result = train(tmp_path / "run", loss=Scripted(), recipe={"settled": 1.0})
-    assert result.history["val_loss"].tolist() == pytest.approx([1.0, 0.4, 0.7, 0.6])
-    assert result.history["kept"].tolist() == [1, 1, 0, 0] and result.facts["best_epoch"] == 2
+    scored([0.5] * 8)
+    recipe = {"settled": 1.0, "lr": 0.5}
+    history = train(tmp_path / "run", epochs=8, recipe=recipe)[1].history
+    assert (history["kept"] == (history["val_loss"] == history["val_loss"].cummin())).all()
+    assert 1 < history["kept"].sum() < 8, "the loss goes up, too, else this tells nothing"
 
 
-@pytest.mark.parametrize("epochs, options", [(2, {}), (20, {"max_seconds": 0})])
-def test_something_is_kept_although_every_score_is_negative(tmp_path, scored, epochs, options):
-    """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1.
-
-    Also of a run cut short, where no epoch is settled yet.
-    """
-    scored([-5.0, -5.0])
-    _, result = train(tmp_path / "run", epochs=epochs, **options)
+def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_is_negative(
+    tmp_path, scored, capsys
+):
+    """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1."""
+    scored([-5.0])
+    _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
     assert (tmp_path / "run" / "best.pt").exists() and val_score(result) == -5.0
+    assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
+    assert "time is up" in capsys.readouterr().out
 
 
-def test_validation_clips_choose_the_epoch(tmp_path, monkeypatch):
-    seen = []
-
-    def score(outputs, targets, _):
-        seen.append(targets.tolist())
-        return 0.0
-
-    patch_everywhere(monkeypatch, "validation_score", score)
-    data = toy_data(clips(24), train=list(range(15)), val=[16, 20, 23])
-    _, result = train(tmp_path / "run", epochs=2, data=data)
-    assert seen == [[1, 2, 2]] * 2
-    assert (result.facts["n_train"], result.facts["n_val"]) == (15, 3)
-
-
-def test_best_checkpoint_holds_the_averaged_weights(tmp_path):
-    train(tmp_path / "run", epochs=1, recipe={"batch_size": 2})  # 12 steps
-    best, last = (common.load_torch(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+def test_best_checkpoint_rebuilds_the_model_with_the_averaged_weights(tmp_path):
+    model, _ = train(tmp_path / "run", epochs=1, recipe={"batch_size": 2})  # 12 steps
+    best, last = load_both(tmp_path / "run")
     for key, value in best["state"].items():
         assert torch.equal(value, last["average"][f"module.{key}"]), key
     assert not torch.equal(best["state"]["head.1.weight"], last["model"]["head.1.weight"])
+    again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
+    x, _, lengths = next(iter(DataLoader(clips(), 8)))
+    assert torch.equal(model.eval()(x, lengths), again(x, lengths))
+    assert checkpoint["settings"]["names"] == list("abc")
+    best["spec"]["backbone_args"]["hidden_size"] = 9
+    torch.save(best, tmp_path / "run" / "best.pt")
+    with pytest.raises(InputError, match="best.pt"):
+        common.load_model(tmp_path / "run" / "best.pt")
 
 
-# --- the loop ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("mode", [True, False])
 def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path, mode):
     """Bug 4: train() called once: dropout and batch norm stayed on in validation, or off later.
 
-    In whichever mode the network comes: that of a checkpoint in evaluation mode, a new one in
-    training mode. The averaged copy that is validated carries the hook too.
+    In whichever mode the network comes. The averaged copy that is validated carries the hook too.
     """
-    model, seen = classifier().train(mode == "training"), []
+    model, seen = classifier().train(mode), []
     model.head[0].register_forward_hook(lambda module, *_: seen.append(module.training))
     train(tmp_path / "run", epochs=2, model=model)
     assert seen == ([True] * 3 + [False] * 3) * 2
@@ -189,15 +163,15 @@ class Watched(TensorDataset):
         return super().__getitem__(index)
 
 
-def test_every_clip_is_shown_as_often_as_planned_each_time_in_another_order(tmp_path):
-    watched = Watched(*clips(21).tensors)
-    _, result = train(tmp_path / "run", epochs=2, data=watched, recipe={"crops": 2})
-    assert result.facts["examples_per_epoch"] == 2 * 21
-    per_epoch = 2 * 21 + 21  # two crops of each clip, then the validation part
-    epochs = [watched.shown[start:][: 2 * 21] for start in (0, per_epoch)]
-    assert all(sorted(epoch) == sorted([*range(21)] * 2) for epoch in epochs)
-    assert epochs[0] != epochs[1] and len(watched.shown) == 2 * per_epoch
-    assert watched.shown[2 * 21 : per_epoch] == list(range(21))
+def test_training_clips_are_shown_as_often_as_planned_and_validation_clips_validate(tmp_path):
+    watched, val = Watched(*clips(24).tensors), [16, 20, 23]
+    data = toy_data(watched, train=list(range(15)), val=val)
+    facts = train(tmp_path / "run", epochs=2, data=data, recipe={"crops": 2})[1].facts
+    assert (facts["n_train"], facts["n_val"], facts["examples_per_epoch"]) == (15, 3, 30)
+    epochs = watched.shown[:33], watched.shown[33:]
+    for epoch in epochs:  # two crops of each clip, then the validation part
+        assert sorted(epoch[:30]) == sorted([*range(15)] * 2) and epoch[30:] == val
+    assert epochs[0] != epochs[1]  # each time in another order
 
 
 class MeanOutput(nn.Module):
@@ -208,18 +182,19 @@ class MeanOutput(nn.Module):
         self.scale = scale
 
     def forward(self, outputs, targets):
+        assert outputs.dtype == torch.float32, "sums over a batch of half numbers would be off"
         return self.scale * (outputs if outputs.dim() == 1 else outputs[:, 0]).mean()
 
 
-def test_gradients_of_a_step_are_its_own(tmp_path, monkeypatch):
+def test_gradients_of_a_step_are_its_own_and_the_loss_gets_single_precision(tmp_path):
     """Never set to zero, they would add up from step to step."""
-    patch_everywhere(monkeypatch, "fast_dtype", lambda kind: torch.float32)
     model, seen = classifier(), []
+    model.head.register_forward_hook(lambda module, x, output: output.bfloat16())
     optimizer, bias = torch.optim.AdamW(model.parameters(), lr=0.02), model.head[1].bias
     optimizer.register_step_pre_hook(lambda *_: seen.append(bias.grad[0].item()))
     loss = MeanOutput(1e-3)
     train(tmp_path / "run", epochs=2, model=model, loss=loss, optimizer=optimizer)
-    assert seen == pytest.approx([1e-3] * 6)
+    assert seen == pytest.approx([1e-3] * 6, rel=0.02)
 
 
 class OneWeight(nn.Module):
@@ -235,58 +210,39 @@ class OneWeight(nn.Module):
         return self.weight * x[:, 0, 0]
 
 
-def one_cycle(step, n_steps, highest, warm_up=0.1):
-    """Rate and momentum of Smith's one-cycle schedule, along cosines.
-
-    The rate goes up from 1/25 and down to 1/250,000 of the highest, the momentum against it.
-    """
-    turn = warm_up * n_steps - 1
-
-    def along_cosine(start, top, end):
-        rising = step <= turn
-        first, last = (start, top) if rising else (top, end)
-        share = step / turn if rising else (step - turn) / (n_steps - 1 - turn)
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
-    return along_cosine(highest / 25, highest, highest / 25 / 1e4), along_cosine(0.95, 0.85, 0.95)
-
-
 @pytest.mark.parametrize("steps_per_epoch, decay", [(4, 1 - 10 / 40), (120, 0.99)])
-def test_rate_and_running_average_follow_their_formulas(
+def test_rate_goes_up_and_down_once_and_the_running_average_is_validated(
     tmp_path, monkeypatch, steps_per_epoch, decay
 ):
     """In a short run the average must forget its start too: decay at most 1 - 10 / steps."""
-    n_steps, validated = 10 * steps_per_epoch, []
+    steps, weights, validated = 10 * steps_per_epoch, [], []
     ones = torch.ones(steps_per_epoch)
     data = toy_data(TensorDataset(ones[:, None, None], torch.zeros(steps_per_epoch), ones.long()))
 
-    def score(outputs, targets, settings):
-        validated.append(outputs[0].item())  # the averaged weight is what is validated
+    def score(outputs, *_):
+        validated.append(outputs[0].item())
         return 0.0
+
+    def note(optimizer, *_):
+        group = optimizer.param_groups[0]
+        weights.append((model.weight.item(), group["lr"], group["betas"][0]))
 
     patch_everywhere(monkeypatch, "validation_score", score)
     model, recipe = OneWeight(), {"lr": 0.1, "batch_size": 1, "augment": None}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    folder, loss = tmp_path / "run", MeanOutput()
-    _, result = train(folder, 10, model, data, loss, recipe, optimizer)
-    weight, average, gradient, averages = 0.0, 0.0, 0.0, []
-    for step in range(n_steps):
-        rate, momentum = one_cycle(step, n_steps, 0.1)
-        gradient = momentum * gradient + (1 - momentum)
-        weight -= rate * gradient / (1 - momentum ** (step + 1))
-        average = decay * average + (1 - decay) * weight if step else weight
-        averages.append(average)
-    ends = averages[steps_per_epoch - 1 :: steps_per_epoch]
-    np.testing.assert_allclose(validated, ends, rtol=1e-3)
-    # What is written is the rate that an epoch begins with.
-    rates = [one_cycle(epoch * steps_per_epoch, n_steps, 0.1)[0] for epoch in range(10)]
-    np.testing.assert_allclose(result.history["lr"], rates, rtol=1e-3)
-
-
-def test_a_warm_up_of_exactly_one_step_works(tmp_path):
-    """OneCycleLR would divide by zero."""
-    _, result = train(tmp_path / "run", epochs=5, recipe={"batch_size": 12})  # 10 steps
-    assert len(result.history) == 5
+    optimizer.register_step_post_hook(note)
+    _, result = train(tmp_path / "run", 10, model, data, MeanOutput(), recipe, optimizer)
+    weights, rates, momenta = np.array(weights).T
+    peak = steps // 10 - 1  # after a tenth of the steps
+    places = [0, peak, steps - 1]
+    np.testing.assert_allclose(rates[places], [0.1 / 25, 0.1, 0.1 / 250_000])
+    np.testing.assert_allclose(momenta[places], [0.95, 0.85, 0.95])
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+    np.testing.assert_allclose(result.history["lr"], rates[::steps_per_epoch])  # as it begins
+    average = itertools.accumulate(weights, lambda mean, w: decay * mean + (1 - decay) * w)
+    np.testing.assert_allclose(
+        validated, list(average)[steps_per_epoch - 1 :: steps_per_epoch], rtol=1e-3
+    )
 
 
 def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
@@ -302,42 +258,32 @@ def test_nan_loss_names_epoch_batch_and_rate_and_keeps_the_best(tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
 
 
-def test_time_limit_ends_training_with_a_scored_epoch(tmp_path, capsys):
-    _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
-    assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
-    assert "time is up" in capsys.readouterr().out
-
-
-# --- going on ---------------------------------------------------------------------------
-
-
-def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, monkeypatch):
+def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, scored):
+    scored([1, 2, 3, 4, 5])
     whole, result = train(tmp_path / "whole", epochs=5)
-    calls, score = iter(range(100)), common.validation_score
-
-    def stop_in_third_epoch(*args):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return score(*args)
-
-    with monkeypatch.context() as patch:
-        patch_everywhere(patch, "validation_score", stop_in_third_epoch)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", epochs=5)
+    scored([1, 2, None])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", epochs=5)
+    scored([3, 4, 5])
     resumed, again = train(tmp_path / "parts", epochs=5, resume=True)
-    assert again.history["epoch"].tolist() == [1, 2, 3, 4, 5]
-    for key in ("train_loss", "val_loss", "val_score"):
-        assert again.history[key].tolist() == result.history[key].tolist()
+    columns = ["epoch", "lr", "train_loss", "val_loss", "val_score", "settled", "kept"]
+    assert again.history[columns].equals(result.history[columns])
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    state = (tmp_path / "parts" / "last.pt").read_bytes()  # it is finished, and stays as it is
+    assert train(tmp_path / "parts", epochs=5, resume=True)[1].history.equals(again.history)
+    assert (tmp_path / "parts" / "last.pt").read_bytes() == state
 
 
-def test_resume_keeps_the_best_epoch_of_before(tmp_path, scored):
-    scored([0.5, 0.9, None])
+def test_of_an_interrupted_run_the_best_epoch_is_kept_also_when_resumed(tmp_path, scored):
+    scored([0.5, 0.9, 0.6, None])
+    folder, recipe = tmp_path / "run", {"settled": 1.0}
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", recipe={"settled": 1.0})
-    scored([0.7, 0.6])
-    _, result = train(tmp_path / "run", recipe={"settled": 1.0}, resume=True)
+        train(folder, recipe=recipe)
+    assert common.load_checkpoint(folder / "best.pt")["epoch"] == 2
+    assert len((folder / "history.csv").read_text().splitlines()) == 1 + 3
+    scored([0.7])
+    _, result = train(folder, recipe=recipe, resume=True)
     assert result.history["kept"].tolist() == [1, 1, 0, 0]
     assert result.facts["best_epoch"] == 2 and val_score(result) == 0.9
 
@@ -357,116 +303,42 @@ def test_resume_of_another_run_is_refused(tmp_path):
         train(tmp_path / "run", epochs=2, resume=True)
 
 
-def test_a_finished_run_stays_as_it_was_when_resumed(tmp_path):
-    _, whole = train(tmp_path / "run", epochs=3)
-    state = (tmp_path / "run" / "last.pt").read_bytes()
-    _, again = train(tmp_path / "run", epochs=3, resume=True)
-    assert whole.facts["epochs"] == again.facts["epochs"] == 3
-    assert whole.history.equals(again.history)
-    assert (tmp_path / "run" / "last.pt").read_bytes() == state
-
-
-def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_path):
+def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_path, scored):
     """The old run's checkpoint stays until the new one has one, and is not taken for finished."""
-    train(tmp_path / "run", epochs=2)
-    assert not (tmp_path / "run" / common.UNFINISHED).exists()
-
-    class Stopped(nn.CrossEntropyLoss):
-        def forward(self, outputs, targets):
-            raise KeyboardInterrupt
-
+    folder = tmp_path / "run"
+    train(folder, epochs=2)
+    assert not (folder / common.UNFINISHED).exists()
+    scored([None])
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", epochs=2, loss=Stopped())
-    assert common.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"]
-    assert not (tmp_path / "run" / "last.pt").exists()
-    assert (tmp_path / "run" / common.UNFINISHED).exists()
+        train(folder, epochs=2)
+    assert common.load_checkpoint(folder / "best.pt")["epoch"]
+    assert not (folder / "last.pt").exists() and (folder / common.UNFINISHED).exists()
 
 
-# --- overfit_batch ----------------------------------------------------------------------
-
-
-def overfit(tensors, passes=300):
-    """(model, OverfitCheck) of `train` with overfit_batch, which writes nothing."""
-    return train(None, passes, data=tensors, recipe={"lr": 0.01}, overfit_batch=True)
-
-
-def test_overfit_reaches_zero_loss_with_regularisation_off():
-    model, check = overfit(clips(64))
+def test_overfit_learns_four_batches_of_training_clips_by_heart_without_regularisation():
+    """Bug 9: the check was run on the whole set."""
+    watched, whole, rates = Watched(*clips(80).tensors), [], []
+    model = Classifier(LSTMBackbone(6, hidden_size=8, mask_bands=4), 3)
+    (mask,) = (module for module in model.modules() if isinstance(module, common.StripeMask))
+    mask.register_forward_hook(lambda _, inputs, output: whole.append(output is inputs[0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    _, check = train(None, 300, model, watched, optimizer=optimizer, overfit_batch=True)
+    assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
     assert check.learned and check.facts["loss"] < 0.01 and check.facts["accuracy"] == 1
     assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+    assert mask.training and all(whole)
     assert check.history["loss"].tolist()[-1] == check.facts["loss"]
     assert check.facts["passes"] == len(check.history)
     assert (check.facts["batches"], check.facts["clips"]) == (4, 32)
+    assert rates == [0.01] * 4 * len(check.history)  # a constant rate
 
 
 def test_overfit_fails_where_nothing_can_be_learned():
     """Bug 9: the check stopped at a loss of .3 and passed. Equal inputs, unequal labels: fails."""
     same = TensorDataset(torch.ones(16, 12, 6), torch.arange(16) % 3, torch.full((16,), 12))
-    _, check = overfit(same, passes=15)
+    _, check = train(None, 15, data=same, overfit_batch=True)
     assert not check.learned and check.facts["passes"] == 15 and check.facts["loss"] > 0.3
-
-
-def test_overfit_uses_four_batches_of_the_training_clips_only():
-    """Bug 9: the check was run on the whole set."""
-    watched = Watched(*clips(80).tensors)
-    overfit(watched)
-    assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
-
-
-def test_overfit_blanks_no_stripes():
-    """They are regularisation too; only the LSTM's own module draws them."""
-    model, whole = Classifier(LSTMBackbone(6, hidden_size=8, mask_bands=4), 3), []
-    (mask,) = (module for module in model.modules() if isinstance(module, common.StripeMask))
-    mask.register_forward_hook(lambda _, inputs, output: whole.append(output is inputs[0]))
-    train(None, 2, model, overfit_batch=True)
-    assert mask.training and whole and all(whole)
-
-
-def test_overfit_learns_at_a_constant_rate():
-    model = classifier()
-    optimizer, rates = torch.optim.AdamW(model.parameters(), lr=0.01), []
-    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
-    train(None, 3, model, optimizer=optimizer, overfit_batch=True)
-    assert rates == [0.01] * 3 * 3  # 24 clips are three batches
-
-
-# --- checkpoints ------------------------------------------------------------------------
-
-
-def test_checkpoint_rebuilds_the_model(tmp_path):
-    model, _ = train(tmp_path / "run", epochs=1)
-    again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
-    x, _, lengths = next(iter(DataLoader(clips(), 8)))
-    assert torch.equal(model.eval()(x, lengths), again(x, lengths))
-    assert checkpoint["settings"]["names"] == list("abc")
-
-
-class Evil:
-    """A pickle that would run code when read."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("code in a checkpoint was run",))
-
-
-@pytest.mark.parametrize("fault", ["truncated", "pickle", "empty", "other weights"])
-def test_bad_checkpoint_is_one_clear_error(tmp_path, fault):
-    train(tmp_path / "run", epochs=1)
-    path = tmp_path / "run" / "best.pt"
-    if fault == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif fault == "empty":
-        path.write_bytes(b"")
-    elif fault == "pickle":
-        torch.save({"spec": Evil()}, path)
-    else:
-        content = torch.load(path, weights_only=True)
-        content["spec"]["backbone_args"]["hidden_size"] = 9
-        torch.save(content, path)
-    with pytest.raises(InputError, match="best.pt"):
-        common.load_model(path)
-
-
-# --- half precision, and what a card's memory decides -----------------------------------
 
 
 class Scaler(torch.amp.GradScaler):
@@ -487,13 +359,6 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
 
     And a resumed training goes on with the scale where it was.
     """
-    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    # A processor is slow in float16.
-    patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
-    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float32)
-    model, result = train(tmp_path / "float32")
-    assert not Scaler.made[-1].enabled
-    patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float16)
 
     def note(owner, name):
         function = getattr(owner, name)
@@ -507,59 +372,31 @@ def test_the_loss_is_scaled_for_float16_and_gradients_clipped_after_unscaling(
     order = ["scale", "unscale_", "clip_grad_norm_", "step", "update"]
     for name in order:
         note(nn.utils if name == "clip_grad_norm_" else Scaler, name)
-    scaled, scaled_result = train(tmp_path / "float16")
-    assert Scaler.made[-1].enabled and Scaler.made[-1].events == order * 12
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    # A processor is slow in float16.
+    patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        patch_everywhere(monkeypatch, "fast_dtype", lambda device_type, dtype=dtype: dtype)
+        results.append(train(tmp_path / str(dtype))[1])
+        assert Scaler.made[-1].enabled == (dtype == torch.float16)
+        assert Scaler.made[-1].events == order * 12
     # A factor of 2^10 is taken off again without a trace.
-    assert scaled_result.history["train_loss"].equals(result.history["train_loss"])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, scaled.state_dict()[name]), name
-    state = common.load_torch(tmp_path / "float16" / "last.pt")
+    assert results[0].history["train_loss"].equals(results[1].history["train_loss"])
+    path = tmp_path / "torch.float16" / "last.pt"
+    state = common.load_torch(path)
     state["scaler"]["scale"] = 512.0
-    torch.save(state, tmp_path / "float16" / "last.pt")
-    train(tmp_path / "float16", resume=True)
+    torch.save(state, path)
+    train(path.parent, resume=True)
     assert Scaler.made[-1].get_scale() == 512.0
 
 
-def test_the_loss_gets_single_precision(tmp_path):
-    """Logarithms and sums over a batch of half numbers would be off."""
-    model, seen = classifier(), set()
-    model.head.register_forward_hook(lambda module, x, output: output.bfloat16())
-
-    class Noting(nn.CrossEntropyLoss):
-        def forward(self, outputs, targets):
-            seen.add(outputs.dtype)
-            return super().forward(outputs, targets)
-
-    train(tmp_path / "run", epochs=1, model=model, loss=Noting())
-    assert seen == {torch.float32}
-
-
-def test_random_numbers_of_the_card_go_on_where_they_were(tmp_path, monkeypatch):
-    """The state after an epoch is kept, and set again when going on."""
-    epoch, restored = [0], []
-
-    def state(*_):
-        epoch[0] += 1
-        return torch.full((16,), epoch[0], dtype=torch.uint8)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, *_: restored.append(value))
-    train(tmp_path / "run", epochs=3, max_seconds=0)
-    assert epoch[0] == 1 and not restored
-    train(tmp_path / "run", epochs=3, resume=True)
-    assert len(restored) == 1 and (restored[0] == 1).all() and epoch[0] == 3
-
-
-@pytest.mark.parametrize("passes, kept", [(1, False), (7, True)])  # an epoch: 3, and 3 to validate
-def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(
-    tmp_path, monkeypatch, passes, kept
-):
+def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypatch):
     """Other programs may take the card's memory at any time."""
     usual, calls = Classifier.forward, iter(range(100))
 
     def forward(*args):
-        if next(calls) >= passes:
+        if next(calls) >= 7:  # in the second epoch: one is 3 batches, and 3 to validate
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return usual(*args)
 
@@ -567,10 +404,8 @@ def test_out_of_memory_is_one_line_and_what_was_trained_is_kept(
     for options in ({}, {"overfit_batch": True}):
         with pytest.raises(StepFailed, match="batches of 8 clips; try --batch-size 4"):
             train(tmp_path / "run", **options)
-        assert (tmp_path / "run" / "best.pt").exists() == kept
+        assert (tmp_path / "run" / "best.pt").exists()
 
-
-# --- predict, and what it is judged by --------------------------------------------------
 
 GENRE = {"part": "genre", "names": ["a", "b"], "priors": [0.9, 0.1], "window": None}
 
@@ -598,8 +433,7 @@ def test_each_clip_gets_its_own_adjusted_answer():
     x = torch.stack([-torch.arange(n) / 10, -torch.arange(n).flip(0) / 10], dim=1)[:, None]
     names = [str(1000 - i) for i in range(n)]
     data = TensorDataset(x, torch.zeros(n).long(), torch.ones(n).long())
-    entries = [dataclasses.make_dataclass("Entry", ["clip_id"])(name) for name in names]
-    data.store = dataclasses.make_dataclass("Store", ["entries"])(entries)
+    data.store = SimpleNamespace(entries=[SimpleNamespace(clip_id=name) for name in names])
     answers = common.predict_clips(FirstBands(), data, GENRE)
     assert list(answers.index) == names and list(answers.columns) == ["a", "b"]
     logits = x[:, 0] - 0.5 * torch.tensor([0.9, 0.1]).log()
@@ -614,8 +448,6 @@ def test_logit_adjustment_by_hand():
     by_hand = logits + torch.tensor([-0.5 * math.log(11 / 16), log2, 2 * log2])
     torch.testing.assert_close(adjusted, by_hand)
     assert adjusted.argmax(1).tolist() == [2, 2]  # unadjusted: 0, 0
-    equal = common.adjust_logits(logits, [1 / 3] * 3)
-    torch.testing.assert_close(equal.log_softmax(1), logits.log_softmax(1))
 
 
 def test_the_validation_score_is_macro_f1_of_adjusted_answers():
