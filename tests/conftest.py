@@ -394,6 +394,9 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, *
     if not hasattr(os, "fork"):
         keep = {key: value for key, value in env.items() if value is not None}
         return run_script(script, *args, cwd=cwd, check=check, timeout=timeout, **keep)
+    import common  # noqa: F401, the libraries that are imported here no copy has to import
+
+    torch.optim.AdamW([torch.zeros(1)])  # imports torch's compiler
     script = ROOT / script
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
@@ -477,6 +480,15 @@ def emotion_predictions(folder):
 def submission(folder):
     """submission.csv as a frame of the three emotions, indexed by clip id."""
     return pd.read_csv(Path(folder) / "submission.csv", dtype={0: str}, index_col=0)
+
+
+def training_results(folder):
+    """What equal trainings leave: predictions, and of each run its curve (no times) and weights."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    for path in folder.glob("*/history.csv"):
+        curve = pd.read_csv(path).drop(columns="seconds")
+        found[path.parent.name] = curve.to_csv(), path.with_name("best.pt").read_bytes()
+    return found
 
 
 @pytest.fixture(scope="session")
