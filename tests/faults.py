@@ -58,7 +58,7 @@ TABLE = {  # file: rows of (name, old text, new text, test)
         ("files: written in place",
          '        with open(partial, "wb") as file:\n            write(file)\n            file.flush()\n            os.fsync(file.fileno())\n        os.replace(partial, path)\n',
          '        with open(path, "wb") as file:\n            write(file)\n',
-         "system/test_bad_input.py::test_full_disk"),
+         "unit/test_files.py::test_on_a_full_disk_the_old_file_stays"),
     ],
     "patrec/measures.py": [
         ("mel: power taken for amplitude",
