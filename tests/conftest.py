@@ -383,7 +383,7 @@ def exit_code(stop):
     return stop.code or 0
 
 
-def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=None, **env):
+def run_forked(script, *args, cwd=None, check=True, timeout=600, prepare=None, **env):
     """As `run_script`, in a copy of this process: a process of its own without seconds of imports.
 
     The project's modules are imported anew, from the script's folder.

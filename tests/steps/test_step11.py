@@ -124,7 +124,7 @@ def test_methods_are_judged_by_three_criteria(folder):
     for name, title in TITLES.items():
         clips = latent(folder, name)
         with np.load(folder / f"maps_{name}.npz") as maps:
-            for method in ("PCA", "Isomap", "t-SNE"):
+            for method in ("PCA", "Isomap", "t-SNE", "UMAP"):
                 facts, points = metrics["separation"][name][method], maps[method]
                 assert points.shape == (len(clips["ids"]), 2) and points.std(0).min() > 0
                 assert 0 < facts["trustworthiness"] <= 1
@@ -132,7 +132,7 @@ def test_methods_are_judged_by_three_criteria(folder):
                 assert facts["silhouette"] == pytest.approx(silhouette, abs=1e-4)
                 for key, table in tables.items():
                     values = facts[f"{key} of all seeds"]
-                    assert len(values) == (2 if method == "t-SNE" else 1)
+                    assert len(values) == (2 if method in ("t-SNE", "UMAP") else 1)
                     assert values[0] == facts[key]
                     cell = table.loc[method, title].split(" ")[0]
                     assert float(cell) == pytest.approx(np.mean(values), abs=6e-4)

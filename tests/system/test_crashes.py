@@ -62,7 +62,7 @@ def test_kill_9_at_random_moments(tmp_path, monkeypatch):
     assert run(tmp_path / "whole").returncode == 0
     seconds = time.monotonic() - began
     expected = training_results(tmp_path / "whole" / STEP)
-    moments = [rng.uniform(0.1, 0.9) * seconds for _ in range(8)] + [240]
+    moments = [rng.uniform(0.1, 0.9) * seconds for _ in range(8)] + [600]
     killed, finished, files, resumed = 0, 0, 0, 0
     for moment in moments:
         out = tmp_path / f"run {finished}"
