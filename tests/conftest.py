@@ -295,13 +295,16 @@ def run_inside(script, *args):
     return 0
 
 
-def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=lambda: None, **env):
+def run_forked(script, *args, cwd=None, check=True, timeout=600, prepare=lambda: None, **env):
     """As `run_script`, in a copy of this process: a process of its own without seconds of imports.
 
     The project's modules are imported anew, from the script's folder.
 
     prepare : callable, called in the copy before the script is run
     """
+    import common  # noqa: F401, the libraries that are imported here no copy has to import
+
+    torch.optim.AdamW([torch.zeros(1)])  # imports torch's compiler
     script = ROOT / script
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
@@ -377,6 +380,15 @@ def emotion_predictions(folder):
 def submission(folder):
     """submission.csv as a frame of the three emotions, indexed by clip id."""
     return pd.read_csv(Path(folder) / "submission.csv", dtype={0: str}, index_col=0)
+
+
+def training_results(folder):
+    """What equal trainings leave: predictions, and of each run its curve (no times) and weights."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    for path in folder.glob("*/history.csv"):
+        curve = pd.read_csv(path).drop(columns="seconds")
+        found[path.parent.name] = curve.to_csv(), path.with_name("best.pt").read_bytes()
+    return found
 
 
 @pytest.fixture(scope="session")

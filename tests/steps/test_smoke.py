@@ -40,12 +40,10 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")
 
 
-@pytest.mark.parametrize("draw", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_leaves_its_files(name, draw, data_dir, out, monkeypatch):
-    """Drawing takes half of the time: the quick test writes no pictures into their files."""
-    if not draw:
-        monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"x"))
+def test_a_step_leaves_its_files(name, data_dir, out, monkeypatch):
+    """Pictures, which take half of the time, are drawn in test_notebook."""
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: None)
     own, items, trained, others = STEPS[name]
     flags = FLAGS[:1] if name == "step06_eval" else FLAGS
     assert run_inside(f"{name}.py", *flags, *own, "--data-dir", data_dir, "--out-dir", out) == 0
@@ -53,9 +51,8 @@ def test_a_step_leaves_its_files(name, draw, data_dir, out, monkeypatch):
     args, metrics = json.loads((folder / "args.json").read_text()), read_metrics(folder)
     assert args["smoke"] is True and args["seed"] == 42
     assert metrics["step"] == name and metrics["seconds"] > 0 and metrics["environment"]["torch"]
-    figures = {path.name: path.stat().st_size for path in folder.glob("*.png")}
-    assert set(figures) == set(re.findall(r"\]\(([^)]+\.png)\)", summary)) != set()
-    assert not draw or min(figures.values()) > 5000
+    figures = {path.name for path in folder.glob("*.png")}
+    assert figures == set(re.findall(r"\]\(([^)]+\.png)\)", summary)) != set()
     results = re.sub(r"```python.*?```", "", summary, flags=re.DOTALL)
     assert "nan" not in re.findall(r"\w+", results.lower())
     letters = re.findall(rf"^## {int(name[4:6])}([a-e])", summary, re.MULTILINE)
@@ -71,23 +68,7 @@ def test_a_step_leaves_its_files(name, draw, data_dir, out, monkeypatch):
         assert facts["epochs"] == facts["planned_epochs"] == len(history) == 1
         assert facts["batch_size"] == 8 and facts["train_seconds"] > 0
         share = 0.3 if run == "transfer_energy" else 1  # of the rate
-        assert facts["lr"] == pytest.approx(0.003 * share)
-        for group in ("val", "test"):
-            assert facts[group] and all(np.isfinite(value).all() for key, value in
-                                        facts[group].items() if key != "per_class")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_plain_is_the_textbook_lstm(data_dir, tmp_path):
-    flags = (*FLAGS, "--plain", "--data-dir", data_dir, "--out-dir", tmp_path)
-    assert run_inside("step05_lstm.py", *flags) == 0
-    metrics = read_metrics(tmp_path / "step05_lstm")
-    assert list(metrics["runs"]) == ["plain_mel"]
-    path = tmp_path / "step05_lstm" / "plain_mel" / "best.pt"
-    lstm = common.load_model(path)[0].backbone
-    assert lstm.frames_per_step == 1
-    layers = [module for module in lstm.modules() if hasattr(module, "bidirectional")]
-    assert [layer.bidirectional for layer in layers] == [False, False]
+        assert facts["lr"] == pytest.approx(0.003 * share) and facts["val"] and facts["test"]
 
 
 def leaky_data(root, same_id, **cut):
@@ -108,8 +89,8 @@ def leaky_data(root, same_id, **cut):
     "name, same_id, flags, cut",
     [
         ("step09_transfer", True, (), {}),
-        ("step10_multitask", False, (), {}),  # by content, under another id
-        ("step10_multitask", True, ("--folds", 2), {"fold": 1, "n_folds": 2}),
+        # By content, under another id, and held out in the second fold.
+        ("step10_multitask", False, ("--folds", 2), {"fold": 1, "n_folds": 2}),
     ],
 )
 def test_held_out_clips_in_the_genre_training_split_are_refused(

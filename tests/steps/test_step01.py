@@ -33,22 +33,30 @@ def wav(tmp_path_factory):
 def run(small_data, wav, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     where = ("--data-dir", small_data, "--out-dir", out)
-    run_forked(f"{STEP}.py", "--smoke", *where, "--audio", wav, cwd=out)
+    run_forked(f"{STEP}.py", "--smoke", *where, "--audio", wav)
     return out / STEP, read_metrics(out / STEP)
 
 
-def test_outputs_keep_the_contract(run, small_data):
+def test_the_report_is_whole_and_the_data_folder_is_counted(run, small_data):
     folder, metrics = run
     assert metrics["step"] == STEP and metrics["seconds"] > 0 and metrics["runs"] == {}
     assert metrics["data"]["root"] == str(small_data.resolve()) and not metrics["data"]["demo"]
     assert {"python", "torch", "librosa", "device", "threads"} <= set(metrics["environment"])
-    figures = {"two_clips.png", "genre_spectra.png", "own_audio.png"}
+    shown = {"two_clips.png", "genre_means.png", "genre_spectra.png", "own_audio.png"}
+    shown |= {"clip_1.mp3", "clip_2.mp3"}
     written = {path.name for path in folder.iterdir() if path.name[0] != "."}
-    others = {"args.json", "metrics.json", "summary.md", "clip_1.mp3", "clip_2.mp3"}
-    assert written == figures | others
+    assert written == shown | {"args.json", "metrics.json", "summary.md"}
     summary = (folder / "summary.md").read_text()
-    assert all(f"]({name})" in summary for name in figures | {"clip_1.mp3", "clip_2.mp3"})
+    assert all(f"]({name})" in summary for name in shown)
     assert re.findall(r"^## (0|1[abc])\. ", summary, re.MULTILINE) == ["0", "1a", "1b", "1c", "1c"]
+    parts = metrics["step0"]["parts"]
+    counts = {row["folder"]: (row["arrays"], row["labelled clips"]) for row in parts}
+    for form in ("", "_beat"):
+        assert counts[f"fma_genre_spectrograms{form}/train"] == (30, 30)
+        assert counts[f"fma_genre_spectrograms{form}/test"] == (20, 20)
+        assert counts[f"multitask_dataset{form}/train"] == (8, 8)
+        assert counts[f"multitask_dataset{form}/test"] == (2, "no file")
+    assert metrics["step0"]["matmul_seconds"]["cpu"] > 0
 
 
 def test_two_clips_of_different_classes_are_read_and_measured(run, small_data):
@@ -65,18 +73,6 @@ def test_two_clips_of_different_classes_are_read_and_measured(run, small_data):
         assert float(row["mean (dB)"]) == pytest.approx(array[:128].mean(), abs=0.06)
         assert f"of {clip['genre']} ({clip['id']}) is {clip['centroid_hz']:.0f} Hz" in summary
     assert soundfile.info(folder / "clip_1.mp3").samplerate == 22_050
-
-
-def test_the_data_folder_is_counted(run):
-    _, metrics = run
-    parts = metrics["step0"]["parts"]
-    counts = {row["folder"]: (row["arrays"], row["labelled clips"]) for row in parts}
-    for form in ("", "_beat"):
-        assert counts[f"fma_genre_spectrograms{form}/train"] == (30, 30)
-        assert counts[f"fma_genre_spectrograms{form}/test"] == (20, 20)
-        assert counts[f"multitask_dataset{form}/train"] == (8, 8)
-        assert counts[f"multitask_dataset{form}/test"] == (2, "no file")
-    assert metrics["step0"]["matmul_seconds"]["cpu"] > 0
 
 
 def test_measures_rise_with_the_genres_frequency(run):
@@ -97,17 +93,10 @@ def test_a_file_of_ones_own_is_measured(run):
     assert "my song.wav" in (folder / "summary.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(None, "no such"), ("short", "too short"), ("text", "not readable as")],
-)
-def test_bad_audio_is_one_line_before_any_result_is_written(small_data, tmp_path, content, words):
+def test_bad_audio_is_one_line_before_anything_is_written(small_data, tmp_path):
     path, out = tmp_path / "song.wav", tmp_path / "out"
-    if content == "short":
-        wavfile.write(path, 22_050, np.zeros(3000, np.int16))
-    elif content:
-        path.write_bytes(b"no sound at all")
+    path.write_bytes(b"no sound at all")
     flags = ("--smoke", "--data-dir", small_data, "--out-dir", out, "--audio", path)
     result = run_forked(f"{STEP}.py", *flags, check=False)
-    assert_clean_error(result, "song.wav", words)
-    assert [path.name for path in out.rglob("*") if path.is_file()] in ([], [".lock"])
+    assert_clean_error(result, "song.wav", "not readable as")
+    assert not out.exists()

@@ -13,23 +13,15 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    run_forked(f"{STEP}.py", "--smoke", "--data-dir", small_data, "--out-dir", out, cwd=out)
+    run_forked(f"{STEP}.py", "--smoke", "--data-dir", small_data, "--out-dir", out)
     return out / STEP, read_metrics(out / STEP)
 
 
-def test_every_figure_is_written_and_shown(run):
+def test_the_strongest_note_is_named(run, small_data):
+    """Each genre's clips have one strong note, by where it lies on the axis; all else is at .3."""
     folder, metrics = run
     assert {path.stem for path in folder.glob("*.png")} == {"two_clips", "genre_chroma"}
-    summary = (folder / "summary.md").read_text()
-    assert "](two_clips.png)" in summary and "](genre_chroma.png)" in summary
-    assert " nan" not in summary.lower() and "{" not in summary
     assert set(metrics["genres"]) == set(FEW_GENRES)
-
-
-def test_the_strongest_note_is_named(run, small_data):
-    """Each genre's clips have one strong note, by where the genre lies on the axis; all else is
-    at .3."""
-    _, metrics = run
     pair = [f"{c.genre} ({c.clip_id})" for c in sample_clips(small_data, 2, 42)[:2]]
     assert [row["clip"] for row in metrics["pair"]] == pair
     for row in metrics["pair"]:
@@ -46,17 +38,7 @@ def test_whether_an_lstm_is_efficient_is_answered_with_what_was_measured(run):
     assert set(lstm) == {f"{k}, {f}" for k in ("chroma", "mel") for f in ("full", "beat-synced")}
     full, beat = lstm["chroma, full"], lstm["chroma, beat-synced"]
     assert full["rows"] == 12 and full["steps"] > 10 * beat["steps"]
-    assert (
-        f"not efficient either. They have 12 rows instead of {lstm['mel, full']['rows']}" in summary
-    )
+    assert f"They have 12 rows instead of {lstm['mel, full']['rows']}" in summary
     assert f"a pass takes {full['pass (s)']:.3f} s" in summary
     assert f"above 1% for {full['steps above 1%']} of {full['steps']} steps" in summary
-
-
-@pytest.mark.slow
-def test_the_mel_rows_are_counted_as_in_step_2(run, small_data, tmp_path):
-    flags = ("--smoke", "--data-dir", small_data, "--out-dir", tmp_path)
-    run_forked("step02_beat_sync.py", *flags)
-    reach = read_metrics(tmp_path / "step02_beat_sync")["gradient_reach"]
-    for form in ("full", "beat-synced"):
-        assert run[1]["lstm"][f"mel, {form}"]["steps above 1%"] == reach[form]["steps"]
+    assert " nan" not in summary.lower() and "{" not in summary

@@ -1,103 +1,113 @@
 """Step 5: every answer is the right clip's, every score is true, and nothing leaks."""
 
+import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import genre_predictions, labels_of, read_metrics
+from conftest import (
+    genre_predictions,
+    labels_of,
+    patch_everywhere,
+    read_metrics,
+    run_forked,
+    run_inside,
+)
 from genre_runs import (
     LSTMS,
     GenreRuns,
-    assert_kept_epoch,
+    array_path,
     assert_learned,
     assert_own_predictions,
     assert_predictions,
-    assert_same_training,
     assert_scores,
-    assert_statistics,
-    classes_of,
-    folder_of,
-    log_probabilities,
+    copy_data,
+    is_beat,
+    replace_file,
     set_of,
-    validation_clips,
 )
-from sklearn.metrics import f1_score
 
-from common import load_checkpoint
+import common
+from patrec.clips import read_array
+from patrec.flags import Source
 
 pytestmark = pytest.mark.slow
-BRIEF = ["mel", "beat_fused"]  # the LSTMs of the brief runs: frames cut into windows, whole beats
+STEP = "step05_lstm"
+TWO = ("--features", "mel", "beat_fused", "--epochs", 2)  # frames cut into windows, whole beats
 
 
 @pytest.fixture(scope="module")
-def runs(data_dir, tmp_path_factory):
-    return GenreRuns(data_dir, tmp_path_factory)
+def learned(tmp_path_factory):
+    return GenreRuns(tmp_path_factory).learned
 
 
-def test_every_test_clip_is_predicted_once_by_each_lstm_on_its_own_kind_of_clips(runs):
+def test_every_test_clip_is_predicted_once_by_each_lstm_on_its_own_kind_of_clips(learned):
     """Half of a test clip on frames is an intro of a window or more: it takes all windows."""
-    table = genre_predictions(runs.learned.out / "step05_lstm")
-    assert_predictions(table, labels_of(runs.learned.data, split="test"))
-    assert set(table["model"]) == set(LSTMS)
+    table, metrics = genre_predictions(learned.out / STEP), read_metrics(learned.out / STEP)
+    assert_predictions(table, labels_of(learned.data, split="test"))
+    assert set(table["model"]) == set(LSTMS) == set(metrics["runs"])
     for name, rows in table.groupby("model"):
         assert set(rows["test_set"]) == {set_of(name)}
         assert_learned(rows, name)
+        assert_scores(metrics["runs"][name]["test"], rows)
 
 
 @pytest.mark.parametrize("name", LSTMS)
-def test_a_prediction_is_the_networks_own_to_that_array(runs, name):
-    assert_own_predictions(runs.learned, name)
+def test_a_prediction_is_the_networks_own_to_that_array(learned, name):
+    assert_own_predictions(learned, name)
 
 
-@pytest.mark.parametrize("which, names", [("learned", LSTMS), ("lots", BRIEF)])
-def test_scores_are_those_of_the_predictions(runs, which, names):
-    """Where most is wrong a transposed table or a swapped precision and recall shows."""
-    run = getattr(runs, which)
-    metrics = read_metrics(run.out / "step05_lstm")
-    assert set(metrics["runs"]) == set(names)
-    for name in names:
-        scores = metrics["runs"][name]["test"]
-        assert_scores(scores, run.predictions(name))
-        transposed = list(map(list, zip(*scores["confusion"], strict=True)))
-        assert which == "learned" or scores["confusion"] != transposed, "the test cannot tell"
+def test_training_does_not_change_with_validation_and_test_clips(small_data, tmp_path):
+    """Their mel bands are moved; the validation loss alone follows."""
+    data, out = copy_data(small_data, tmp_path / "data"), {}
+    for name in ("mel", "beat_fused"):
+        parts = {"test": labels_of(data, split="test")}
+        parts["train"] = common.clip_ids(common.load_data(Source(data), beat=is_beat(name)).val)
+        for split, clips in parts.items():
+            for clip in clips:
+                path = array_path(data, clip, split, is_beat(name))
+                array = np.load(path)
+                replace_file(path, np.vstack([np.roll(array[:128], 60, 0), array[128:]]))
+    for key, root in (("before", small_data), ("after", data)):
+        out[key] = tmp_path / key / STEP
+        run_forked(f"{STEP}.py", *TWO, "--data-dir", root, "--out-dir", out[key].parent)
+    for name in ("mel", "beat_fused"):
+        folders = [folder / name for folder in out.values()]
+        first, second = (
+            common.load_checkpoint(folder / "best.pt")["settings"] for folder in folders
+        )
+        assert all(map(np.array_equal, first["stats"], second["stats"]))
+        assert first["priors"] == second["priors"]
+        first, second = (pd.read_csv(folder / "history.csv") for folder in folders)
+        assert first["train_loss"].tolist() == second["train_loss"].tolist()
+        assert (first["val_loss"] != second["val_loss"]).all()
 
 
-@pytest.mark.parametrize("name", BRIEF)
-def test_nothing_trained_or_chosen_changes_with_the_test_clips(runs, name):
-    assert_same_training(runs, name)
+def test_the_test_split_is_read_only_after_training(small_data, tmp_path, monkeypatch):
+    """Bug 3: test clips in training, or validation scores shown as test scores."""
+    order, train = [], common.train
+
+    def read(path, *more):
+        order.append(path.parent.name)
+        return read_array(path, *more)
+
+    def train_noted(*args, **options):
+        result = train(*args, **options)
+        order.append("checked" if options.get("overfit_batch") else "trained")
+        return result
+
+    patch_everywhere(monkeypatch, "read_array", read)
+    patch_everywhere(monkeypatch, "train", train_noted)
+    monkeypatch.setenv("PATREC_CACHE", str(tmp_path / "cache"))
+    where = ("--data-dir", small_data, "--out-dir", tmp_path)
+    assert run_inside(f"{STEP}.py", "--smoke", *TWO, *where) == 0
+    assert "test" in order and order.count("trained") == 2
+    assert "test" not in order[: len(order) - 1 - order[::-1].index("trained")]
 
 
-@pytest.mark.parametrize("name", BRIEF)
-def test_statistics_and_class_shares_are_of_the_training_part_alone(runs, name):
-    assert_statistics(runs.lots, name)
-
-
-@pytest.mark.parametrize("name", BRIEF)
-def test_training_does_not_change_with_the_validation_clips(runs, name):
-    folders = [folder_of(run.out, name) for run in (runs.lots, runs.lots_val)]
-    first, second = (load_checkpoint(folder / "best.pt")["settings"] for folder in folders)
-    assert all(map(torch.equal, first["stats"], second["stats"]))
-    assert first["priors"] == second["priors"]
-    first, second = (pd.read_csv(folder / "history.csv") for folder in folders)
-    assert first["train_loss"].tolist() == second["train_loss"].tolist()
-    # What was spoiled are the clips that validate.
-    assert (first["val_loss"] != second["val_loss"]).all()
-
-
-def test_the_validation_score_is_that_of_the_kept_weights_on_the_validation_clips(runs):
-    run, name = runs.lots, "beat_fused"
-    clips, labels = sorted(validation_clips(run, name)), labels_of(run.data, beat=True)
-    predictions = classes_of(log_probabilities(run, name, clips, "train"))
-    options = {"labels": sorted(set(labels.values())), "average": "macro", "zero_division": 0}
-    score = f1_score([labels[clip] for clip in clips], predictions, **options)
-    assert load_checkpoint(folder_of(run.out, name) / "best.pt")["val_score"] == pytest.approx(
-        score
-    )
-    facts = read_metrics(run.out / "step05_lstm")["runs"][name]
-    assert facts["val"]["macro_f1"] == pytest.approx(score)
-
-
-def test_the_epoch_kept_is_the_best_by_validation_of_the_last_fifth(runs):
-    pairs = [(runs.learned, name) for name in LSTMS] + [(runs.lots, name) for name in BRIEF]
-    early, last = zip(*(assert_kept_epoch(run, name) for run, name in pairs), strict=True)
-    assert any(early), "nowhere was an earlier epoch better by luck: the test cannot tell"
-    assert not all(last), "everywhere the last epoch was the best: the test cannot tell"
+def test_plain_is_the_textbook_lstm(tiny_data, tmp_path):
+    flags = ("--smoke", "--plain", "--epochs", 1, "--data-dir", tiny_data, "--out-dir", tmp_path)
+    assert run_inside(f"{STEP}.py", *flags) == 0
+    assert list(read_metrics(tmp_path / STEP)["runs"]) == ["plain_mel"]
+    lstm = common.load_model(tmp_path / STEP / "plain_mel" / "best.pt")[0].backbone
+    assert lstm.frames_per_step == 1
+    layers = [module for module in lstm.modules() if hasattr(module, "bidirectional")]
+    assert [layer.bidirectional for layer in layers] == [False, False]

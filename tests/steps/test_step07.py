@@ -1,61 +1,46 @@
-"""Step 7: the CNN, the digits, its test scores and its comparison with the LSTM."""
+"""Step 7: the CNNs' predictions, what they are compared and averaged with, and the digits."""
 
 import itertools
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    COUNTS,
-    MERGED,
-    functions_of,
-    genre_predictions,
-    read_metrics,
-    run_forked,
-    write_data_set,
+from conftest import functions_of, genre_predictions, labels_of, read_metrics, run_forked
+from genre_runs import (
+    CNNS,
+    FULL,
+    LSTMS,
+    RIVAL,
+    VAL_SCORES,
+    GenreRuns,
+    assert_average,
+    assert_learned,
+    assert_own_predictions,
+    assert_predictions,
+    assert_scores,
 )
 from torch import nn
 
 from common import CNNBackbone, load_checkpoint
 
 STEP = "step07_cnn"
-N_TEST = sum(COUNTS[genre][1] for genre in MERGED)
-CNNS = ["cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44"]
+AVERAGES = {"cnn_ensemble": CNNS, "cnn_lstm_ensemble": [*CNNS, RIVAL]}
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """Classes as unequal as in the shared set; clips of little more than one window, as two
-    epochs are to be quick."""
-    root = tmp_path_factory.mktemp("data")
-    options = {"n_emotion": (2, 1), "n_frames": (270, 320), "n_beats": (14, 40)}
-    return write_data_set(root, per_class=COUNTS, dtype=np.float32, **options)
-
-
-@pytest.fixture(scope="module")
-def outputs(data_dir, tmp_path_factory):
-    """The step after a step 5 that has left a good LSTM on chroma, as --smoke trains it."""
-    out = tmp_path_factory.mktemp("out")
-    where = ("--smoke", "--data-dir", data_dir, "--out-dir", out)
-    run_forked("step05_lstm.py", *where)
-    path = out / "step05_lstm" / "chroma" / "best.pt"
-    torch.save(load_checkpoint(path) | {"val_score": 0.99}, path)
-    shutil.rmtree(out / "step05_lstm" / "mel")  # is trained here
-    run_forked(f"{STEP}.py", "--ensemble", *where)
-    return out
+def learned(tmp_path_factory):
+    return GenreRuns(tmp_path_factory).learned
 
 
 @pytest.mark.slow
-def test_report_is_whole_and_in_the_labs_order(outputs):
-    summary = (outputs / STEP / "summary.md").read_text()
+def test_report_is_whole_and_in_the_labs_order(learned):
+    folder = learned.out / STEP
+    summary = (folder / "summary.md").read_text()
     figures = {"digit_activations", "block_operations", "learning_curve", "overfit"}
     figures |= {"per_class", "confusion"}
-    assert {path.stem for path in (outputs / STEP).glob("*.png")} == figures
-    for name in figures:
-        assert (outputs / STEP / f"{name}.png").stat().st_size > 5000
-        assert f"]({name}.png)" in summary
+    assert {path.stem for path in folder.glob("*.png")} == figures
+    assert all(f"]({name}.png)" in summary for name in figures)
     items = re.findall(r"^## (\d+[a-e])\.", summary, flags=re.MULTILINE)
     assert items == ["7a", "7b", "7c", "7d", "7e"]
     words = re.sub(r"```.*?```", "", summary, flags=re.DOTALL)  # source code may hold a brace
@@ -66,47 +51,70 @@ def test_report_is_whole_and_in_the_labs_order(outputs):
 
 
 @pytest.mark.slow
-def test_what_later_steps_read(outputs):
-    """Scores and differences are recomputed from predictions.csv in test_answers_genre."""
-    metrics = read_metrics(outputs / STEP)
-    assert set(metrics["runs"]) == {*CNNS, "cnn_ensemble", "cnn_lstm_ensemble"}
-    assert metrics["runs"]["cnn_ensemble"]["members"] == CNNS
-    assert {"epochs", "train_seconds", "val", "test", "weights"} <= set(metrics["runs"]["cnn_mel"])
-    # Clips that one model alone has right account for the whole difference.
-    difference = metrics["paired_difference"]["mel"]
-    only = difference["only_first"] - difference["only_second"]
-    assert only == round(N_TEST * difference["accuracy"])
+def test_every_test_clip_is_predicted_once_and_scores_are_those_of_the_predictions(learned):
+    metrics, table = (read(learned.out / STEP) for read in (read_metrics, genre_predictions))
+    assert_predictions(table, labels_of(learned.data, split="test"))
+    assert set(metrics["runs"]) == {*CNNS, *AVERAGES}
+    assert set(table["model"]) == {*CNNS, *AVERAGES, "mel", RIVAL}
+    for name, rows in table.groupby("model"):
+        assert name == RIVAL or set(rows["test_set"]) == {FULL}
+        assert_learned(rows, name)
+        assert_scores((metrics["runs"] | metrics["compared_with"])[name]["test"], rows)
+    assert_own_predictions(learned, "cnn_mel")
     assert metrics["digits"]["accuracy"][-1] > 0.5 > metrics["digits"]["accuracy"][0]
     assert metrics["overfit"]["cnn_mel"]["accuracy"] == 1
+
+
+@pytest.mark.slow
+def test_ensemble_is_of_different_networks(learned):
+    paths = [learned.out / STEP / name / "best.pt" for name in CNNS]
+    first = [load_checkpoint(path)["state"]["backbone.blocks.0.0.weight"] for path in paths]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+    metrics, table = (read(learned.out / STEP) for read in (read_metrics, genre_predictions))
+    seeds = table.groupby("model")["seed"].unique().map(list)
+    assert [seeds[name] for name in CNNS] == [["42"], ["43"], ["44"]]
     accuracies = [metrics["runs"][name]["test"]["accuracy"] for name in CNNS]
     spread = metrics["seed_spread"]["accuracy"]
     expected = (np.mean(accuracies), np.std(accuracies, ddof=1))
     assert (spread["mean"], spread["sd"]) == pytest.approx(expected)
-    seeds = genre_predictions(outputs / STEP).groupby("model")["seed"].unique().map(list)
-    assert [seeds[name] for name in CNNS] == [["42"], ["43"], ["44"]]
 
 
 @pytest.mark.slow
-def test_ensemble_is_of_different_networks(outputs):
-    paths = [outputs / STEP / name / "best.pt" for name in CNNS]
-    first = [load_checkpoint(path)["state"]["backbone.blocks.0.0.weight"] for path in paths]
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+def test_the_average_takes_in_the_lstm_that_validated_best(learned):
+    metrics = read_metrics(learned.out / STEP)
+    for average, members in AVERAGES.items():
+        assert metrics["runs"][average]["members"] == members
+        assert_average(learned, STEP, average, members)
+    val = {name: run["val"]["macro_f1"] for name, run in metrics["compared_with"].items()}
+    assert val == {"mel": VAL_SCORES["mel"], RIVAL: 0.95}
+    step5 = read_metrics(learned.out / "step05_lstm")["runs"]
+    test = {name: step5[name]["test"]["macro_f1"] for name in LSTMS}
+    assert test[RIVAL] < max(test.values()), "the test score would choose the same"
 
 
 @pytest.mark.slow
-def test_rivals_are_the_lstm_on_mel_and_the_best_by_validation(outputs):
-    """A checkpoint of step 5 with a better validation score must come into the comparison."""
-    metrics = read_metrics(outputs / STEP)
-    assert set(metrics["compared_with"]) == set(metrics["paired_difference"]) == {"mel", "chroma"}
-    assert metrics["runs"]["cnn_lstm_ensemble"]["members"][-1] == "chroma"
+def test_the_difference_of_cnn_and_lstm_is_that_of_their_predictions(learned):
+    folder = learned.out / STEP
+    metrics, table = read_metrics(folder), genre_predictions(folder)
+    right = (table["truth"] == table["prediction"]).groupby([table["model"], table["clip"]])
+    right = right.first().unstack("model").astype(bool)
+    assert set(metrics["paired_difference"]) == {"mel", RIVAL}
+    for name, found in metrics["paired_difference"].items():
+        cnn, lstm = right["cnn_mel"], right[name]
+        assert found["accuracy"] == pytest.approx(cnn.mean() - lstm.mean())
+        only = (found["only_first"], found["only_second"])
+        assert only == ((cnn & ~lstm).sum(), (lstm & ~cnn).sum())
+        line = rf"`cnn_mel` minus `{name}`: accuracy ([-+.\d]+) \["
+        (written,) = re.findall(line, (folder / "summary.md").read_text())
+        assert float(written) == pytest.approx(found["accuracy"], abs=6e-4)
 
 
 @pytest.mark.slow
-def test_overfit_batch_alone_leaves_the_full_run_as_it_is(data_dir, outputs):
+def test_overfit_batch_alone_leaves_the_full_run_as_it_is(learned):
     """The check, and nothing but the check, in a folder of its own."""
-    folder = outputs / STEP
+    folder = learned.out / STEP
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    flags = ("--overfit-batch", "--smoke", "--data-dir", data_dir, "--out-dir", outputs)
+    flags = ("--overfit-batch", "--smoke", "--data-dir", learned.data, "--out-dir", learned.out)
     result = run_forked(f"{STEP}.py", *flags)
     check = read_metrics(folder / "overfit_batch")["overfit"]["cnn_mel"]
     assert check["loss"] < 0.01 and check["accuracy"] == 1

@@ -1,4 +1,4 @@
-"""Step 11: the latent vectors, how far their classes are apart, and the maps."""
+"""Step 11: the latent vectors, whose they are, how far their classes are apart, and the maps."""
 
 import re
 import shutil
@@ -6,52 +6,57 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_clean_error, functions_of, read_metrics, read_table, run_forked
+from conftest import (
+    CLASSES,
+    assert_clean_error,
+    functions_of,
+    labels_of,
+    read_metrics,
+    read_table,
+    run_forked,
+)
+from genre_runs import GenreRuns, copy_data, folder_of, set_of
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
-from common import clip_ids, load_checkpoint, load_model, load_test
-from patrec.flags import Source
-from patrec.plots import run_title
-from patrec.recipes import LSTM_NAMES
+from common import load_model
 from patrec.tables import with_interval
 
 STEP = "step11_latent"
-CAPTIONS = {"trustworthiness": "Trustworthiness", "silhouette": "Silhouette of"}
-CAPTIONS["knn_accuracy"] = "5-NN accuracy of"  # of the tables of the three criteria
+# Best and worst LSTM by VAL_SCORES, and the CNN: {run: how tables name it}.
+TITLES = {
+    "fused": "best LSTM, mel and chroma",
+    "beat_chroma": "worst LSTM, chroma, beats",
+    "cnn_mel": "CNN, mel",
+}
+CRITERIA = {
+    "trustworthiness": "Trustworthiness",
+    "silhouette": "Silhouette of",
+    "knn_accuracy": "5-NN accuracy of",
+}
 
 
 @pytest.fixture(scope="module")
-def outputs(small_data, tmp_path_factory):
-    """The step after a step 5 whose LSTM on beat chroma is the worst of all."""
-    out = tmp_path_factory.mktemp("out")
-    where = ("--smoke", "--data-dir", small_data, "--out-dir", out)
-    run_forked("step05_lstm.py", *where)
-    path = out / "step05_lstm" / "beat_chroma" / "best.pt"
-    torch.save(load_checkpoint(path) | {"val_score": -0.5}, path)
-    run_forked(f"{STEP}.py", *where)
-    return out
+def runs(tmp_path_factory):
+    return GenreRuns(tmp_path_factory)
 
 
-def roles_of(outputs):
-    """{role: run}"""
-    return {role: name for name, role in read_metrics(outputs / STEP)["roles"].items()}
+@pytest.fixture(scope="module")
+def folder(runs):
+    return runs.spoiled.out / STEP
 
 
-def titles_of(outputs):
-    """{role: how tables and figures name the model}"""
-    roles = roles_of(outputs)
-    titles = {f"{k} LSTM": f"{k} {run_title(roles[f'{k} LSTM'])}" for k in ("best", "worst")}
-    return titles | {"CNN": "CNN, mel"}
+def latent(folder, name):
+    with np.load(folder / f"latent_{name}.npz", allow_pickle=False) as file:
+        return dict(file)
 
 
 @pytest.mark.slow
-def test_report_is_whole_and_in_the_labs_order(outputs):
-    summary = (outputs / STEP / "summary.md").read_text()
-    maps = {f"maps_{name}" for name in roles_of(outputs).values()}  # all methods, per model
-    figures = maps | {"pca", "pca_worst"}
-    assert {path.stem for path in (outputs / STEP).glob("*.png")} == figures
+def test_report_is_whole_and_in_the_labs_order(folder):
+    summary = (folder / "summary.md").read_text()
+    figures = {"pca", "pca_worst", "knn_accuracy"} | {f"maps_{name}" for name in TITLES}
+    assert {path.stem for path in folder.glob("*.png")} == figures
     assert all(f"]({name}.png)" in summary for name in figures)
     items = re.findall(r"^## (\d+[a-e])\.", summary, flags=re.MULTILINE)
     assert items == ["11a", "11b", "11c", "11d"]
@@ -60,122 +65,128 @@ def test_report_is_whole_and_in_the_labs_order(outputs):
 
 
 @pytest.mark.slow
-def test_best_lstm_is_of_full_clips_and_worst_is_of_all(outputs, small_data):
+def test_best_lstm_is_of_full_clips_and_worst_is_of_all(folder):
     """The worst is shown on the test set of its own kind of input, and the page says so."""
-    folders = [outputs / "step05_lstm" / name for name in LSTM_NAMES]
-    val = {folder.name: load_checkpoint(folder / "best.pt")["val_score"] for folder in folders}
-    roles, titles = roles_of(outputs), titles_of(outputs)
-    of_full = {name: score for name, score in val.items() if not name.startswith("beat")}
-    assert val[roles["best LSTM"]] == max(of_full.values())
-    assert roles["worst LSTM"] == min(val, key=val.get) == "beat_chroma"
-    table = read_table(outputs / STEP, "One vector per clip")
-    for role, ending in (("best LSTM", ""), ("CNN", ""), ("worst LSTM", "_beat")):
-        assert table.loc[titles[role], "test set"] == f"fma_genre_spectrograms{ending}"
-    summary = (outputs / STEP / "summary.md").read_text()
+    roles = {"fused": "best LSTM", "cnn_mel": "CNN", "beat_chroma": "worst LSTM"}
+    assert read_metrics(folder)["roles"] == roles
+    table = read_table(folder, "One vector per clip")
+    for name, title in TITLES.items():
+        assert table.loc[title, "test set"] == set_of(name)
+    summary = (folder / "summary.md").read_text()
     assert "the worst of all on its test set (fma_genre_spectrograms_beat)" in summary
-    beats = load_test(Source(small_data), load_checkpoint(folders[3] / "best.pt")["settings"])
-    vectors = np.load(outputs / STEP / "latent_beat_chroma.npz")
-    assert vectors["ids"].tolist() == clip_ids(beats)
 
 
 @pytest.mark.slow
-def test_predicted_classes_and_probabilities_are_the_output_layers(outputs):
-    for name in roles_of(outputs).values():
-        owner = STEP if name == "cnn_mel" else "step05_lstm"
-        model, checkpoint = load_model(outputs / owner / name / "best.pt")
-        clips = np.load(outputs / STEP / f"latent_{name}.npz", allow_pickle=False)
+@pytest.mark.parametrize("name", TITLES)
+def test_latent_vectors_belong_to_their_ids(name, runs, folder):
+    """Labels are the label file's; the vectors are their arrays', whatever the labels say."""
+    clips, truth = latent(folder, name), labels_of(runs.spoiled.data, split="test")
+    assert sorted(clips["ids"]) == sorted(truth)
+    assert clips["classes"].tolist() == CLASSES
+    assert [CLASSES[label] for label in clips["labels"]] == [truth[clip] for clip in clips["ids"]]
+
+    heard = [runs.spoiled.donors[set_of(name)][clip] for clip in clips["ids"]]
+    vectors = clips["vectors"] - clips["vectors"].mean(0)
+    distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    same = np.equal.outer(heard, heard)
+    assert distance[same].max() < 0.02 * distance.mean(), "one array, one vector"
+    content = labels_of(runs.learned.data, split="test")
+    classes = [content[donor] for donor in heard]
+    # Without the clip itself and those with the very same array, the next vector is one of the
+    # same music.
+    nearest = np.where(same, np.inf, distance).argmin(1)
+    fair = [sum(content[donor] == content[other] for other in set(heard)) > 1 for donor in heard]
+    hits = [classes[i] == classes[j] for i, j in enumerate(nearest) if fair[i]]
+    assert np.mean(hits) > 0.7
+
+
+@pytest.mark.slow
+def test_predicted_classes_and_probabilities_are_the_output_layers(runs, folder):
+    for name in TITLES:
+        model, checkpoint = load_model(folder_of(runs.spoiled.out, name) / "best.pt")
+        clips = latent(folder, name)
         with torch.no_grad():
             logits = model.head(torch.from_numpy(clips["vectors"]))
         logits -= 0.5 * torch.tensor(checkpoint["settings"]["priors"]).log()
         probability, predicted = logits.softmax(1).max(1)
         assert clips["predicted"].tolist() == predicted.tolist()
         np.testing.assert_allclose(clips["probability"], probability, atol=1e-3)
-        accuracy = read_metrics(outputs / STEP)["runs"][name]["test"]["accuracy"]
+        accuracy = read_metrics(folder)["runs"][name]["test"]["accuracy"]
         assert np.mean(clips["predicted"] == clips["labels"]) == pytest.approx(accuracy)
 
 
 @pytest.mark.slow
-def test_methods_are_judged_by_three_criteria(outputs):
-    metrics = read_metrics(outputs / STEP)
-    titles, roles = titles_of(outputs), roles_of(outputs)
-    assert metrics["criteria"] == list(CAPTIONS)
-    for role, name in roles.items():
-        measures = metrics["separation"][name]
-        # Random weights: a network with the trained ones would measure the very same.
-        full, untrained = measures["full space"], measures["full space, untrained"]
-        assert full["silhouette"] != untrained["silhouette"]
-        maps = np.load(outputs / STEP / f"maps_{name}.npz")
-        clips = np.load(outputs / STEP / f"latent_{name}.npz")
-        for method in ("PCA", "Isomap", "t-SNE"):
-            facts = measures[method]
-            assert maps[method].shape == (len(clips["ids"]), 2) and maps[method].std(0).min() > 0
-            assert 0 < facts["trustworthiness"] <= 1
-            assert facts["silhouette"] == pytest.approx(
-                silhouette_score(maps[method], clips["labels"]), abs=1e-4
-            )
-            # Two starts with --smoke; PCA and Isomap know no chance.
-            n_starts = 2 if method == "t-SNE" else 1
-            for key, caption in (
-                ("trustworthiness", "Trustworthiness"),
-                ("silhouette", "Silhouette of"),
-                ("knn_accuracy", "5-NN accuracy of"),
-            ):
-                values = facts[f"{key} of all seeds"]
-                assert len(values) == n_starts and values[0] == facts[key]
-                cell = read_table(outputs / STEP, caption).loc[method, titles[role]]
-                assert float(cell.split(" ")[0]) == pytest.approx(np.mean(values), abs=6e-4)
+def test_methods_are_judged_by_three_criteria(folder):
+    """In the tables too, with the mean over two starts of what draws random numbers."""
+    metrics = read_metrics(folder)
+    assert metrics["criteria"] == list(CRITERIA)
+    tables = {key: read_table(folder, caption) for key, caption in CRITERIA.items()}
+    for name, title in TITLES.items():
+        clips = latent(folder, name)
+        with np.load(folder / f"maps_{name}.npz") as maps:
+            for method in ("PCA", "Isomap", "t-SNE", "UMAP"):
+                facts, points = metrics["separation"][name][method], maps[method]
+                assert points.shape == (len(clips["ids"]), 2) and points.std(0).min() > 0
+                assert 0 < facts["trustworthiness"] <= 1
+                silhouette = silhouette_score(points, clips["labels"])
+                assert facts["silhouette"] == pytest.approx(silhouette, abs=1e-4)
+                for key, table in tables.items():
+                    values = facts[f"{key} of all seeds"]
+                    assert len(values) == (2 if method in ("t-SNE", "UMAP") else 1)
+                    assert values[0] == facts[key]
+                    cell = table.loc[method, title].split(" ")[0]
+                    assert float(cell) == pytest.approx(np.mean(values), abs=6e-4)
 
 
 @pytest.mark.slow
-def test_the_tables_of_step_11_say_what_metrics_json_says(outputs):
+def test_the_tables_of_step_11_say_what_metrics_json_says(folder):
     """Measured in the full space, in that of the untrained twin, in the plane: each by its name."""
-    folder = outputs / STEP
-    metrics = read_metrics(folder)
-    roles, titles = roles_of(outputs), titles_of(outputs)
+    kept = read_metrics(folder)["separation"]
     for caption, shown in (
-        ("Separation of the genres, and", ("best LSTM", "CNN")),
-        ("Separation of the genres, best", ("best LSTM", "worst LSTM")),
+        ("Separation of the genres, and", ("fused", "cnn_mel")),
+        ("Separation of the genres, best", ("fused", "beat_chroma")),
     ):
         table = read_table(folder, caption)
-        assert list(table) == [titles[role] for role in shown]
-        for role in shown:
-            column, facts = table[titles[role]], metrics["separation"][roles[role]]
+        assert list(table) == [TITLES[name] for name in shown]
+        for name in shown:
+            column, facts = table[TITLES[name]], kept[name]
+            # Random weights: a network with the trained ones would measure the very same.
+            full, untrained = facts["full space"], facts["full space, untrained"]
+            assert full["silhouette"] != untrained["silhouette"]
             for space in ("full space", "full space, untrained", "PCA"):
                 written = column[f"5-NN accuracy, {space}"]
                 assert written == with_interval(facts[space], "knn_accuracy")
                 written = float(column[f"silhouette, {space}"])
                 assert written == pytest.approx(facts[space]["silhouette"], abs=6e-4)
-    kept = metrics["separation"]
-    lines = re.findall(r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \[",
-                       (folder / "summary.md").read_text())  # fmt: skip
-    pairs = [("CNN", "best LSTM"), ("best LSTM", "worst LSTM")]
-    assert [pair[:2] for pair in lines] == [tuple(roles[role] for role in pair) for pair in pairs]
+    summary = (folder / "summary.md").read_text()
+    lines = re.findall(r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \[", summary)
+    assert [pair[:2] for pair in lines] == [("cnn_mel", "fused"), ("fused", "beat_chroma")]
     for *names, gain in lines:
         one, other = (kept[name]["full space"]["knn_accuracy"] for name in names)
         assert float(gain) == pytest.approx(one - other, abs=6e-4)
 
 
 @pytest.mark.slow
-def test_the_planes_share_of_the_variance_is_numpys(outputs):
-    metrics = read_metrics(outputs / STEP)
-    for name in metrics["roles"]:
-        vectors = np.load(outputs / STEP / f"latent_{name}.npz")["vectors"]
-        spread = vectors.std(0)
-        scaled = (vectors - vectors.mean(0)) / np.where(spread > 1e-6, spread, 1)
+def test_the_planes_share_and_the_neighbours_are_those_of_standardised_vectors(folder):
+    metrics, separation = read_metrics(folder), functions_of(f"{STEP}.py")["separation"]
+    for name in TITLES:
+        clips = latent(folder, name)
+        spread = clips["vectors"].std(0)
+        scaled = (clips["vectors"] - clips["vectors"].mean(0)) / np.where(spread > 1e-6, spread, 1)
         shares = np.linalg.svd(scaled, compute_uv=False) ** 2
         shares = np.cumsum(shares / shares.sum())
         found = metrics["separation"][name]
         assert found["pca_variance_2d"] == pytest.approx(shares[1], abs=2e-3)
         n_axes = found["pca_axes_for_90"]
         assert shares[n_axes - 1] > 0.9 - 1e-3 and shares[n_axes - 2] < 0.9 + 1e-3
+        # Equal distances may be ordered otherwise.
+        accuracy = separation(scaled, clips["labels"])[1]["knn_accuracy"]
+        few = 2.5 / len(scaled)
+        assert found["full space"]["knn_accuracy"] == pytest.approx(accuracy, abs=few)
 
 
-@pytest.fixture(scope="module")
-def separation():
-    return functions_of(f"{STEP}.py")["separation"]
-
-
-def test_separation_is_leave_one_out(separation):
+def test_separation_is_leave_one_out():
+    separation = functions_of(f"{STEP}.py")["separation"]
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 4, 60)
     points = rng.standard_normal((60, 6)) + 0.8 * labels[:, None]
@@ -193,22 +204,24 @@ def test_separation_is_leave_one_out(separation):
 
 
 @pytest.mark.slow
-def test_the_page_is_made_of_what_is_saved(outputs, small_data):
-    where = ("--smoke", "--data-dir", small_data, "--out-dir", outputs)
-    run_forked("tools/maps.py", *where)
-    assert read_metrics(outputs / "maps")["clips"] == 20
+def test_the_page_is_made_of_what_is_saved(runs):
+    where = ("--data-dir", runs.spoiled.data, "--out-dir", runs.spoiled.out)
+    run_forked("tools/maps.py", "--smoke", *where)
+    n_clips = len(labels_of(runs.spoiled.data, split="test"))
+    assert read_metrics(runs.spoiled.out / "maps")["clips"] == n_clips
 
 
 @pytest.mark.slow
-def test_too_few_test_clips_are_named(small_data, tmp_path, outputs):
-    data, out = tmp_path / "data", tmp_path / "out"
-    shutil.copytree(small_data, data)
+def test_too_few_test_clips_are_named(runs, tmp_path):
+    data, out = copy_data(runs.learned.data, tmp_path / "data"), tmp_path / "out"
     for beat in ("", "_beat"):
         labels = data / f"fma_genre_spectrograms{beat}" / "test_labels.txt"
         header, *lines = labels.read_text().splitlines()
         few = [line for line in lines if "Blues" in line or "Metal" in line]
+        labels.unlink()  # a hard link, see copy_data
         labels.write_text("\n".join([header, *few]) + "\n")
-    shutil.copytree(outputs / "step05_lstm", out / "step05_lstm")
+    for step in ("step05_lstm", "step07_cnn"):
+        shutil.copytree(runs.learned.out / step, out / step)
     flags = ("--smoke", "--data-dir", data, "--out-dir", out)
     result = run_forked(f"{STEP}.py", *flags, check=False)
-    assert_clean_error(result, "8 genre test clips of 2 classes", "too few")
+    assert_clean_error(result, "4 genre test clips of 2 classes", "too few")

@@ -4,11 +4,7 @@ What each fault is called is told by the tests of the modules; here it ends a wh
 cases run the step in this process, as `python step...py` does but without its seconds of imports.
 """
 
-import errno
-import io
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +19,7 @@ from conftest import (
 )
 
 import common
-import patrec.files
 from patrec.flags import Source, TrainingOptions
-from patrec.recipes import GENRE_NETWORKS
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +44,10 @@ def data(sound_data, tmp_path):
 def refused(tmp_path, capsys):
     """Run what must be refused: exit code 2, one line with all `words`, nothing half-written."""
 
-    def call(step, *flags, words, out=tmp_path / "out"):
+    def call(step, *flags, words):
         capsys.readouterr()
-        code = run_inside(f"{step}.py", *flags, "--device", "cpu", "--out-dir", out)
+        where = ("--device", "cpu", "--out-dir", tmp_path / "out")
+        code = run_inside(f"{step}.py", *flags, *where)
         error = capsys.readouterr().err
         assert code == 2, error
         assert len(error.splitlines()) == 1 and "Traceback" not in error, error
@@ -73,28 +68,17 @@ def append(path, row):
     path.write_text(path.read_text() + row + "\n")
 
 
-def rename_class(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
-
-
 # --- data -------------------------------------------------------------------------------
 
 FAULTS = {
     "genre labels": (TINY, lambda d: append(d / BEAT / "train_labels.txt", "1\tRock\tPop"),
                      [f"{BEAT}/train_labels.txt", "line 62, saw 3", "mend"]),
-    "a class of the test split alone": (
-        (*TINY, "--no-merge"),
-        lambda d: rename_class(d / BEAT / "test_labels.txt", "Jazz", "Polka"),
-        [f"{BEAT}/test_labels.txt", "'Polka' does not occur", "remove"]),
     "emotion labels": (("step08_regression", *FEW),
                        lambda d: append(d / EMOTION / "train_labels.txt", "7,0.1,55,0.3"),
                        [f"{EMOTION}/train_labels.txt, line 26", "no number in [0, 1]"]),
     "one form missing": (TINY, lambda d: shutil.rmtree(d / BEAT), [BEAT, "no such", "--data-dir"]),
-    "no data": (TINY, lambda d: shutil.rmtree(d), ["data", "no fma_genre", "--data-dir"]),
     "a very long id": (TINY, lambda d: append(d / BEAT / "train_labels.txt", "9" * 5000 + "\tRock"),
                        [f"{BEAT}/train", "not a readable", "--skip-bad"]),
-    "a training clip": (TINY, lambda d: clip_file(d, "train").write_bytes(b""),
-                        [f"{BEAT}/train", "not a readable", "--skip-bad"]),
     "a test clip": (TINY, lambda d: np.save(clip_file(d, "test"), np.full((140, 9), np.nan)),
                     [f"{BEAT}/test", "NaN", "--skip-bad"]),  # found after training
     "a leak": (TINY, lambda d: shutil.copy(clip_file(d, "train"), clip_file(d, "test")),
@@ -141,18 +125,8 @@ def test_flags_let_through_what_they_name(data, tmp_path, capsys):
 # --- batches ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def options(sound_data, tmp_path):
-    def make(batch_size, subset):
-        source = Source(sound_data, subset=subset)
-        out = tmp_path / f"out{batch_size}"
-        return TrainingOptions(source, out, out / "made", epochs=1, batch_size=batch_size)
-
-    return make
-
-
 @pytest.mark.parametrize("name", ["beat_mel", "mel", "cnn_mel"])
-def test_batches_of_every_size_are_trained_on(options, monkeypatch, name):
+def test_batches_of_every_size_are_trained_on(sound_data, tmp_path, monkeypatch, name):
     """A last batch of one clip, and fewer clips than a batch."""
     sizes, fetch = [], common.SpectrogramDataset.__getitems__
 
@@ -163,66 +137,13 @@ def test_batches_of_every_size_are_trained_on(options, monkeypatch, name):
     monkeypatch.setattr(common.SpectrogramDataset, "__getitems__", count)
     for batch_size, expected in ((10, [10, 1]), (1000, [11])):
         sizes.clear()
-        runs = common.train_all(options(batch_size, 11), [common.genre_experiment(name)])
+        out = tmp_path / f"out{batch_size}"
+        options = TrainingOptions(
+            Source(sound_data, subset=11), out, out / "made", epochs=1, batch_size=batch_size
+        )
+        runs = common.train_all(options, [common.genre_experiment(name)])
         assert sizes[: len(expected)] == expected
         assert np.isfinite(runs[name].history["train_loss"][0])
-
-
-@pytest.mark.parametrize("target", ["emotion", "energy"])
-def test_emotion_batch_of_one(options, target):
-    run = common.Experiment(
-        "cnn",
-        GENRE_NETWORKS["cnn_mel"],
-        lambda _, data: common.Regressor(common.CNNBackbone(), data.names, data.mean, data.std),
-        lambda data: common.RegressionLoss(data.std),
-        torch.optim.AdamW,
-        target=target,
-    )
-    run = common.train_all(options(8, 9), [run])["cnn"]
-    assert run.facts["n_train"] == 9 and np.isfinite(run.history["train_loss"][0])
-
-
-# --- output folder ----------------------------------------------------------------------
-
-
-def test_output_folder_that_cannot_be_made(refused, sound_data, tmp_path):
-    (tmp_path / "out" / "step05_lstm").mkdir(parents=True)
-    runs = tmp_path / "out" / "step05_lstm" / "beat_mel"
-    runs.write_text("a file where the run's folder goes")
-    refused(*TINY, "--data-dir", sound_data, words=[runs, "--out-dir"])
-    if Path("/proc/self").is_dir():  # where nobody can make a folder
-        words = ["/proc/outputs", "--out-dir"]
-        refused(*TINY, "--data-dir", sound_data, out="/proc/outputs", words=words)
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
-)
-def test_output_folder_without_permission(refused, sound_data, tmp_path):
-    (tmp_path / "out" / "step05_lstm").mkdir(parents=True)
-    (tmp_path / "out" / "step05_lstm").chmod(0o500)
-    words = ["step05_lstm", "Permission denied", "--out-dir"]
-    refused(*TINY, "--data-dir", sound_data, words=words)
-
-
-@pytest.mark.parametrize("name", ["best.pt", "last.pt", "history.csv", "summary.md"])
-def test_full_disk(refused, sound_data, monkeypatch, tmp_path, name):
-    """The disk is full when this file is half written; what was written before it is whole."""
-
-    class Full(io.FileIO):
-        def write(self, content):
-            super().write(bytes(content)[: len(content) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def open_on_full_disk(path, mode="r", **options):
-        return Full(path, "w") if f".{name}." in str(path) else open(path, mode, **options)
-
-    monkeypatch.setattr(patrec.files, "open", open_on_full_disk, raising=False)
-    words = [name, "No space left on device", "--out-dir"]
-    refused(*TINY, "--data-dir", sound_data, words=words)
-    for path in (tmp_path / "out").rglob("*.pt"):
-        torch.load(path, weights_only=True)
-    assert not list((tmp_path / "out").rglob(name))
 
 
 # --- checkpoints ------------------------------------------------------------------------
@@ -237,37 +158,23 @@ def trained(sound_data, tmp_path_factory):
     return out
 
 
-def other_number_of_classes(path):
+def test_checkpoint_with_another_number_of_classes(refused, trained, sound_data, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "out") / "step05_lstm" / "beat_mel" / "best.pt"
     content = torch.load(path, weights_only=True)
     content["spec"]["head_args"]["n_classes"] = 4
     torch.save(content, path)
+    words = [path, "do not fit", "train again"]
+    refused("step06_eval", "--smoke", "--data-dir", sound_data, words=words)
 
 
-CHECKPOINT_FAULTS = {
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no readable checkpoint"),
-    "other number of classes": (other_number_of_classes, "do not fit"),
-    "a list": (lambda path: torch.save([1, 2], path), "no checkpoint of this project"),
-}
-
-
-@pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
-def test_checkpoint(refused, trained, sound_data, tmp_path, fault):
-    path = shutil.copytree(trained, tmp_path / "out") / "step05_lstm" / "beat_mel" / "best.pt"
-    spoil, words = CHECKPOINT_FAULTS[fault]
-    spoil(path)
-    refused("step06_eval", "--smoke", "--data-dir", sound_data, words=[path, words, "train again"])
-
-
-@pytest.mark.parametrize("other", ["seed", "clips", "state"])
+@pytest.mark.parametrize("other", ["seed", "clips"])
 def test_resume_of_another_run(refused, trained, data, tmp_path, other):
     """With another seed or other clips, what was trained on would now validate: a leak."""
     path = shutil.copytree(trained, tmp_path / "out") / "step05_lstm" / "beat_mel" / "last.pt"
-    words = {"seed": "--seed", "clips": "other clips", "state": "not the state"}[other]
+    words = {"seed": "--seed", "clips": "other clips"}[other]
     if other == "clips":
         for file in (data / BEAT / "train").glob("*.npy"):
             np.save(file, np.load(file) * 0.99)
-    elif other == "state":
-        shutil.copy(path.with_name("best.pt"), path)
     flags = ["--resume", "--data-dir", data, "--seed", 43 if other == "seed" else 42]
     refused(*TINY, *flags, words=[path, words, "leave out --resume"])
 
@@ -277,9 +184,8 @@ def test_resume_of_another_run(refused, trained, data, tmp_path, other):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--epochs", 0), ("--epochs", "many"), ("--epochs", 1.5), ("--subset", 1), ("--lr", -1),
-     ("--lr", "nan"), ("--lr", 100), ("--batch-size", 1), ("--seed", -1), ("--max-minutes", 0),
-     ("--device", "tpu"), ("--features", "smell"), ("--epoch", 3), ("--smoke=1",)],
+    [("--epochs", "many"), ("--lr", "nan"), ("--batch-size", 1), ("--seed", -1),
+     ("--max-minutes", 0), ("--device", "tpu"), ("--features", "smell"), ("--smoke=1",)],
 )  # fmt: skip
 def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
     words = ["error:", flags[0].split("=")[0], *flags[1:], "--help"]
@@ -287,14 +193,7 @@ def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("tool", "flags"),
-    [
-        ("make_dataset", ["--adio-dir", "x", "--audio-dir", "x", "--out", "y"]),
-        ("kaggle", ["--stp", "5"]),
-    ],
-)
-def test_mistyped_flags_of_tools(capsys, tool, flags):
-    assert run_inside(f"tools/{tool}.py", *flags) == 2
+def test_mistyped_flags_of_tools(capsys):
+    assert run_inside("tools/kaggle.py", "--stp", "5") == 2
     error = capsys.readouterr().err
-    assert flags[0] in error and "--help" in error and len(error.splitlines()) == 1
+    assert "--stp" in error and "--help" in error and len(error.splitlines()) == 1

@@ -5,7 +5,6 @@ runs them all, one after the other, as a user's session does. And the notebook t
 `tools.kaggle --notebook` makes, in an empty folder.
 """
 
-import contextlib
 import re
 
 import nbformat
@@ -18,10 +17,6 @@ from tools import kaggle
 from tools.steps import STEPS
 
 pytestmark = pytest.mark.slow
-
-
-def open_client(notebook, folder):
-    return NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
 
 
 class Session:
@@ -49,18 +44,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebook")
 
 
-@contextlib.contextmanager
-def open_session(folder, data):
-    """A new kernel that works in a folder, and knows where the data are."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PYTHONPATH", "PATREC_KAGGLE_ROOT"):
-            patch.delenv(name, raising=False)
-        patch.setenv("PATREC_DATA", str(data))
-        client = open_client(nbformat.v4.new_notebook(), folder)
-        with client.setup_kernel():
-            yield Session(client)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Small: the steps only have to run."""
@@ -69,12 +52,20 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def session(folder, data):
-    with open_session(folder, data) as session:
-        # UMAP compiles for half a minute. Steps must do without both.
-        session.run("import sys\nsys.modules['umap'] = sys.modules['plotly'] = None")
-        session.run(kaggle.setup_cell())
-        assert (folder / "common.py").read_text() == (ROOT / "common.py").read_text()
-        yield session
+    """A kernel that works in a folder, knows where the data are, and has run the setup cell."""
+    where = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300, resources=where)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PYTHONPATH", "PATREC_KAGGLE_ROOT"):
+            patch.delenv(name, raising=False)
+        patch.setenv("PATREC_DATA", str(data))
+        with client.setup_kernel():
+            session = Session(client)
+            # UMAP compiles for half a minute. Steps must do without both.
+            session.run("import sys\nsys.modules['umap'] = sys.modules['plotly'] = None")
+            session.run(kaggle.setup_cell())
+            assert (folder / "common.py").read_text() == (ROOT / "common.py").read_text()
+            yield session
 
 
 def step_text(number):
@@ -103,8 +94,9 @@ def test_step_in_a_cell(session, folder, number):
         _, pictures = session.run(with_flags(step_text(number)))
         metrics = results(folder, number)
         assert metrics["step"] == script and metrics["smoke"]
-        figures = (folder / "outputs" / script / "summary.md").read_text().count("![")
-        assert pictures == figures > 0  # each figure inline, once
+        drawn = [path.stat().st_size for path in (folder / "outputs" / script).glob("*.png")]
+        assert pictures == len(drawn) > 0  # each figure inline, once
+        assert min(drawn) > 5000
         left_open = "__import__('matplotlib.pyplot').pyplot.get_fignums()"
         assert session.value(left_open) == "[]"
 
@@ -116,29 +108,13 @@ def test_two_workers_from_a_cell(session, folder):
     assert set(results(folder, 5)["runs"]) >= {"beat_mel", "beat_chroma"}
 
 
-def test_the_one_file_in_a_cell_twice(tmp_path, data):
-    """Pasted instead of the setup cell and the step; run again at once."""
-    text = with_flags(kaggle.one_file(STEPS[4].script, step_text(4)))
-    with open_session(tmp_path, data) as session:
-        for _ in range(2):
-            session.run(text)
-            assert results(tmp_path, 4)["step"] == STEPS[4].script
-    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-
-
 def test_pasted_as_it_is_with_the_kernels_own_arguments(session, folder):
     """No argument, nothing replaced. sys.argv holds the kernel's connection file."""
     assert session.value("any('json' in word for word in __import__('sys').argv)") == "True"
     session.run(step_text(4))
-    metrics = results(folder, 4)
-    assert metrics["step"] == STEPS[4].script and not metrics["smoke"]
-
-
-def test_foreign_arguments_are_ignored_only_in_a_notebook(session):
+    assert not results(folder, 4)["smoke"]
     session.run("from patrec.flags import make_parser\nfrom patrec.step import Step")
-    assert session.value("Step('made', 'x').args.seed").endswith("42")
     assert session.value("Step('made', 'x', flags='--seed 7').args.seed").endswith("7")
-    assert session.value("make_parser('x').parse_args(['--seed', '7']).seed") == "7"
 
 
 def test_mistake_in_a_cell_is_one_line_without_traceback(session):
@@ -173,12 +149,8 @@ def test_the_modules_may_lie_in_an_attached_folder(session, folder):
     assert str(attached) in session.value("sys.modules['common'].__file__")
 
 
-def test_the_notebook_kernel_runs_alone_and_shows_what_it_finds(
-    tmp_path, tmp_path_factory, monkeypatch
-):
+def test_the_notebook_kernel_runs_alone_and_shows_what_it_finds(tmp_path, data, monkeypatch):
     """What --notebook writes, in an empty folder: headings, tables and figures appear inline."""
-    root = tmp_path_factory.mktemp("data")
-    data = write_data_set(root, per_class=(3, 1), n_emotion=(24, 2), n_frames=40)
     monkeypatch.setenv("PATREC_DATA", str(data))
     monkeypatch.delenv("PATREC_KAGGLE_ROOT", raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -187,28 +159,17 @@ def test_the_notebook_kernel_runs_alone_and_shows_what_it_finds(
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     (setup,) = [cell for cell in code if 'Step("step05' in cell.source]
     setup.source = with_flags(setup.source, "--smoke --features beat_mel")
-    client = open_client(nb, tmp_path)
-    with client.setup_kernel():
-        for index, cell in enumerate(nb.cells):
-            client.execute_cell(cell, index)
-        outputs = [output for cell in code for output in cell.outputs]
-        assert not [output for output in outputs if output.output_type == "error"]
-        shown = [output.data for output in outputs if "data" in output]
-        summary = (tmp_path / "outputs" / "step05_lstm" / "summary.md").read_text()
-        markdown = [data["text/markdown"] for data in shown if "text/markdown" in data]
-        for line in summary.splitlines():
-            if line.startswith("## ") or line.startswith("| "):
-                assert any(line in text for text in markdown), line
-        assert any(text.startswith("## 5b.") for text in markdown), "a heading"
-        assert any("def forward" in text for text in markdown), "source"
-        figures = re.findall(r"^!\[(.*)\]\(\w+\.png\)$", summary, re.MULTILINE)
-        places = [place for place, data in enumerate(shown) if "image/png" in data]
-        assert len(places) == len(figures) > 0
-        captions = [shown[place + 1]["text/markdown"] for place in places]  # each under its figure
-        assert captions == [f"*{caption}*" for caption in figures]
-
-        setup.source = setup.source.replace("--smoke", "--smoke --data-dir nowhere")
-        with pytest.raises(CellExecutionError):
-            client.execute_cell(setup, nb.cells.index(setup))
-        (line,) = one_error(setup)
-        assert line.startswith("error: ") and "nowhere" in line and "--data-dir" in line
+    NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output.data for cell in code for output in cell.outputs if "data" in output]
+    summary = (tmp_path / "outputs" / "step05_lstm" / "summary.md").read_text()
+    markdown = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    for line in summary.splitlines():
+        if line.startswith("## ") or line.startswith("| "):
+            assert any(line in text for text in markdown), line
+    assert any(text.startswith("## 5b.") for text in markdown), "a heading"
+    assert any("def forward" in text for text in markdown), "source"
+    figures = re.findall(r"^!\[(.*)\]\(\w+\.png\)$", summary, re.MULTILINE)
+    places = [place for place, data in enumerate(shown) if "image/png" in data]
+    assert len(places) == len(figures) > 0
+    captions = [shown[place + 1]["text/markdown"] for place in places]  # each under its figure
+    assert captions == [f"*{caption}*" for caption in figures]

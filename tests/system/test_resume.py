@@ -7,7 +7,6 @@ exact number of epochs.
 
 import json
 import os
-import shutil
 import time
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from conftest import read_metrics, run_forked, write_data_set
+from conftest import read_metrics, run_forked, training_results, write_data_set
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
@@ -25,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork processes"),
 ]
 EPOCHS, BATCHES = 10, 2  # passes over 16 clips in batches of 8: an epoch takes 2 s
-TINY = ("--smoke", "--subset", 16, "--batch-size", 8, "--device", "cpu")
+TINY = ("--smoke", "--subset", 16, "--batch-size", 8, "--device", "cpu", "--epochs", EPOCHS)
 TWO_LSTMS = ("--features", "beat_mel", "mel", "--lr", 0.02)
 
 
@@ -62,12 +61,12 @@ def run(tmp_path_factory):
         n_frames=(660, 700), n_beats=(14, 40), test_frames=(300, 330), dtype="float32",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "steps.json"
-    torch.optim.AdamW([torch.zeros(1)])  # loads torch's compiler, here and not in every process
 
     def run(script, out, *args, stop=None, code=0):
         folder = out / script
         stop = stop and (folder / stop[0] / "history.csv", *stop[1:])
         where = ("--data-dir", data, "--out-dir", out)
+        # Of --epochs given twice the last one counts.
         result = run_forked(
             f"{script}.py", *where, *TINY, *args, check=False, prepare=lambda: count_time(log, stop)
         )
@@ -82,118 +81,73 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """Function: the uninterrupted run of a step, made once.
-
-    whole.start : function: a new output folder, with the genre model that a step would train first
-    """
-    made = {}
-
-    def start(script):
-        out = tmp_path_factory.mktemp("out")
-        if script in ("step09_transfer", "step10_multitask"):
-            shutil.copytree(whole("step07_cnn").folder, out / "step07_cnn")
-        return out
-
-    def whole(script, *args):
-        if (script, args) not in made:
-            made[script, args] = run(script, start(script), "--epochs", EPOCHS, *args)
-        return made[script, args]
-
-    whole.start = start
-    return whole
-
-
-# --- interrupted and resumed equals uninterrupted ---------------------------------------
-
-
-def histories(folder):
-    """{run: its history.csv without the times}."""
-    return {
-        path.parent.name: pd.read_csv(path).drop(columns="seconds")
-        for path in sorted(folder.glob("*/history.csv"))
-    }
+    """An uninterrupted run of two LSTMs."""
+    return run("step05_lstm", tmp_path_factory.mktemp("whole"), *TWO_LSTMS)
 
 
 def n_epochs(folder):
     """{run: epochs trained}; every run has a checkpoint that loads and holds one of its epochs."""
-    epochs = {name: len(curve) for name, curve in histories(folder).items()}
+    epochs = {path.parent.name: len(pd.read_csv(path)) for path in folder.glob("*/history.csv")}
     for name, n in epochs.items():
         assert 1 <= common.load_model(folder / name / "best.pt")[1]["epoch"] <= n
     return epochs
 
 
 def assert_same_results(folder, other):
-    """Same curves, same kept weights, same predictions, same scores, same time spent."""
-    curves, other_curves = histories(folder), histories(other)
-    assert curves.keys() == other_curves.keys()
-    for name in curves:
-        pd.testing.assert_frame_equal(curves[name], other_curves[name], check_exact=True, obj=name)
-        first, second = ((place / name / "best.pt").read_bytes() for place in (folder, other))
-        assert first == second, name
-    for name in ("predictions.csv", "submission.csv"):
-        assert (folder / name).exists() == (other / name).exists()
-        if (folder / name).exists():
-            assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert training_results(folder) == training_results(other)
     # train_seconds too: those before count.
     assert read_metrics(folder)["runs"] == read_metrics(other)["runs"]
 
 
-# Each is stopped in the middle of an epoch, most of a later network than the first: script, flags,
-# the run that is stopped, its finished epochs, those of the networks before it, which are not
-# trained again. A fine-tuning of step 9 goes on from a head that is finished.
-STOPS = [
-    ("step05_lstm", TWO_LSTMS, "mel", 5, EPOCHS),
-    ("step07_cnn", (), "cnn_mel", 5, 0),
-    ("step08_regression", (), "cnn_energy", 4, 3 * EPOCHS),
-    ("step09_transfer", (), "transfer_valence", 1, 1 + round(0.3 * EPOCHS) + EPOCHS),
-    ("step10_multitask", (), "multitask_lstm", 4, 2 * EPOCHS),
-]
+def assert_stopped(result, name, epochs):
+    """One line on stderr, no results yet, all finished epochs there to be used."""
+    assert len(result.stderr.splitlines()) == 1 and "--resume" in result.stderr, result.stderr
+    assert n_epochs(result.folder)[name] == epochs
+    assert not list(result.folder.glob("metrics.json"))
+    assert not list(result.folder.glob("predictions.csv"))
 
 
-@pytest.mark.parametrize("script, flags, name, epochs, earlier", STOPS)
-def test_interrupted_and_resumed_is_uninterrupted(run, whole, script, flags, name, epochs, earlier):
-    expected, out = whole(script, *flags), whole.start(script)
-    arguments = (script, out, "--epochs", EPOCHS, *flags, "--resume")
-    stopped = run(*arguments, stop=(name, epochs, 1), code=130)
-    # One line on stderr, no results yet, all finished epochs there to be used.
-    assert len(stopped.stderr.splitlines()) == 1 and "--resume" in stopped.stderr, stopped.stderr
-    assert n_epochs(stopped.folder)[name] == epochs
-    assert not list(stopped.folder.glob("metrics.json"))
-    assert not list(stopped.folder.glob("predictions.csv"))
+# --- interrupted and resumed equals uninterrupted ---------------------------------------
+
+
+def test_interrupted_and_resumed_is_uninterrupted(run, whole, tmp_path):
+    """In the middle of an epoch of the second network; nothing finished is trained again."""
+    arguments = ("step05_lstm", tmp_path, *TWO_LSTMS, "--resume")
+    assert_stopped(run(*arguments, stop=("mel", 5, 1), code=130), "mel", 5)
+    resumed = run(*arguments)
+    assert_same_results(resumed.folder, whole.folder)
+    assert whole.steps - resumed.steps == BATCHES * (EPOCHS + 5)
+    # Learning four batches by heart is part of the step, and costs little.
+    assert 0 < whole.check <= 120
+
+
+def test_every_training_of_a_step_is_resumed(run, tmp_path):
+    """The genre model trained on the way, not to be taken for finished; then a fine-tuning.
+
+    It goes on from a head that is finished. And a network of three emotions, with step 9's model.
+    """
+    expected = run("step09_transfer", tmp_path / "whole")
+    arguments = ("step09_transfer", tmp_path / "parts", "--resume")
+    assert_stopped(run(*arguments, stop=("cnn_mel", 1, 1), code=130), "cnn_mel", 1)
+    assert_stopped(run(*arguments, stop=("transfer_valence", 1, 1), code=130), "cnn_mel", EPOCHS)
     resumed = run(*arguments)
     assert_same_results(resumed.folder, expected.folder)
-    trained_again = "finished epochs were trained again, or others left out"
-    assert expected.steps - resumed.steps == BATCHES * (earlier + epochs), trained_again
-    # Learning four batches by heart is part of steps 5 and 7, and costs little.
-    checked = script in ("step05_lstm", "step07_cnn")
-    assert 0 < expected.check <= 120 if checked else expected.check == 0
+    tuning = round(0.25 * EPOCHS)
+    assert resumed.steps == BATCHES * (tuning - 1), "finished epochs were trained again"
 
-
-@pytest.mark.parametrize("script, name", [("step07_cnn", "mel"), ("step09_transfer", "cnn_mel")])
-def test_a_genre_model_trained_on_the_way_and_interrupted_is_not_taken_for_finished(
-    run, whole, tmp_path, script, name
-):
-    """A step trains the genre model that it does not find; stopped in there, it goes on there."""
-    arguments = (script, tmp_path / "parts", "--epochs", EPOCHS, "--resume")
-    if script == "step07_cnn":
-        expected = whole(script).folder
-        # The CNN is done, the LSTM to compare with is not.
-        shutil.copytree(expected, tmp_path / "parts" / script)
-        shutil.rmtree(tmp_path / "parts" / script / name)
-    else:
-        expected = run(script, tmp_path / "whole", "--epochs", EPOCHS).folder
-    stopped = run(*arguments, stop=(name, 1, 1), code=130)
-    assert len(histories(stopped.folder)[name]) == 1
-    assert_same_results(run(*arguments).folder, expected)
+    expected = run("step10_multitask", tmp_path / "whole")
+    arguments = ("step10_multitask", tmp_path / "parts", "--resume")
+    stopped = run(*arguments, stop=("multitask_lstm", 4, 1), code=130)
+    assert_stopped(stopped, "multitask_lstm", 4)
+    assert_same_results(run(*arguments).folder, expected.folder)
 
 
 def test_without_resume_a_run_begins_anew(run, whole, tmp_path):
-    expected = whole("step05_lstm", *TWO_LSTMS)
-    arguments = ("step05_lstm", tmp_path, "--epochs", EPOCHS, *TWO_LSTMS)
+    arguments = ("step05_lstm", tmp_path, *TWO_LSTMS)
     run(*arguments, stop=("beat_mel", 3, 0), code=130)
     again = run(*arguments)
-    assert again.steps == expected.steps
-    assert_same_results(again.folder, expected.folder)
+    assert again.steps == whole.steps
+    assert_same_results(again.folder, whole.folder)
 
 
 # --- --max-minutes ----------------------------------------------------------------------
@@ -211,45 +165,28 @@ def test_six_lstms_share_the_time_evenly(run, tmp_path):
 
 
 def test_a_run_cut_short_goes_on_later_and_others_get_what_it_leaves(run, whole, tmp_path):
-    arguments = ("step05_lstm", tmp_path, "--epochs", EPOCHS)
+    arguments = ("step05_lstm", tmp_path)
     short = run(*arguments, *TWO_LSTMS, "--max-minutes", 0.2)
     assert n_epochs(short.folder) == {"beat_mel": 3, "mel": 3}
     # One is finished alone; then the other one has the whole time, not half of it.
     run(*arguments, "--features", "beat_mel", *TWO_LSTMS[3:], "--resume")
     rest = run(*arguments, *TWO_LSTMS, "--resume", "--max-minutes", 0.25)
     assert rest.steps == 7 * BATCHES
-    assert_same_results(rest.folder, whole("step05_lstm", *TWO_LSTMS).folder)
+    assert_same_results(rest.folder, whole.folder)
 
 
-@pytest.mark.parametrize("flags, names", [
-    (("--max-minutes", 0.5), ("cnn_mel",)),  # 15 epochs of 2 s
-    (("--ensemble", "--max-minutes", 1), ("cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44")),
-])  # fmt: skip
-def test_the_cnns_get_the_time_and_an_lstm_that_is_missing_one_epoch(run, tmp_path, flags, names):
-    result = run("step07_cnn", tmp_path, "--epochs", 40, *flags)
-    each = 30 * flags[-1] // len(names)
-    assert n_epochs(result.folder) == dict.fromkeys(names, each) | {"mel": 1}
-    assert read_metrics(result.folder)["runs"]["cnn_mel"]["epochs"] == each
+def test_the_cnns_get_the_time_and_an_lstm_that_is_missing_one_epoch(run, tmp_path):
+    flags = ("--epochs", 40, "--ensemble", "--max-minutes", 1)  # 30 epochs of 2 s
+    result = run("step07_cnn", tmp_path, *flags)
+    cnns = ("cnn_mel", "cnn_mel_seed43", "cnn_mel_seed44")
+    assert n_epochs(result.folder) == dict.fromkeys(cnns, 10) | {"mel": 1}
 
 
-@pytest.mark.parametrize(
-    "script, flags, n_runs, least",
-    [("step08_regression", ("--folds", 2, "--max-minutes", 1), 12, 2),
-     ("step09_transfer", ("--max-minutes", 0.5), 4, 3),
-     ("step10_multitask", ("--folds", 2, "--max-minutes", 0.5), 6, 2)],
-)  # fmt: skip
-def test_emotion_runs_and_folds_share_the_time_evenly(run, whole, script, flags, n_runs, least):
-    """Planned are 80 epochs, of which step 9's shortest training gets 4."""
-    result = run(script, whole.start(script), "--epochs", 80, *flags)
+def test_emotions_and_folds_share_the_time_and_each_gets_an_epoch(run, tmp_path):
+    """Of 30 s the twelve trainings get one epoch each, and three of them another."""
+    flags = ("--epochs", 80, "--folds", 2, "--max-minutes", 0.5)
+    result = run("step08_regression", tmp_path, *flags)
     epochs = n_epochs(result.folder)
-    assert len(epochs) == n_runs, epochs
-    assert least <= min(epochs.values()) and max(epochs.values()) <= least + 1, epochs
-    limit_s = 60 * flags[-1]
-    left_or_twice = "time was left over, or used twice"
-    assert limit_s - 2 * BATCHES < result.steps <= limit_s + BATCHES, left_or_twice
+    assert len(epochs) == 12 and set(epochs.values()) == {1, 2}, epochs
+    assert 30 - 2 * BATCHES < result.steps <= 30 + BATCHES
     assert (result.folder / "predictions.csv").exists()
-
-
-def test_every_run_gets_one_epoch_however_short_the_time(run, tmp_path):
-    result = run("step08_regression", tmp_path, "--epochs", 6, "--max-minutes", 0.01)
-    assert list(n_epochs(result.folder).values()) == [1] * 6
