@@ -308,23 +308,18 @@ function place() {
   picture.setAttribute("aria-valuenow", audio.currentTime.toFixed(1));
   if (!audio.paused) requestAnimationFrame(place);
 }
-for (const name of ["play", "seeked", "timeupdate", "loadedmetadata"])
-  audio.addEventListener(name, place);
-function jump(t) {
-  audio.currentTime = Math.min(Math.max(t, 0), (audio.duration || seconds) - 0.05);
-  place();
-}
-picture.addEventListener("click", event => {
+audio.onplay = audio.onseeked = place;
+picture.onclick = event => {
   const box = picture.getBoundingClientRect();
-  jump(seconds * ((event.clientX - box.left) / box.width - left) / width);
-});
-picture.addEventListener("keydown", event => {
+  audio.currentTime = seconds * ((event.clientX - box.left) / box.width - left) / width;
+};
+picture.onkeydown = event => {
   const now = audio.currentTime;
-  const t = {ArrowLeft: now - 5, ArrowRight: now + 5, Home: 0, End: seconds}[event.key];
-  if (t === undefined) return;
-  jump(t);
+  const to = {ArrowLeft: now - 5, ArrowRight: now + 5, Home: 0, End: seconds}[event.key];
+  if (to === undefined) return;
+  audio.currentTime = to;
   event.preventDefault();
-});
+};
 place();
 </script></html>
 """)
@@ -354,7 +349,7 @@ def make_page(facts, picture, audio, limits) -> str:
 
 def limits_of(out, networks, temperature) -> str:
     """The limits of the predictions, as HTML."""
-    names = networks["cnn"].settings["names"]
+    names = html.escape(", ".join(networks["cnn"].settings["names"]))
     scaled = "are not calibrated (run python -m tools.explain)"
     if temperature != 1.0:
         scaled = f"are calibrated on validation clips (temperature {temperature:.2f})"
@@ -363,22 +358,18 @@ def limits_of(out, networks, temperature) -> str:
     if any(json.loads(file.read_text())["data"]["demo"] for file in files if file.exists()):
         demo = """<p class="note"><b>Networks trained on made-up demo music:</b> these
         predictions show that the program runs. They say nothing about the song.</p>"""
-    return f"""{demo}<p>The networks know {len(names)} genres: {html.escape(", ".join(names))}. They
-    predict one of these for every input, for speech and noise as well. The percentages {scaled};
-    this holds for clips of 30 s that resemble the training clips, not for the 6 s behind each
-    point of a curve. The genre table and all curves are predictions of CNNs, the emotion table is
-    the mean of a CNN and an LSTM. The second picture shows integrated gradients: red patches raise
-    the score of the predicted genre above its score for the mean training clip, blue ones lower
-    it. The ends of every 30 s lie in fewer windows and look paler. The player has a mono copy.</p>
-    """
+    return f"""{demo}<p>The networks predict one of {names} for every input, for speech and noise
+    as well. The percentages {scaled}; this holds for clips of 30 s that resemble the training
+    clips, not for the 6 s behind each point of a curve. The genre table and all curves are
+    predictions of CNNs, the emotion table is the mean of a CNN and an LSTM. The second picture
+    shows integrated gradients: red patches raise the score of the predicted genre above its score
+    for the mean training clip, blue ones lower it; the ends of every 30 s lie in fewer windows and
+    look paler.</p>"""
 
 
 def main(argv=None):
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.flag
     parser.add_argument("songs", nargs="+", type=Path, help="sound files")
     add("--data-dir", type=Path, help="the training data, for the nearest clips")
@@ -411,7 +402,7 @@ def main(argv=None):
             "song": name.name,
             "length": "{}:{:02d}".format(*divmod(round(facts["seconds"]), 60)),
             "genre": ", ".join(f"{genre} {value:.0%}" for genre, value in best.items()),
-            **{name: f"{value:.2f}" for name, value in facts["emotion"].items()},
+            **{emotion: f"{value:.2f}" for emotion, value in facts["emotion"].items()},
             "nearest training clips": ", ".join(c["genre"] for c in facts["nearest"][:3]) or "-",
             "page": str(page),
         }
