@@ -35,6 +35,10 @@ def bounded(kind, low, high=math.inf):
 class Parser(argparse.ArgumentParser):
     """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", Path, lambda text: Path(text).expanduser())  # --out-dir=~/lab
+
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists all flags\n")
 

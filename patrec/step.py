@@ -9,6 +9,7 @@ import textwrap
 import time
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from patrec.errors import Finished, StepFailed, end_in_one_line
 from patrec.features import SR, write_sound
@@ -103,6 +104,10 @@ class Step:
 
     def figure(self, fig, name, caption):
         """Save a figure as <name>.png, show it in a notebook, add it to summary.md."""
+        for axis in [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]:
+            if axis.get_scale() == "log":  # matplotlib's own labels are formulas, see plots.py
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
         png = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
         write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, **png))
         self.lines.append(f"![{caption}]({name}.png)\n\n*{caption}*\n")

@@ -246,7 +246,6 @@ def parse_flags(argv) -> argparse.Namespace:
 def main(argv=None):
     args = parse_flags(argv)
     if args.setup:
-        sys.stdout.reconfigure(encoding="utf-8")  # a Greek Windows would refuse some letters
         print(setup_cell())
         return
     kernels = []

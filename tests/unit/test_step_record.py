@@ -53,3 +53,15 @@ def test_a_goal_not_reached_ends_the_step_and_leaves_what_was_shown(tiny_data, t
     with pytest.raises(Finished):
         step.finish()
     assert (folder / "metrics.json").exists()
+
+
+def test_names_with_dollar_signs_are_no_formulas_and_log_axes_have_plain_numbers(
+    tiny_data, tmp_path, make_step
+):
+    step = make_step(tiny_data, tmp_path / "out")
+    fig, ax = plt.subplots()
+    ax.semilogy([1, 2, 3], [0.01, 0.1, 10])
+    ax.set_title("Ca$h_^$oul")
+    step.figure(fig, "names", "Ba$$in.wav")
+    assert {"0.01", "10"} <= {label.get_text() for label in ax.get_yticklabels()}
+    assert (step.folder / "names.png").exists()
