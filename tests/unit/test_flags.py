@@ -1,6 +1,7 @@
 """The command line that the steps share."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def test_flags_out_of_range_exit_with_2(flags, word, monkeypatch, capsys):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert word in line
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--data-dir=~/lab"])
+    assert patrec.flags.parse_flags("x").data_dir == Path.home() / "lab"
 
 
 def test_what_vanishes_is_zero_in_a_step():
