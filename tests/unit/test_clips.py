@@ -3,7 +3,6 @@
 import ast
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -246,7 +245,7 @@ def test_a_full_disk_leaves_no_cache(entries, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", full)  # when the frames are written and the rows are not
+        patch.setattr(os, "fsync", full)
         with pytest.raises(InputError, match=r"cache.*No space left on device.*\$PATREC_CACHE"):
             load_clips(entries)
     assert not list((tmp_path / "cache").iterdir())

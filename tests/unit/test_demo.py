@@ -85,7 +85,7 @@ def test_values_are_in_the_ranges_of_the_lab(root):
     assert len(lengths) > 20 and min(lengths) > 256  # more than a window of the CNN
 
 
-def test_parts_are_added_one_by_one_and_the_same_seed_gives_the_same_bytes(root, tmp_path):
+def test_parts_are_added_one_by_one_and_the_bytes_are_the_same_each_time(root, tmp_path):
     demo_dir, emotion = tmp_path / "demo", tmp_path / "demo" / "multitask_dataset"
     write_demo(demo_dir, ("emotion",))
     names = {"DEMO.txt", "multitask_dataset", "multitask_dataset_beat"}
@@ -95,9 +95,6 @@ def test_parts_are_added_one_by_one_and_the_same_seed_gives_the_same_bytes(root,
     assert emotion.stat().st_mtime_ns == before
     assert contents(demo_dir) == contents(root)
     assert "made up" in (demo_dir / "DEMO.txt").read_text()
-    other = write_demo(tmp_path / "other", ["emotion"], seed=1)
-    unlike = contents(other).items() - contents(root).items()
-    assert len(unlike) == len(contents(other)) - 1  # all but DEMO.txt
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def write(path, text):
         (GENRE + "1\tRock # live\n2\tA\u0085B\n", [("1", "Rock # live"), ("2", "A\u0085B")]),
         (b"\xef\xbb\xbfId\tGenre\r\n1.a\tRock\r\n\r\n  \r\n1.b\tRock\r\n2\tHip-Hop\r\n\r\n",
          [("1", "Rock"), ("2", "Hip-Hop")]),
-        ("\n\n" + EMOTION + "1,0.5,0.5,0.5\n,,,\n1,0.50,.5,5e-1\n", [("1", (0.5, 0.5, 0.5))]),
+        (EMOTION + "1,0.5,0.5,0.5\n,,,\n1,0.50,.5,5e-1\n", [("1", (0.5, 0.5, 0.5))]),
     ],
 )  # fmt: skip
 def test_every_form_is_read(tmp_path, text, labels):
@@ -52,7 +52,7 @@ FAULTS = {
     "cell empty": (GENRE + "\tRock\n", "line 2: .* does not have 2 filled"),
     "a cell too many": (GENRE + "1\tRock\n\n2\tRock\tmore\n", "line 4, saw 3"),
     "all rows a cell too long": (GENRE + "1\tRock\tx\n2\tRock\tx\n", "line 2, saw 3"),
-    "decimal commas": ("\n" + EMOTION + "7,0,1,0,2,0,3\n", "line 3, saw 7"),
+    "decimal commas": (EMOTION + "7,0,1,0,2,0,3\n", "line 2, saw 7"),
     "id with ..": (GENRE + "../1.npy\tRock\n", "line 2: .* no clip id such as"),
     "hidden file": (GENRE + "._1.npy\tRock\n", "line 2: .* no clip id"),
     "path of Windows": (GENRE + "x\\1\tRock\n", "no clip id"),

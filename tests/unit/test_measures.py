@@ -9,11 +9,7 @@ from patrec.measures import (
     genre_share,
     gradient_reach,
     lstm_gradient,
-    mean_spectrogram,
     mel_measures,
-    share_within_beats,
-    spectrogram_similarity,
-    track_beats,
 )
 
 
@@ -39,31 +35,6 @@ def test_genre_share_is_1_within_equal_clips_and_0_on_average_by_chance():
     rng = np.random.default_rng(0)
     drawn = [genre_share(rng.standard_normal(40), genres) for _ in range(300)]
     assert abs(np.mean(drawn)) < 0.02
-
-
-def test_a_mean_spectrogram_ends_where_fewer_than_half_of_the_clips_reach():
-    arrays = [np.full((2, 4), 1.0), np.full((2, 6), 3.0), np.full((2, 9), 5.0)]
-    mean = mean_spectrogram(arrays)
-    assert mean.shape == (2, 6) and mean[0].tolist() == [3, 3, 3, 3, 4, 4]
-
-
-def test_variance_within_beats_is_what_one_value_per_beat_cannot_hold():
-    """A click every half second: rows that are constant from click to click have no variance
-    within a beat, rows that alternate from frame to frame have nearly nothing else."""
-    beats = np.arange(20, 1280, 20)  # in frames; 129 a minute
-    mel = np.full((128, 1280), -60.0)
-    mel[:, beats] = mel[:, beats + 1] = -5.0
-    levels = np.random.default_rng(0).random((12, 65))
-    held = np.repeat(levels, 20, axis=1)[:, :1280]
-    restless = np.tile([0.0, 1.0], (12, 640))
-    tracked = track_beats(mel)
-    assert share_within_beats(restless, tracked) > 0.95
-    assert share_within_beats(held, tracked) < 0.35, "a tracked beat may be a frame or two off"
-    # With cuts half a beat later, a span holds halves of two beats.
-    assert share_within_beats(held, tracked) + 0.1 < share_within_beats(held, tracked, 0.5)
-    # No onset at all: the clip is one beat, and all variance lies within it.
-    none = track_beats(np.full((128, 1280), -60.0))
-    assert share_within_beats(held, none) == pytest.approx(1)
 
 
 def test_lstm_gradient_follows_each_clips_own_end():
@@ -92,11 +63,8 @@ def test_sound_comes_back_like_the_spectrogram_it_was_made_of():
     waveform = mel_to_waveform(mel)
     assert waveform.dtype == np.float32 and np.abs(waveform).max() == pytest.approx(0.9)
     assert len(waveform) == (mel.shape[1] - 1) * HOP
-    close = spectrogram_similarity(waveform, mel)
-    assert close["correlation"] > 0.8 and close["mean_distance_db"] < 6
-    other = spectrogram_similarity(waveform, mel[:, ::-1])  # played backwards
-    assert other["correlation"] < close["correlation"] - 0.05
-    noise = rng.standard_normal(len(waveform)).astype("f4")
-    assert spectrogram_similarity(noise, mel)["correlation"] < 0.4
-    for level in (0, 20):  # the level of the whole clip does not matter
-        assert spectrogram_similarity(sound, mel - level)["mean_distance_db"] < 0.01
+    again = extract_features(waveform)[0][:N_MELS]
+    mel = mel[:, : again.shape[1]]
+    correlation = np.corrcoef(again.ravel(), mel.ravel())[0, 1]
+    assert correlation > 0.8 and np.abs(again - mel).mean() < 6
+    assert np.corrcoef(again.ravel(), mel[:, ::-1].ravel())[0, 1] < correlation - 0.05  # backwards

@@ -18,17 +18,17 @@ from patrec.tables import (
 )
 
 
-def test_a_difference_in_one_line_and_what_it_shows():
-    found = {"spearman": 0.1, "spearman_ci95": [-0.05, 0.25], "n_clips": 5}
-    shown = "the interval contains 0: no difference is shown on these clips"
-    line = f"`a` minus `b`: Spearman +0.100 [-0.050, +0.250] on 5 clips; {shown}"
+@pytest.mark.parametrize("low, high, shown", [
+    (-0.05, 0.25, "no difference is shown"), (0.01, 0.25, "above 0"), (-0.25, -0.01, "below 0"),
+])  # fmt: skip
+def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
+    found = {"spearman": 0.1, "spearman_ci95": [low, high], "n_clips": 5}
+    line = f"`a` minus `b`, 5 clips: Spearman +0.100 [{low:+.3f}, {high:+.3f}] ({shown})"
     assert difference_line("a", "b", found) == line
-    found["spearman_ci95"] = [-0.25, -0.01]
-    assert difference_line("a", "b", found).endswith("the interval lies below 0")
     found = {"accuracy": 0.2, "accuracy_ci95": [0.1, 0.3], "n_clips": 5}
     found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
-    shown = "the accuracy interval lies above 0, the macro-F1 interval contains 0"
-    assert difference_line("a", "b", found).endswith(f"on 5 clips; {shown}")
+    values = "accuracy +0.200 [+0.100, +0.300] (above 0), macro-F1 +0.200 [-0.100, +0.400] (no "
+    assert values in difference_line("a", "b", found)
 
 
 def test_rows_of_predictions_by_hand():
