@@ -66,14 +66,7 @@ def read(path) -> str:
 
 
 def find_modules(*scripts) -> dict[str, str]:
-    """Find the project's modules that scripts import, directly or through other modules.
-
-    scripts : str, their texts
-
-    Returns
-    -------
-    dict : the path of each module in the project, with its text
-    """
+    """Find the modules that texts import, directly or through others: {path: the module's text}."""
     found = {"patrec/__init__.py": read("patrec/__init__.py")}
     texts = list(scripts)
     while texts:
@@ -169,10 +162,8 @@ def kernel_slug(number) -> str:
 
 
 def kernel_id(text, user) -> str:
-    """Complete what --earlier names: a step, a kernel of the user's, or owner/slug."""
-    with contextlib.suppress(InputError):  # no step, so a kernel
-        text = kernel_slug(find_step(text))
-    name = text if "/" in text else f"{user}/{text}"
+    """Complete what --earlier names, a step or a kernel as owner/slug, to owner/slug."""
+    name = text if "/" in text else f"{user}/{kernel_slug(find_step(text))}"
     if not re.fullmatch(f"{OWNER}/{SLUG}", name):
         cure = "give a step's number, or owner/slug as in the kernel's address"
         raise InputError(f"--earlier {text}: no name of a kernel; {cure}")
@@ -216,8 +207,6 @@ def parse_flags(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.step) + args.all + args.setup != 1:
         raise InputError("name one step, e.g. 5, or give --all or --setup")
-    if args.all and args.earlier:
-        raise InputError("--all attaches the earlier kernels by itself; drop --earlier")
     if not args.setup and not re.fullmatch(OWNER, args.user or ""):
         raise InputError(f"--user {args.user}: give the name in kaggle.com/NAME")
     return args
@@ -229,7 +218,7 @@ def main(argv=None):
         print(setup_cell())
         return
     for number in STEPS if args.all else [find_step(args.step)]:
-        names = map(str, STEPS[number].builds_on) if args.all else args.earlier
+        names = [*map(str, STEPS[number].builds_on if args.all else ()), *args.earlier]
         earlier = [kernel_id(name, args.user) for name in names]
         facts = metadata(number, args.user, earlier, args.notebook)
         script = STEPS[number].script

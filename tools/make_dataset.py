@@ -223,9 +223,6 @@ def make_all(root, audio_dir, songs, workers=None, dask=None) -> dict[Song, str]
 
     A song that was being made when a worker process died, or this one in an earlier run, is made
     again, alone: if the process dies again, it is left out like a file that cannot be read.
-
-    workers : int, optional; else a process per core
-    dask : str, optional, address of a Dask scheduler whose workers do it
     """
     print("preparing librosa (after an installation it compiles for half a minute)", flush=True)
     (root / ".begun").mkdir(exist_ok=True)

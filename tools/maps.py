@@ -83,11 +83,7 @@ def read_step11(step) -> dict[str, pd.DataFrame]:
     """What step 11 has saved: for each map, i.e. model and method, the clips that all models have.
 
     The columns are x, y, genre, predicted and probability; the index holds the clips' ids.
-
-    Raises
-    ------
-    InputError
-        Step 11 was not run here, or with other clips.
+    InputError if step 11 was not run here, or with other clips.
     """
     folder, maps = step.out / "step11_latent", {}
     try:

@@ -183,10 +183,10 @@ def test_the_official_client_pushes_the_folders(scripts, notebooks, push):
 
 
 def test_earlier_kernels_by_number_or_name(tmp_path):
-    earlier = ("--earlier", "5", "other/their-kernel", "my-kernel")
+    earlier = ("--earlier", "5", "other/their-kernel")
     (folder,) = kernels(tmp_path / "with", 6, *earlier).values()
     facts = read_facts(folder)
-    names = ["someone/patrec-lab3-step05-lstm", "other/their-kernel", "someone/my-kernel"]
+    names = ["someone/patrec-lab3-step05-lstm", "other/their-kernel"]
     assert facts["kernel_sources"] == names
     assert not facts["enable_gpu"]  # it only scores what step 5 trained
     (folder,) = kernels(tmp_path / "without", 6).values()
@@ -201,8 +201,8 @@ def test_earlier_kernels_by_number_or_name(tmp_path):
         (["5", "--setup"], "--setup"),
         (["5", "--user", "a/b"], "--user"),
         (["5"], "--user"),
-        (["5", "--user", "me", "--earlier", "99"], "--earlier 99"),
-        (["--all", "--earlier", "5"], "--all"),
+        (["5", "--user", "me", "--earlier", "99"], "no such step"),
+        (["5", "--user", "me", "--earlier", "a/b"], "--earlier a/b"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(tmp_path, monkeypatch, words, told):
