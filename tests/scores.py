@@ -24,7 +24,7 @@ COMMANDS = {
     "step07_cnn": ["--ensemble"],
     "step10_multitask": ["--folds", "5"],
 }
-GENRE, EMOTION = ("accuracy", "macro_f1"), ("valence", "energy", "danceability", "mean_spearman")
+TABLES = ["accuracy", "macro_f1"], ["valence", "energy", "danceability", "mean_spearman"]
 
 
 def run_step(args, step, flags, seed) -> dict:
@@ -54,18 +54,12 @@ def collect(args) -> dict:
     return rows
 
 
-def print_table(rows, keys):
-    rows = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
-    print(f"\n{next(iter(rows.values()))[0]['n_clips']} clips\n")
-    print("| row | " + " | ".join(keys) + " | printed by |\n| --- |" + " --- |" * (len(keys) + 1))
-    for (name, step), scores in rows.items():
-        print(f"| {name} | ", end="")
-        for key in keys:
-            values = [score[key] for score in scores]
-            low, high = np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
-            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            print(f"{np.mean(values):.3f}{spread} [{low:.3f}, {high:.3f}] | ", end="")
-        print(f"`{step}.py` |")
+def cell(scores, key) -> str:
+    """Mean and standard deviation over the seeds, and the mean interval."""
+    values = [score[key] for score in scores]
+    low, high = np.mean([score[f"{key}_ci95"] for score in scores], axis=0)
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread} [{low:.3f}, {high:.3f}]"
 
 
 def main():
@@ -79,8 +73,14 @@ def main():
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows, seeds = collect(args), ", ".join(map(str, args.seeds))
     print(f"Seeds {seeds}: mean ± standard deviation over seeds [mean 95% interval]")
-    for keys in (GENRE, EMOTION):
-        print_table(rows, keys)
+    for keys in TABLES:
+        some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
+        print(f"\n{next(iter(some.values()))[0]['n_clips']} clips\n")
+        print(
+            "|".join(["", "row", *keys, "printed by", ""]) + "\n" + "| --- " * (len(keys) + 2) + "|"
+        )
+        for (name, step), scores in some.items():
+            print("|".join(["", name, *(cell(scores, key) for key in keys), f"`{step}.py`", ""]))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, run_inside
 
 from patrec.clips import read_array
-from patrec.errors import InputError, end_in_one_line
 from patrec.features import SR, extract_features
 from patrec.labels import read_entries
 from tools import make_dataset
@@ -41,15 +40,10 @@ def run_tool(*arguments, check=True, **env):
 
 
 def error_of(*arguments, capsys):
-    """Run main in this process; returns its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        try:
-            make_here(*arguments)
-        except InputError:
-            end_in_one_line(*sys.exc_info())
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    """Run the tool in this process; returns its one line on stderr."""
+    assert run_inside("tools/make_dataset.py", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def wait_for(condition):
