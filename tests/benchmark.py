@@ -81,9 +81,7 @@ class TextbookCNN(nn.Module):
 def textbook_epoch(model, loader, optimizer, device, n_batches=None):
     model.train()
     shown = 0
-    for number, (x, targets, lengths) in enumerate(loader):
-        if number == n_batches:
-            break
+    for x, targets, lengths in itertools.islice(loader, n_batches):
         loss = nn.functional.cross_entropy(model(x.to(device), lengths), targets.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -244,9 +242,8 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data-dir", type=Path, required=True)
     add("--clips", type=int, default=10_000, help="use this many training clips at most")

@@ -114,8 +114,6 @@ FAULTS = [  # name, the test that must notice it, old text, new text
      '"beat_mel": Network("lstm", "mel", beat=True)', '"beat_mel": Network("lstm", "mel")'),
     ("attributions: the gradient at the clip alone", "test_attributions_add_up_to_the_logit",
      "point = (x * ((step + 0.5) / n_steps))", "point = (x.clone())"),
-    ("insertion and deletion swapped", "test_a_curve_begins_and_ends_at_nothing_and_all",
-     "there = (rank < levels) if insert else", "there = (rank < levels) if not insert else"),
     ("temperature: logits multiplied by it", "test_the_temperature_that_was_put_in_is_found",
      "cross_entropy(logits / t, targets)", "cross_entropy(logits * t, targets)"),
     ("listen: another data set", "test_without_the_training_clips_there_are_no_nearest",
@@ -188,9 +186,8 @@ def judge(fault) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="only whether all can be planted")
     parser.add_argument("--only", default="", metavar="PATTERN", help="in the name")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="copies at a time")

@@ -18,12 +18,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {
-    "step05_lstm": [],
-    "step06_eval": ["--ensemble"],
-    "step07_cnn": ["--ensemble"],
-    "step10_multitask": ["--folds", "5"],
-}
+FLAGS = {"step05_lstm": "", "step06_eval": "--ensemble", "step07_cnn": "--ensemble"}
+FLAGS |= {"step10_multitask": "--folds 5"}
 TABLES = ["accuracy", "macro_f1"], ["valence", "energy", "danceability", "mean_spearman"]
 
 
@@ -33,7 +29,7 @@ def run_step(args, step, flags, seed) -> dict:
     metrics = folder / step / "metrics.json"
     if not metrics.exists():
         where = ["--data-dir", args.data_dir, "--out-dir", folder, "--seed", str(seed)]
-        command = [sys.executable, ROOT / f"{step}.py", *where, *flags]
+        command = [sys.executable, ROOT / f"{step}.py", *where, *flags.split()]
         with open(args.out_dir / f"seed_{seed}_{step}.log", "w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(metrics.read_text())["runs"]
@@ -43,9 +39,9 @@ def collect(args) -> dict:
     """{(row, step that prints it): test scores of every seed}"""
     rows = {}
     for seed in args.seeds:
-        for step, flags in COMMANDS.items():
+        for step, flags in FLAGS.items():
             if step == "step07_cnn" and seed != args.seeds[0]:
-                flags = []
+                flags = ""
             for name, run in run_step(args, step, flags, seed).items():
                 # Step 6 scores step 5's models again, step 7's ensemble trains the next seeds'.
                 again = step != "step05_lstm" and (name, "step05_lstm") in rows
@@ -63,9 +59,8 @@ def cell(scores, key) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out-dir", type=Path, default=Path("scores"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])

@@ -211,7 +211,6 @@ def test_low_bands_are_drawn_below_and_nothing_loud_is_lost():
     mel[:10, 1000], mel[100, 3000] = 0.0, -20.0
     png = listen.picture(mel, "magma", -80, 0)
     shown = plt.imread(io.BytesIO(png))[..., :3].sum(2)
-    assert shown.shape[0] == 128 and shown.shape[1] <= 1600
     rows, columns = np.nonzero(shown > shown.min() + 0.1)
     low = columns < shown.shape[1] / 2
     assert set(rows[low]) == set(range(118, 128)) and set(rows[~low]) == {127 - 100}
