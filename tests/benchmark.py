@@ -11,6 +11,7 @@ the same clips; training counts the clips shown per second. Run by hand, not by 
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -66,18 +67,12 @@ class TextbookLSTM(nn.Module):
 class TextbookCNN(nn.Module):
     def __init__(self, n_classes, n_frames):
         super().__init__()
-        layers, channels = [], [1, 16, 32, 64, 128]
-        for c_in, c_out in zip(channels[:-1], channels[1:], strict=True):
-            layers += [
-                nn.Conv2d(c_in, c_out, 3, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-        size = 128 * (n_frames // 16) * 8
-        self.net = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, n_classes)
-        )
+        layers = []
+        for c_in, c_out in itertools.pairwise([1, 16, 32, 64, 128]):
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(128 * (n_frames // 16) * 8, 256), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(256, n_classes))
 
     def forward(self, x, lengths):
         return self.net(x.unsqueeze(1))
@@ -86,9 +81,7 @@ class TextbookCNN(nn.Module):
 def textbook_epoch(model, loader, optimizer, device, n_batches=None):
     model.train()
     shown = 0
-    for number, (x, targets, lengths) in enumerate(loader):
-        if number == n_batches:
-            break
+    for x, targets, lengths in itertools.islice(loader, n_batches):
         loss = nn.functional.cross_entropy(model(x.to(device), lengths), targets.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -249,9 +242,8 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data-dir", type=Path, required=True)
     add("--clips", type=int, default=10_000, help="use this many training clips at most")
