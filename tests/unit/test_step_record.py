@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+import patrec.plots  # noqa: F401, every step draws with it
 from patrec.errors import Finished, StepFailed
 
 
