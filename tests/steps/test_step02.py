@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import FEW_GENRES, read_metrics, read_table, run_forked
+from conftest import read_metrics, read_table, run_forked
 
 from patrec.clips import sample_clips
 
@@ -19,7 +19,7 @@ def run(small_data, tmp_path_factory):
 
 def test_the_report_is_whole_and_looks_at_the_two_clips_of_the_seed(run, small_data):
     folder, metrics = run
-    figures = {"time_steps", "lstm_cost", "lstm_gradient", "two_clips", "genre_means"}
+    figures = {"lstm_cost", "lstm_gradient", "two_clips"}
     assert {path.stem for path in folder.glob("*.png")} == figures
     summary = (folder / "summary.md").read_text()
     assert all(f"]({name}.png)" in summary for name in figures)
@@ -30,13 +30,16 @@ def test_the_report_is_whole_and_looks_at_the_two_clips_of_the_seed(run, small_d
     assert list(table.index) == [f"{title}, {f}" for title in pair for f in ("full", "beat-synced")]
 
 
-def test_the_time_steps_of_every_clip_are_counted(run, small_data):
+def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
     _, metrics = run
-    parts = {"full": "fma_genre_spectrograms", "beat-synced": "fma_genre_spectrograms_beat"}
-    for form, folder in parts.items():
-        lengths = [np.load(path).shape[1] for path in (small_data / folder / "train").glob("*.npy")]
+    clips = sample_clips(small_data, 2, 42)
+    for form, arrays in (
+        ("full", [c.full for c in clips]),
+        ("beat-synced", [c.beat for c in clips]),
+    ):
+        lengths = [array.shape[1] for array in arrays]
         expected = {"min": min(lengths), "median": np.median(lengths), "max": max(lengths)}
-        assert metrics["steps"][form] == expected | {"clips": 6 * len(FEW_GENRES)}
+        assert metrics["steps"][form] == expected
 
 
 def test_cost_and_reach_are_measured(run):
@@ -49,8 +52,3 @@ def test_cost_and_reach_are_measured(run):
     full, beat = metrics["gradient_reach"]["full"], metrics["gradient_reach"]["beat-synced"]
     assert 0 < full["at_first_step"] < 1e-4 and full["share"] < beat["share"]
     assert full["steps"] < full["of_steps"]
-    trained = metrics["gradient_reach_trained"]
-    assert trained["updates"] > 0
-    for form, before in metrics["gradient_reach"].items():
-        assert trained[form]["of_steps"] == before["of_steps"]
-        assert trained[form]["at_first_step"] != before["at_first_step"] > 0
