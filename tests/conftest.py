@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -106,10 +105,7 @@ def emotion_values(n, seed=0):
 
 
 def make_ids(n, seed):
-    """n different ids of two to six digits.
-
-    As text they sort otherwise than as numbers, and both otherwise than they come.
-    """
+    """n different ids of two to six digits; as text they sort otherwise than as numbers."""
     rng = np.random.default_rng(seed)
     ids = set()
     while len(ids) < n:
@@ -177,10 +173,7 @@ def hard_data_set(root, seed=0, **changes):
 
 
 def labels_of(data_dir, part="genre", split="train", beat=False):
-    """What the label files say: {id: class after the merge}, or {id: the three emotions}.
-
-    Clips of dropped classes are left out.
-    """
+    """{id: class after the merge} without dropped classes, or {id: the three emotions}."""
     path = data_dir / (FOLDERS[part] + "_beat" * beat) / f"{split}_labels.txt"
     rows = path.read_text().splitlines()[1:]
     if part == "genre":
@@ -312,6 +305,7 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=lambda:
                 os.dup2(err.fileno(), 2)
                 sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, until the process ends
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+                signal.alarm(timeout)  # it ends what hangs
                 os.environ.update(env)
                 os.chdir(cwd or ".")
                 reusable_executor._executor = None  # its processes are the parent's
@@ -329,13 +323,9 @@ def run_forked(script, *args, cwd=None, check=True, timeout=240, prepare=lambda:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        late = time.monotonic() + timeout
-        while not (status := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > late:
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        _, status = os.waitpid(pid, 0)
         texts = [(file.seek(0), file.read())[1] for file in (out, err)]
-    code = os.waitstatus_to_exitcode(status[1])
+    code = os.waitstatus_to_exitcode(status)
     return finished(subprocess.CompletedProcess([script, *args], code, *texts), check)
 
 

@@ -71,9 +71,8 @@ def report(data, what) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--folder", type=Path, required=True, help="on a disk with room")
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--frames", type=int, default=1293)

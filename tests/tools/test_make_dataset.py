@@ -7,25 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import conftest
 import filelock
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, run_inside
 
 from patrec.clips import read_array
-from patrec.errors import InputError, end_in_one_line
 from patrec.features import SR, extract_features
 from patrec.labels import read_entries
 from tools import make_dataset
 
 extracts = pytest.mark.slow  # librosa computes in these, and compiles for half a minute first
 
-NAMES = ("fma_genre_spectrograms", "multitask_dataset")
-FOLDERS = tuple(name + ending for name in NAMES for ending in ("", "_beat"))
+FOLDERS = tuple(name + beat for name in conftest.FOLDERS.values() for beat in ("", "_beat"))
 
 
 def make_here(*arguments):
@@ -42,15 +40,16 @@ def run_tool(*arguments, check=True, **env):
 
 
 def error_of(*arguments, capsys):
-    """Run main in this process; returns its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        try:
-            make_here(*arguments)
-        except InputError:
-            end_in_one_line(*sys.exc_info())
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    """Run the tool in this process; returns its one line on stderr."""
+    assert run_inside("tools/make_dataset.py", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 300
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def mtimes(root):
@@ -75,14 +74,10 @@ def write_songs(root, *names, seconds=1):
     return root
 
 
-def rows_of(path):
-    """The rows of a CSV by the column `file`."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+def rows_of(out, name="sources.csv"):
+    """The rows of a CSV in the set, by the column `file`."""
+    table = pd.read_csv(out / name, dtype=str, keep_default_na=False)
     return table.set_index("file", drop=False).to_dict("index")
-
-
-def sources(out):
-    return rows_of(out / "sources.csv")
 
 
 # --- interruption and processes --------------------------------------------------------------
@@ -96,9 +91,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys):
     command = [sys.executable, "-m", "tools.make_dataset", *map(str, arguments), "--workers", "2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 300
-    while len(mtimes(out)) < 6 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: len(mtimes(out)) >= 6 or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     made = mtimes(out)
@@ -116,14 +109,6 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert "made already" in capsys.readouterr().out and mtimes(out) == now
     line = error_of(*arguments, "--seed", 8, capsys=capsys)
     assert str(out) in line and "seed 42, now 8" in line
-
-
-def test_two_processes_do_not_make_one_set(tmp_path, capsys):
-    songs, out = write_songs(tmp_path / "songs", "Rock/a.wav"), tmp_path / "set"
-    out.mkdir()
-    with filelock.FileLock(out / ".lock"):
-        line = error_of("--audio-dir", songs, "--out", out, capsys=capsys)
-    assert "another process is writing there" in line and not mtimes(out)
 
 
 DEADLY = """import builtins, os
@@ -151,7 +136,7 @@ def test_a_file_that_kills_its_worker_costs_itself_only(tmp_path, workers):
     if workers == 1:
         assert run_tool(*arguments, check=False, **site).returncode == -signal.SIGKILL
     result = run_tool(*arguments, **site)
-    ((name, row),) = rows_of(out / "unreadable.csv").items()
+    ((name, row),) = rows_of(out, "unreadable.csv").items()
     assert name == "Rock/bomb.wav" and "died twice" in row["reason"]
     assert len(mtimes(out)) == 4 and not (out / ".begun").exists()
     assert "Traceback" not in result.stderr
@@ -171,9 +156,7 @@ def cluster(tmp_path_factory):
             processes.append(subprocess.Popen(command, env=env, **options))
 
     begin("scheduler", "--port", "0", "--scheduler-file", "scheduler.json")
-    deadline = time.monotonic() + 60
-    while not (folder / "scheduler.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((folder / "scheduler.json").exists)
     address = json.loads((folder / "scheduler.json").read_text())["address"]
     begin("worker", address, "--nthreads", "1", "--nworkers", "1")
     yield address
@@ -234,6 +217,7 @@ def songs(tmp_path_factory):
     return root
 
 
+HEADER = "file,valence,energy,danceability\n"
 UNREADABLE = {"silent.wav", "too short.wav", "not a number.wav", "text.wav", "empty.mp3"}
 
 
@@ -248,7 +232,7 @@ def own(songs, tmp_path_factory):
 @extracts
 def test_odd_files_are_listed_and_the_rest_is_made(own, songs):
     out, result = own
-    listed = {name: row["reason"] for name, row in rows_of(out / "unreadable.csv").items()}
+    listed = {name: row["reason"] for name, row in rows_of(out, "unreadable.csv").items()}
     assert {name.split("/")[1] for name in listed} == UNREADABLE and all(listed.values())
     assert "0.05" in listed["Rock/too short.wav"]
     assert "not finite" in listed["Rock/not a number.wav"]
@@ -259,18 +243,15 @@ def test_odd_files_are_listed_and_the_rest_is_made(own, songs):
     assert cut.startswith("used as far as it goes: ") and "of 4.0 s could be decoded" in cut
     assert "2 files that are no audio of a genre: Rock/cover.jpg, notes.txt" in result.stdout
     assert "--no-merge" in result.stdout  # Sea Shanty is not one of the lab's classes
-    rows = sources(out)
+    rows, names = rows_of(out), mtimes(out)
     assert [row["id"] for row in rows.values()] == [str(i) for i in range(1, 20)]
     assert list(rows) == sorted(rows) and "Rock/Album/deeper.wav" in rows
     genre = {e.clip_id: e for split in ("train", "test") for e in read_entries(out, "genre", split)}
-    assert {rows[name]["id"] for name in rows if name not in listed} == set(genre)
-    for name, row in rows.items():
-        if name not in listed:
-            entry = genre[row["id"]]
-            assert entry.label == name.split("/")[0] and entry.path.parent.name == row["split"]
-            for folder in FOLDERS[:2]:  # read_array checks shape and values
-                read_array(out / folder / row["split"] / entry.path.name)
-    assert len(mtimes(out)) == 2 * (14 + 10)
+    made = {row["id"]: name for name, row in rows.items() if name not in listed}
+    assert set(made) == set(genre) and len(names) == 2 * (14 + 10)
+    for clip_id, name in made.items():
+        assert genre[clip_id].label == name.split("/")[0]
+        assert genre[clip_id].path.parent.name == rows[name]["split"]
 
 
 @extracts
@@ -281,12 +262,10 @@ def test_the_layout_is_the_labs(own):
     forms = {"/train": "fused.full", "/test": "full.fused"}
     forms |= {"_beat/train": "beatsync.fused", "_beat/test": "beatsync.fused"}
     for place, form in forms.items():
-        folder = out / f"{NAMES[0]}{place}"
-        header, *rows = Path(f"{folder}_labels.txt").read_text().splitlines()
+        header, *rows = (out / f"{FOLDERS[0]}{place}_labels.txt").read_text().splitlines()
         names, genres = zip(*(row.split("\t") for row in rows), strict=True)
         assert header == "Id\tGenre"
         assert {name.split(".", 1)[1] for name in names} == {f"{form}.npy.gz"}
-        assert all((folder / f"{name.split('.')[0]}.fused.full.npy").exists() for name in names)
         assert "test" in place or genres != tuple(sorted(genres)), "the order must tell no class"
     for folder in FOLDERS[2:]:
         header, *rows = (out / folder / "train_labels.txt").read_text().splitlines()
@@ -296,13 +275,12 @@ def test_the_layout_is_the_labs(own):
 
 @extracts
 def test_the_arrays_are_those_of_the_labs_extractor(own, songs):
-    out = own[0]
+    out, names = own[0], {row["id"]: name for name, row in rows_of(own[0]).items()}
     entry = read_entries(out, "genre", "train")[0]
-    (name,) = (name for name, row in sources(out).items() if row["id"] == entry.clip_id)
-    full, beat = extract_features(make_dataset.read_clip(songs / name)[0])
-    assert np.array_equal(np.load(entry.path), full) and full.dtype == np.float64
-    beat_path = out / FOLDERS[1] / "train" / entry.path.name
-    assert np.array_equal(np.load(beat_path), beat) and beat.shape[1] < full.shape[1]
+    arrays = extract_features(make_dataset.read_clip(songs / names[entry.clip_id])[0])
+    for folder, expected in zip(FOLDERS[:2], arrays, strict=True):
+        found = read_array(out / folder / "train" / entry.path.name)
+        assert np.array_equal(found, expected) and found.dtype == np.float64
 
 
 @extracts
@@ -312,7 +290,7 @@ def test_both_parts_share_one_stratified_split(own):
     emotion_train, emotion_test = ids(out, "emotion", "train"), ids(out, "emotion", "test")
     assert not train & test and emotion_train <= train and emotion_test <= test
     assert len(emotion_train | emotion_test) == 10
-    rows = sources(out)
+    rows = rows_of(out)
     for genre, n_test in (("Rock", 4), ("Sea Shanty", 2)):  # .3 of 14 and of 5
         splits = [row["split"] for name, row in rows.items() if name.startswith(genre)]
         assert splits.count("test") == n_test
@@ -330,7 +308,7 @@ def test_files_added_mended_changed_or_deleted_later(tmp_path, capsys):
     out = tmp_path / "set"
     make = functools.partial(make_here, "--audio-dir", songs, "--out", out, "--workers", 1)
     make()
-    before, made = sources(out), mtimes(out)
+    before, made = rows_of(out), mtimes(out)
     write_songs(songs, "Rock/text.wav", "Rock/a new one.wav")
     soundfile.write(songs / "Rock" / "1.wav", song(2, 900), SR)
     (songs / "Rock" / "3.wav").unlink()
@@ -341,7 +319,7 @@ def test_files_added_mended_changed_or_deleted_later(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 files changed, made again: Rock/1.wav, Rock/text.wav" in said
     assert "1 files gone, left out of the set: Rock/3.wav" in said
-    after, now = sources(out), mtimes(out)
+    after, now = rows_of(out), mtimes(out)
     assert set(after) == set(before) - {"Rock/3.wav"} | {"Rock/a new one.wav"}
     for name in set(before) & set(after):
         assert all(after[name][key] == before[name][key] for key in ("id", "split"))
@@ -356,36 +334,29 @@ def test_files_added_mended_changed_or_deleted_later(tmp_path, capsys):
 
 
 @extracts
-def test_a_class_without_training_clips_is_not_asked_for(tmp_path, capsys):
-    """Or step 5 would refuse the set: a test clip of a class that was not trained."""
-    songs, out = tmp_path / "songs", tmp_path / "set"
+def test_a_class_without_training_clips_is_not_asked_for(tmp_path, monkeypatch, capsys):
+    """Or step 5 would refuse the set: a test clip of a class that was not trained.
+
+    The set may lie around the demo set, as in README: the first command makes data/demo.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path))
+    songs, out = tmp_path / "songs", tmp_path / "data"
+    (out / "demo").mkdir(parents=True)
     names = [f"{genre}/{i}.wav" for genre in ("Jazz", "Rock") for i in range(2)]
     for name, (_, split) in make_dataset.plan_split(names, {}, 0.2, 42).items():
         write_songs(songs, name)
         if name.startswith("Jazz") and split == "train":
             soundfile.write(songs / name, np.zeros(SR), SR)
-    make_here("--audio-dir", songs, "--out", out, "--workers", 1)
+    make_here("--audio-dir=~/songs", "--out=~/data", "--workers", 1)
     for split in ("train", "test"):
         assert {entry.label for entry in read_entries(out, "genre", split)} == {"Rock"}
-    assert "class Jazz left out" in capsys.readouterr().err
-
-
-@extracts
-def test_the_set_may_lie_around_the_demo_set(tmp_path, monkeypatch):
-    """README's order: the first command makes data/demo, then --out data. ~ is the home folder."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_songs(tmp_path / "songs", "Rock/a.wav", "Rock/b.wav")
-    (tmp_path / "data" / "demo").mkdir(parents=True)
-    make_here("--audio-dir=~/songs", "--out=~/data", "--workers", 1)
-    assert len(mtimes(tmp_path / "data")) == 4 and (tmp_path / "data" / "demo").exists()
+    assert "class Jazz left out" in capsys.readouterr().err and (out / "demo").exists()
 
 
 def test_emotions_are_found_however_accents_are_written(tmp_path):
     """macOS takes a letter with an accent apart, an editor writes it as one character."""
     files = ["Ρεμπε\u0301τικο/a.wav"]
-    (tmp_path / "emotions.csv").write_text(
-        "file,valence,energy,danceability\nΡεμπ\u03adτικο/a.wav,0,1,.5\n"
-    )
+    (tmp_path / "emotions.csv").write_text(HEADER + "Ρεμπ\u03adτικο/a.wav,0,1,.5\n")
     found = make_dataset.read_emotions(tmp_path / "emotions.csv", files)
     assert found == {files[0]: (0, 1, 0.5)}
     assert make_dataset.genre_of(files[0]) == "Ρεμπ\u03adτικο"
@@ -414,25 +385,21 @@ def test_wrong_folders_are_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path, data_dir, songs, capsys):
-    error = functools.partial(error_of, capsys=capsys)
-    before = mtimes(data_dir)
-    assert "did not make" in error("--audio-dir", songs, "--out", data_dir)
-    assert before == mtimes(data_dir)
-    (tmp_path / "file").write_text("")
-    assert "is a file" in error("--audio-dir", songs, "--out", tmp_path / "file")
-
-
-HEADER = "file,valence,energy,danceability\n"
+def test_other_peoples_folders_are_left_alone(data_dir, songs, tmp_path, capsys):
+    before, file = mtimes(data_dir), songs / "notes.txt"
+    cases = {data_dir: "did not make", file: "is a file", tmp_path: "another process is writing"}
+    with filelock.FileLock(tmp_path / ".lock"):
+        for out, fault in cases.items():
+            assert fault in error_of("--audio-dir", songs, "--out", out, capsys=capsys)
+    assert before == mtimes(data_dir) and not mtimes(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         (None, "No such file"),
-        ("", "header"),
+        ("file,valence,energy\n", "header"),
         (HEADER, "no files"),
-        (HEADER + "Rock/song 0.wav,0.1,0.2\n", "line 2"),
         (HEADER + "Rock/song 0.wav,0.1,55,0.3\n", "outside [0, 1]"),
         (HEADER + "Rock/song 0.wav,nan,0.5,0.3\n", "no number"),
         (HEADER + "song 0.wav,0.1,0.5,0.3\n", "relative to --audio-dir"),
