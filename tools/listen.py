@@ -12,7 +12,6 @@ the cursor.
 
 import argparse
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -27,7 +26,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from common import UNFINISHED, adjust_logits, clip_ids, load_data, load_model, predict, true_labels
+import common
 from patrec import features
 from patrec.audio import CLIP_S, Sound, require_decoder
 from patrec.batches import cut_windows
@@ -50,53 +49,21 @@ NETWORKS = {
 }
 
 
-@dataclasses.dataclass
-class LoadedModel:
-    """One trained network, and the settings that it was trained with."""
-
-    model: torch.nn.Module
-    settings: dict
-
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
-
-    def windows(self, rows, every=None):
-        """Cut (140, T) rows into standardised windows: x (W, frames, F), lengths (W,).
-
-        every : frames from window to window; else as few windows as cover the rows
-        """
-        mean, std = self.settings["stats"]
-        x = (torch.from_numpy(rows[BANDS[self.settings["features"]]]).float().T - mean) / std
-        size = min(self.settings["window"], len(x))
-        if every:
-            cut = x.unfold(0, size, every).mT
-        else:
-            cut, _ = cut_windows(x[None], torch.tensor([len(x)]), size, overlap=False)
-        return cut.to(self.device), torch.full((len(cut),), size)
-
-    @torch.inference_mode()
-    def predict_clips(self, rows, every=None):
-        """Outputs (W, K) for the windows of (140, T) rows."""
-        return self.model(*self.windows(rows, every)).float().cpu()
-
-
 def find_checkpoint(folder, run) -> Path | None:
     """The finished checkpoint of a run (of its first fold); no data set is needed here."""
     runs = [folder / run, *sorted(folder.glob(f"{run}_fold1of*"))]
-    done = [r for r in runs if (r / "best.pt").exists() and not (r / UNFINISHED).exists()]
+    done = [r for r in runs if (r / "best.pt").exists() and not (r / common.UNFINISHED).exists()]
     return done[0] / "best.pt" if done else None
 
 
-def find_networks(out, device) -> dict[str, LoadedModel]:
+def find_networks(out, device) -> dict[str, common.TrainedModel]:
     """Load the networks of NETWORKS; InputError names the steps whose networks are missing."""
     paths = {role: find_checkpoint(out / step, run) for role, (step, run) in NETWORKS.items()}
     missing = sorted({NETWORKS[role][0] for role, path in paths.items() if path is None})
     if missing:
         commands = " and ".join(f"python {step}.py" for step in missing)
         raise InputError(f"{out}: no checkpoints of {', '.join(missing)}; run {commands}")
-    loaded = {role: load_model(path, pick_device(device)) for role, path in paths.items()}
-    return {role: LoadedModel(model, kept["settings"]) for role, (model, kept) in loaded.items()}
+    return {role: common.load_trained(path, pick_device(device)) for role, path in paths.items()}
 
 
 def temperature_of(out) -> float:
@@ -123,10 +90,10 @@ def training_vectors(cnn, data_dir) -> tuple[np.ndarray, pd.Series] | None:
     if fingerprint(root, "genre") != settings["fingerprint"]:
         return None
     source = Source(root, settings["seed"], merge=settings["merge"], skip_bad=True)
-    data = load_data(source, stats=settings["stats"])
-    loader = torch.utils.data.DataLoader(data.train, 64)
-    vectors, _ = predict(cnn.model.backbone, loader, cnn.device, settings["window"], overlap=False)
-    return vectors.numpy(), true_labels(data.train, settings).loc[clip_ids(data.train)]
+    data = common.load_data(source, stats=settings["stats"])
+    loader, backbone = torch.utils.data.DataLoader(data.train, 64), cnn.model.backbone
+    vectors, _ = common.predict(backbone, loader, device_of(cnn), settings["window"], overlap=False)
+    return vectors.numpy(), common.true_labels(data.train, settings)
 
 
 def read_blocks(path):
@@ -149,6 +116,34 @@ def read_blocks(path):
     yield waiting
 
 
+def device_of(network):
+    return next(network.model.parameters()).device
+
+
+def windows(network, rows, every=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut (140, T) rows into a network's windows, standardised: x (W, frames, F), lengths (W,).
+
+    every : frames from window to window; else as few windows as cover the rows
+    """
+    mean, std = network.settings["stats"]
+    x = (torch.from_numpy(rows[BANDS[network.settings["features"]]]).float().T - mean) / std
+    size = min(network.settings["window"], len(x))
+    if every:
+        cut = x.unfold(0, size, every).mT
+    else:
+        cut, _ = cut_windows(x[None], torch.tensor([len(x)]), size, overlap=False)
+    return cut.to(device_of(network)), torch.full((len(cut),), size)
+
+
+@torch.inference_mode()
+def predict_windows(network, rows, every=None) -> torch.Tensor:
+    """Outputs (W, K) for the `windows` of (140, T) rows; of genres the logits, adjusted."""
+    outputs = network.model(*windows(network, rows, every)).float().cpu()
+    if network.settings["part"] == "genre":
+        outputs = common.adjust_logits(outputs, network.settings["priors"])
+    return outputs
+
+
 @torch.inference_mode()
 def predict_block(networks, rows, first_frame) -> dict[str, torch.Tensor]:
     """Predict for the rows (140, T) of a block that begins at a frame of the song.
@@ -156,17 +151,17 @@ def predict_block(networks, rows, first_frame) -> dict[str, torch.Tensor]:
     Returns logits and emotions of the CNNs' windows (W, K), those of the LSTMs for the whole
     block (1, K), the middles of the windows times_s (W,) and the latent vectors (W', H).
     """
-    every, cnn, lstm = round(EVERY_S * SR / HOP), networks["cnn"], networks["lstm"]
-    x, lengths = cnn.windows(rows, every)
-    middles = first_frame + torch.arange(len(x)) * every + lengths // 2
-    logits_lstm = adjust_logits(lstm.predict_clips(rows), lstm.settings["priors"])
+    every, cnn = round(EVERY_S * SR / HOP), networks["cnn"]
+    _, lengths = windows(cnn, rows, every)
+    middles = first_frame + torch.arange(len(lengths)) * every + lengths // 2
+    whole = {role: predict_windows(networks[role], rows) for role in ("lstm", "emotion_lstm")}
     return {
-        "logits": adjust_logits(cnn.predict_clips(rows, every), cnn.settings["priors"]),
-        "emotions": networks["emotion"].predict_clips(rows, every),
-        "logits_lstm": logits_lstm.mean(0, keepdim=True),
-        "emotions_lstm": networks["emotion_lstm"].predict_clips(rows).mean(0, keepdim=True),
+        "logits": predict_windows(cnn, rows, every),
+        "emotions": predict_windows(networks["emotion"], rows, every),
+        "logits_lstm": whole["lstm"].mean(0, keepdim=True),
+        "emotions_lstm": whole["emotion_lstm"].mean(0, keepdim=True),
         "times_s": middles * HOP / SR,
-        "latent": cnn.model.backbone(*cnn.windows(rows)).float().cpu(),
+        "latent": cnn.model.backbone(*windows(cnn, rows)).float().cpu(),
     }
 
 

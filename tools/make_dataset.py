@@ -239,9 +239,8 @@ def make_all(root, audio_dir, songs, workers=None, dask=None) -> dict[Song, str]
             song = left.pop(clip_id)
             if not is_made:
                 failed[song] = fault
-            if fault:
-                what = "used as far as it goes" if is_made else "left out"
-                print(f"{what}: {song.name}: {fault}", file=sys.stderr)
+            elif fault:
+                print(f"used as far as it goes: {song.name}: {fault}", file=sys.stderr)
             bar.update()
             n_done = len(songs) - len(left)
             if not show_bars() and n_done % math.ceil(len(songs) / 10) == 0:
@@ -388,6 +387,8 @@ def finish(args, songs, failed) -> None:
         fault = f"not one file gives a training clip; {len(failed)} of {len(songs)} are listed"
         raise InputError(f"{args.audio_dir}: {fault}, with reasons, in {unreadable}")
     write_labels(args.out, kept, args.seed)
+    for song in sorted(failed)[:10]:
+        print(f"left out: {song.name}: {failed[song]}", file=sys.stderr)
     if failed:
         counted = f"{len(failed)} of {len(songs)} files left out"
         print(f"{counted}; all are listed in {unreadable}", file=sys.stderr)

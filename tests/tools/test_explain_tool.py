@@ -100,7 +100,7 @@ def mel_db(path):
 
 def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged):
     folder, (table, true) = outputs / "explain", judged["test"]
-    assert {path.stem for path in folder.glob("*.png")} == {"blocks", "filters", "what_decides"}
+    assert {path.stem for path in folder.glob("*.png")} == {"what_decides"}
     links = re.findall(r"\[(\w+), (\S+), (training split|test set), predicted: (\S+) .*?\]"
                        r"\((clip_\d_\w+\.mp3)\)", (folder / "summary.md").read_text())  # fmt: skip
     mistakes = table[table.idxmax(axis=1) != true].max(axis=1).sort_values(ascending=False)
