@@ -422,9 +422,9 @@ class CNNBackbone(Backbone):
     """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
 
     The spectrogram is an image of one channel. What the blocks leave is pooled over time
-    only; the 8 rows left of the frequency axis go with the channels into the vector:
-    pooled over both axes the network scored lower (docs/experiments.md). No size depends on
-    the clip's length, and padding is cut off after every block, so that a clip gives the
+    only: when something happens tells little about a clip, but at which frequency it happens
+    tells much, so the 8 rows left of the frequency axis stay in the vector. No size depends
+    on the clip's length, and padding is cut off after every block, so that a clip gives the
     same vector however far it is padded.
 
     Parameters
@@ -995,8 +995,7 @@ class Experiment:
     seed: int | None = None  # another one than the step's: other weights, batches, validation clips
     n_folds: int = 1  # emotion: 1 holds out a fifth of the clips; more: cross-validation
     stats: tuple | None = None  # (mean, std) of the network that is continued
-    share: float = 1.0  # of the budget, for a fine-tuning
-    lr_factor: float = 1.0  # of the learning rate, for a fine-tuning
+    epochs: int | None = None  # at most so many, for a fine-tuning
 
 
 @dataclasses.dataclass
@@ -1078,8 +1077,8 @@ def train_fold(training, run, fold, rounds_left):
     data = load_data(source, network.features, network.beat, run.target, **cut)
     if network.plain:  # the textbook does not adjust its logits: as if all were as common
         data.settings["priors"] = [1 / len(data.names)] * len(data.names)
-    recipe = make_recipe(network, data, training, run.share)
-    recipe.lr *= run.lr_factor
+    recipe = make_recipe(network, data, training)
+    recipe.epochs = min(run.epochs or recipe.epochs, recipe.epochs)
     seed_everything(source.seed)
     device = source.device
     model, loss_fn = run.make_model(network, data).to(device), run.make_loss(data).to(device)

@@ -9,15 +9,18 @@ compared with the LSTM of step 5a.
     python step07_cnn.py --overfit-batch  # only 7d: learn four batches by heart, in seconds
     python step07_cnn.py                  # all of it
     python step07_cnn.py --ensemble       # also the average of three such networks and an LSTM
+    python step07_cnn.py --mnist FILE     # 7a on MNIST: Kaggle's train.csv of digits or mnist.npz
 
 Input: the genre data set; the LSTMs of step 5 (the one on mel is trained here if it is
-missing); for a), scikit-learn's digits. Output, in outputs/step07_cnn/: a checkpoint and a
-history, figures and test scores (summary.md, metrics.json), each test clip's true and
-predicted class (predictions.csv). What decides a prediction: python -m tools.explain.
+missing); for a), MNIST if it is attached on Kaggle, else scikit-learn's digits. Output, in
+outputs/step07_cnn/: a checkpoint and a history, figures and test scores (summary.md,
+metrics.json), each test clip's true and predicted class (predictions.csv). What decides a
+prediction: python -m tools.explain.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
 import copy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,9 +30,10 @@ from torch import nn
 
 import common
 from patrec import plots, tables
+from patrec.errors import InputError
 from patrec.features import HOP, SR
 from patrec.files import part_folder
-from patrec.machine import seed_everything
+from patrec.machine import kaggle_root, seed_everything
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import average_predictions, genre_scores, paired_difference
 from patrec.splits import split_indices
@@ -39,6 +43,7 @@ from patrec.step import Step
 def add_flags(parser):
     averaged = "train with three seeds; score their average too, alone and with an LSTM"
     parser.add_argument("--ensemble", action="store_true", help=averaged)
+    parser.flag("--mnist", "digits for 7a: mnist.npz or Kaggle's train.csv", type=Path)
 
 
 def classifier(network, data):
@@ -78,8 +83,8 @@ if step.args.overfit_batch:
 
 # %% 7a. A CNN on handwritten digits, layer by layer
 # The lab: train one in ConvNetJS and put screenshots of its activations into the report.
-# A script cannot take them. So it says how to do it, and repeats the experiment on scikit-learn's
-# 8 x 8 digits with the four operations of 7b.
+# A script cannot take them. So it says how to do it, and repeats the experiment with the four
+# operations of 7b, on MNIST where a file of it is given or found, else on scikit-learn's digits.
 step.heading("7a. A CNN on handwritten digits, layer by layer")
 step.text("""
 > **✎ Screenshots of ConvNetJS go here.** Open
@@ -103,26 +108,26 @@ OPERATIONS = ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d")  # of one block, in 
 
 
 def digit_cnn(without=None):
-    """Two blocks for 8 x 8 pixels, one of OPERATIONS left out (a convolution becomes 1 x 1)."""
+    """Two blocks, one of OPERATIONS left out (a convolution becomes 1 x 1), and an output layer."""
     kernel = 1 if without == "Conv2d" else 3
-    side = 8 if without == "MaxPool2d" else 2
 
     def block(c_in):
         first = nn.Conv2d(c_in, 8, kernel, padding=kernel // 2)
         rest = (nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         return nn.Sequential(first, *(part for part in rest if type(part).__name__ != without))
 
-    return nn.Sequential(block(1), block(8), nn.Flatten(), nn.Linear(8 * side**2, 10))
+    return nn.Sequential(block(1), block(8), nn.Flatten(), nn.LazyLinear(10))
 
 
 def train_digits(parts, seed, n_epochs, without=None):
-    """Train a digit_cnn on parts = (x_train, y_train, x_test, y_test), x of shape (N, 1, 8, 8).
+    """Train a digit_cnn on parts = (x_train, y_train, x_test, y_test), x of shape (N, 1, h, w).
 
     Returns {epoch: model} of epochs 0, 1 and the last, and the test accuracy after every epoch.
     """
     x_train, y_train, x_test, y_test = parts
     seed_everything(seed)
     model, models, accuracy = digit_cnn(without), {}, []
+    model.eval()(x_train[:1])  # the output layer takes its size from the first images it sees
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
     for epoch in range(n_epochs + 1):
         for rows in torch.randperm(len(x_train)).split(64) if epoch else ():
@@ -147,17 +152,42 @@ def activations(blocks, x):
     return outputs
 
 
-images, labels = load_digits(return_X_y=True)
-x = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-known, tested = split_indices(len(images), 0.2, step.args.seed, labels)
+def read_digits(path):
+    """Images (N, 1, h, w) in [0, 1] and their digits (N,); without a file those of scikit-learn."""
+    if path is None:
+        images, labels = load_digits(return_X_y=True)
+        return torch.tensor(images / 16).float().view(-1, 1, 8, 8), labels
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                images, labels = file["x_train"], file["y_train"]
+        else:
+            images = pd.read_csv(path)
+            labels = images.pop("label").to_numpy()
+        images = torch.tensor(np.asarray(images) / 255).float().view(-1, 1, 28, 28)
+    except Exception as error:  # of numpy, zipfile or pandas, each with errors of its own
+        fault = f"not MNIST as mnist.npz or as train.csv of digit-recognizer ({error})"
+        raise InputError(f"--mnist {path}: {fault}") from error
+    some = np.random.default_rng(0).permutation(len(images))[:2000]  # about as many as scikit-learn
+    return images[some], labels[some]
+
+
+found = [
+    *kaggle_root().glob("input/**/mnist.npz"),
+    *kaggle_root().glob("input/**/digit*/train.csv"),
+]
+digit_file = step.args.mnist or next(iter(found), None)
+x, labels = read_digits(digit_file)
+known, tested = split_indices(len(x), 0.2, step.args.seed, labels)
 digits = (x[known], torch.tensor(labels)[known], x[tested], torch.tensor(labels)[tested])
 n_epochs, n_seeds = (3, 2) if step.args.smoke else (15, 3)
 digit_models, accuracy = train_digits(digits, step.args.seed, n_epochs)
+size = " x ".join(map(str, x.shape[2:]))
 step.text(f"""
 The same experiment here: two blocks of the four operations of 7b and an output layer
-({common.count_weights(digit_models[0])} weights), trained on {len(known)} of scikit-learn's digits.
-Accuracy on the other {len(tested)}: {accuracy[0]:.3f} untrained, {accuracy[1]:.3f} after one epoch,
-{accuracy[-1]:.3f} after {n_epochs}.
+({common.count_weights(digit_models[0])} weights), trained on {len(known)} images of {size} pixels
+from {digit_file or "scikit-learn's digits"}. Accuracy on {len(tested)} others: {accuracy[0]:.3f}
+untrained, {accuracy[1]:.3f} after one epoch, {accuracy[-1]:.3f} after {n_epochs}.
 """)
 
 # %% 7a. One digit through every layer
@@ -176,6 +206,13 @@ caption = (
     "Red is positive, blue negative, white zero; the number at the right is the darkest colour"
 )
 step.figure(plots.plot_activations(columns, int(digits[3][0])), "digit_activations", caption)
+step.text("""
+A filter of the first convolution gives large values (red) where the image looks like its 3 x 3
+weights, so it responds to strokes of one direction or to their edges. Batch normalisation shifts
+and scales each map, ReLU removes what is negative, and max pooling keeps the strongest response in
+each 2 x 2 square. The second block responds to combinations of strokes. The output layer turns its
+maps into probabilities.
+""")
 
 # %% 7b. The network
 # The lab: four layers of convolution, batch normalisation, ReLU and max pooling on the
@@ -293,9 +330,9 @@ It makes the network non-linear. Convolutions in a row without it are only one l
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
 and each of them sees more of the clip. Where exactly a pattern was is lost.
 
-On the digits, leaving out pooling or ReLU may cost nothing. The images have only 8 x 8 cells, so
-pooling has little to summarise, and without it the output layer has more weights. Without ReLU, max
-pooling still makes the network non-linear.
+On the digits, leaving out pooling or ReLU may cost nothing. In small images (scikit-learn's have
+8 x 8 cells) pooling has little to summarise, and without it the output layer has more weights.
+Without ReLU, max pooling still makes the network non-linear.
 """)
 
 # %% 7d. Overfitting a few batches

@@ -13,7 +13,7 @@ for few epochs on one axis; e) a comparison with step 8.
 Input: both data sets; the networks of steps 5 and 7 and the scores of step 8, if they were run.
 Output, in outputs/step09_transfer/: a checkpoint and a history per run, learning curves, scores
 (summary.md, metrics.json) and predictions.csv for the held-out clips. --epochs is that of a
-training from scratch; a fine-tuning gets a share of it.
+training from scratch; a fine-tuning has at most ten epochs.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--axis all --freeze 2").
@@ -120,19 +120,17 @@ if "val_score" in genre.history:
 # %% 9d. A short fine-tuning
 # The lab: start from these weights and train for few epochs on one axis. The input is
 # standardised as in genre training, because the copied filters expect it so.
-HEAD = {"share": 0.05, "lr_factor": 1.0}  # of the budget and the rate of a training from scratch
-TUNE = {"share": 0.25, "lr_factor": 0.3}
+HEAD_EPOCHS, TUNE_EPOCHS = 2, 8
 step.heading("9d. A short fine-tuning")
 step.show_source(common.load_backbone)
 step.text(f"""
-1. Only the new head is trained, for {HEAD["share"]:.0%} of the examples of a training from scratch.
-   The gradients of a random head would distort the copied features (Kumar et al., 2022,
-   Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution).
-2. Everything that is not frozen is trained, for {TUNE["share"]:.0%} of the examples, at
-   {TUNE["lr_factor"]:g} times the learning rate.
+1. Only the new head is trained, for at most {HEAD_EPOCHS} epochs. The gradients of a random head
+   would distort the copied features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained
+   Features and Underperform Out-of-Distribution).
+2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
-Both phases use AdamW and a one-cycle learning rate. Length and rate of the second phase were chosen
-by cross-validation (docs/experiments.md). Those of the first phase and of `scratch` below were not.
+An epoch takes as many crops of each clip as in a training from scratch, see *examples per epoch*.
+Both phases use the recipe of step 8, learning rate included. Nothing was tuned for them.
 """)
 
 
@@ -170,11 +168,12 @@ tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for
 genre_path, genre_stats = genre.path, genre.settings["stats"]
 recipe = {"make_loss": lambda data: common.RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
 from_genre = recipe | {"stats": genre_stats}
-both = {"share": HEAD["share"] + TUNE["share"]}
+both = {"epochs": HEAD_EPOCHS + TUNE_EPOCHS}
 new_head = functools.partial(copied, frozen=n_blocks)
 
 # First phase, and the trainings from scratch.
-kinds = {"head": (new_head, from_genre | HEAD), "scratch": (untrained, recipe | both)}
+head_only = from_genre | {"epochs": HEAD_EPOCHS}
+kinds = {"head": (new_head, head_only), "scratch": (untrained, recipe | both)}
 if twin is None:
     kinds["scratch_full"] = untrained, recipe
 first = {}  # (model, emotion) -> Experiment
@@ -189,7 +188,7 @@ for emotion, (depth, kind) in itertools.product(emotions, tunings.items()):
     name = kind.replace("transfer", f"transfer_{emotion}")
     head = done[f"head_{emotion}"].model.heads
     tuned = functools.partial(copied, frozen=depth, head=head)
-    options = from_genre | TUNE
+    options = from_genre | {"epochs": TUNE_EPOCHS}
     second[kind, emotion] = common.Experiment(name, network, tuned, target=emotion, **options)
 done |= common.train_all(step.training, second.values())
 names = {key: run.name for key, run in (first | second).items()}
@@ -201,9 +200,9 @@ table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 seconds = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(table, f"{len(data.train)} training clips. {seconds}")
 step.text("""
-    `head` is the first phase, `transfer` the second one. The others start from random weights, with
-    the full learning rate. `scratch` has about the examples of both phases, `scratch_full` those of
-    step 8, whose predictions are used if step 8 has trained this network. The input of the copied
+    `head` is the first phase, `transfer` the second one. The others start from random weights.
+    `scratch` has the epochs of both phases, `scratch_full` those of step 8, whose predictions are
+    used if step 8 has trained this network. The input of the copied
     network is standardised as in genre training, that of the others by the emotion training clips.
 """)
 shown = ("head", "transfer", "scratch")
@@ -251,4 +250,4 @@ if len(emotions) == len(EMOTIONS):
         parts = {emotion: facts[names[kind, emotion]] for emotion in emotions}
         facts[kind] = combine_emotions(parts, scores[kind])
 record = {"genre_model": genre_name, "frozen_blocks": step.args.freeze}
-step.finish(facts, **record, fine_tuning={"head": HEAD, "tune": TUNE})
+step.finish(facts, **record)

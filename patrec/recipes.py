@@ -65,22 +65,20 @@ class Recipe:
     settled: float = 0.2  # the best epoch of this last share of the epochs is kept
 
 
-def make_recipe(network, data, training, share=1.0) -> Recipe:
+def make_recipe(network, data, training) -> Recipe:
     """The recipe of a training: the flags of the step, or else the network's budget.
 
     The budget gives at least 20 and at most `most_passes` passes over the clips. If they are more
     than 60, an epoch takes several crops of each clip, because validation takes time too.
-
-    share : float, part of the budget to use, e.g. for fine-tuning
     """
     budget, n_clips = BUDGETS[network.kind], len(data.train)
     genre = data.settings["part"] == "genre"
     if epochs := training.epochs or (2 if training.smoke else 0):
-        passes, crops = epochs * share, 1
+        passes, crops = epochs, 1
     else:
         examples = budget.genre if genre else budget.emotion
-        examples = (min(examples, DEMO_EXAMPLES) if training.demo else examples) * share
-        passes = min(max(examples / n_clips, 20 * share), budget.most_passes * share)
+        examples = min(examples, DEMO_EXAMPLES) if training.demo else examples
+        passes = min(max(examples / n_clips, 20), budget.most_passes)
         crops = math.ceil(passes / 60)
     epochs, ema = max(round(passes / crops), 1), 0.0 if network.plain else 0.99
     augment = make_augment(network, len(data.names) if genre else 0)

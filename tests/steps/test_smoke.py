@@ -67,8 +67,7 @@ def test_a_step_leaves_its_files(name, data_dir, out, monkeypatch):
         assert (folder / run / "best.pt").exists()
         assert facts["epochs"] == facts["planned_epochs"] == len(history) == 1
         assert facts["batch_size"] == 8 and facts["train_seconds"] > 0
-        share = 0.3 if run == "transfer_energy" else 1  # of the rate
-        assert facts["lr"] == pytest.approx(0.003 * share) and facts["val"] and facts["test"]
+        assert facts["lr"] == 0.003 and facts["val"] and facts["test"]
 
 
 def leaky_data(root, same_id, **cut):

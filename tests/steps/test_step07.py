@@ -4,6 +4,7 @@ import itertools
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import functions_of, genre_predictions, labels_of, read_metrics, run_forked
@@ -23,6 +24,7 @@ from genre_runs import (
 from torch import nn
 
 from common import CNNBackbone, load_checkpoint
+from patrec.errors import InputError
 
 STEP = "step07_cnn"
 AVERAGES = {"cnn_ensemble": CNNS, "cnn_lstm_ensemble": [*CNNS, RIVAL]}
@@ -149,6 +151,22 @@ def test_digit_cnn_leaves_out_what_it_says(step07):
     assert digit_cnn("Conv2d")[0][0].kernel_size == (1, 1)
     for without in (None, *operations):
         assert digit_cnn(without)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_mnist_is_read_from_either_file_and_another_file_is_refused(step07, tmp_path):
+    images, labels = np.random.default_rng(1).integers(0, 256, (30, 784)), np.arange(30) % 10
+    np.savez(tmp_path / "mnist.npz", x_train=images.reshape(-1, 28, 28), y_train=labels)
+    table = pd.DataFrame(images)
+    table.insert(0, "label", labels)
+    table.to_csv(tmp_path / "train.csv", index=False)
+    order = np.random.default_rng(0).permutation(30)
+    for name in ("mnist.npz", "train.csv"):
+        x, digits = step07["read_digits"](tmp_path / name)
+        assert digits.tolist() == labels[order].tolist()
+        np.testing.assert_allclose(x.view(30, 784), images[order] / 255, atol=1e-6)
+    (tmp_path / "train.csv").write_text("id,genre\n1,Rock\n")
+    with pytest.raises(InputError, match="--mnist .*train.csv: not MNIST"):
+        step07["read_digits"](tmp_path / "train.csv")
 
 
 def test_digits_are_scored_on_those_not_learned(step07):

@@ -8,39 +8,32 @@ from conftest import patch_everywhere
 from patrec.recipes import GENRE_NETWORKS, Budget, Network, make_recipe, window_size
 
 
-def plan(monkeypatch, n_clips, examples, most_passes, part="genre", share=1.0, **flags):
+def plan(monkeypatch, n_clips, examples, most_passes, part="genre", **flags):
     """The recipe of an LSTM for so many clips; the budget of the other part is 1."""
     budget = {"genre": 1, "emotion": 1} | {part: examples}
     budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
     patch_everywhere(monkeypatch, "BUDGETS", budgets)
     args = {"epochs": None, "smoke": False, "demo": False} | {"lr": 0.003, "batch_size": 7} | flags
     data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
-    return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args), share)
+    return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args))
 
 
 @pytest.mark.parametrize("part", ["genre", "emotion"])
-@pytest.mark.parametrize("n_clips, examples, most_passes, share, expected", [
-    (1000, 30_000, 80, 1, (30, 1)),  # 30 passes
-    (10_000, 30_000, 80, 1, (20, 1)),  # 3 would be too few: at least 20
-    (365, 100_000, 275, 1, (55, 5)),  # 274 passes: 5 crops of a clip in each of 55 epochs
-    (400, 30_000, 80, 1, (38, 2)),  # 75 passes, 37.5 epochs
-    (400, 30_000, 80, 0.2, (15, 1)),  # a fifth of 75 passes
-    (100_000, 30_000, 80, 0.2, (4, 1)),  # of the 20 that are the least
+@pytest.mark.parametrize("n_clips, examples, most_passes, expected", [
+    (1000, 30_000, 80, (30, 1)),  # 30 passes
+    (10_000, 30_000, 80, (20, 1)),  # 3 would be too few: at least 20
+    (365, 100_000, 275, (55, 5)),  # 274 passes: 5 crops of a clip in each of 55 epochs
+    (400, 30_000, 80, (38, 2)),  # 75 passes, 37.5 epochs
 ])  # fmt: skip
-def test_planned_epochs_by_hand(monkeypatch, part, n_clips, examples, most_passes, share, expected):
-    recipe = plan(monkeypatch, n_clips, examples, most_passes, part, share)
+def test_planned_epochs_by_hand(monkeypatch, part, n_clips, examples, most_passes, expected):
+    recipe = plan(monkeypatch, n_clips, examples, most_passes, part)
     assert (recipe.epochs, recipe.crops) == expected
     assert (recipe.lr, recipe.batch_size, recipe.window) == (0.003, 7, 640)
 
 
-@pytest.mark.parametrize("flags, share, epochs", [
-    ({"smoke": True}, 1, 2),
-    ({"epochs": 7}, 1, 7),
-    ({"epochs": 7}, 0.3, 2),  # a fine-tuning's share
-    ({"epochs": 7}, 0.01, 1),
-])  # fmt: skip
-def test_what_was_asked_for_is_done(monkeypatch, flags, share, epochs):
-    recipe = plan(monkeypatch, 400, 30_000, 80, share=share, **flags)
+@pytest.mark.parametrize("flags, epochs", [({"smoke": True}, 2), ({"epochs": 7}, 7)])
+def test_what_was_asked_for_is_done(monkeypatch, flags, epochs):
+    recipe = plan(monkeypatch, 400, 30_000, 80, **flags)
     assert (recipe.epochs, recipe.crops) == (epochs, 1)
 
 
