@@ -4,8 +4,6 @@ PyAV, which brings FFmpeg along, reads all of SUFFIXES. Where it is not installe
 reads wav and flac, which give the same samples bit for bit, and mp3 and ogg as well as it can.
 """
 
-from __future__ import annotations
-
 import collections
 import importlib.util
 from pathlib import Path

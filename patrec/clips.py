@@ -1,7 +1,5 @@
 """Arrays of clips: read, checked, cached and compared between splits."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

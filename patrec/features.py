@@ -1,7 +1,5 @@
 """Sound to spectrogram, as the lab computes it, and back to sound."""
 
-from __future__ import annotations
-
 import functools
 import io
 import warnings

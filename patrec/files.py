@@ -1,7 +1,5 @@
 """Folders and files: where the data lies, where outputs go, files written whole or not at all."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

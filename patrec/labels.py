@@ -1,7 +1,5 @@
 """Label files: which clips there are, their classes before and after the merge, their emotions."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

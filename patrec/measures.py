@@ -1,7 +1,5 @@
 """What steps 1 to 3 measure of spectrograms."""
 
-from __future__ import annotations
-
 import time
 
 import librosa

@@ -22,8 +22,6 @@ same command goes on where it stopped. Run again later, it adds new files, makes
 again and removes deleted ones; all others keep their id and their split.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
