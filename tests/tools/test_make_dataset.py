@@ -27,7 +27,7 @@ FOLDERS = tuple(name + beat for name in conftest.FOLDERS.values() for beat in ("
 
 
 def make_here(*arguments):
-    """The same without a new process, which saves its imports."""
+    """Run the tool in this process, which saves its imports."""
     return make_dataset.main([str(argument) for argument in arguments])
 
 
@@ -230,28 +230,28 @@ def own(songs, tmp_path_factory):
 
 
 @extracts
-def test_odd_files_are_listed_and_the_rest_is_made(own, songs):
+def test_odd_files_are_listed_and_the_rest_is_made(own):
     out, result = own
     listed = {name: row["reason"] for name, row in rows_of(out, "unreadable.csv").items()}
     assert {name.split("/")[1] for name in listed} == UNREADABLE and all(listed.values())
     assert "0.05" in listed["Rock/too short.wav"]
     assert "not finite" in listed["Rock/not a number.wav"]
-    assert not any(str(songs) in reason for reason in listed.values())
     lines = result.stderr.splitlines()
     assert f"{len(UNREADABLE)} of 19 files left out" in lines[-1] and len(lines) == 2 + len(listed)
     (cut,) = (line for line in lines if "cut.flac" in line)
     assert cut.startswith("used as far as it goes: ") and "of 4.0 s could be decoded" in cut
     assert "2 files that are no audio of a genre: Rock/cover.jpg, notes.txt" in result.stdout
     assert "--no-merge" in result.stdout  # Sea Shanty is not one of the lab's classes
-    rows, names = rows_of(out), mtimes(out)
+    rows = rows_of(out)
     assert [row["id"] for row in rows.values()] == [str(i) for i in range(1, 20)]
     assert list(rows) == sorted(rows) and "Rock/Album/deeper.wav" in rows
     genre = {e.clip_id: e for split in ("train", "test") for e in read_entries(out, "genre", split)}
     made = {row["id"]: name for name, row in rows.items() if name not in listed}
-    assert set(made) == set(genre) and len(names) == 2 * (14 + 10)
+    assert set(made) == set(genre) and len(mtimes(out)) == 2 * (14 + 10)
     for clip_id, name in made.items():
         assert genre[clip_id].label == name.split("/")[0]
         assert genre[clip_id].path.parent.name == rows[name]["split"]
+        read_array(genre[clip_id].path)  # checks shape and values
 
 
 @extracts
@@ -279,7 +279,7 @@ def test_the_arrays_are_those_of_the_labs_extractor(own, songs):
     entry = read_entries(out, "genre", "train")[0]
     arrays = extract_features(make_dataset.read_clip(songs / names[entry.clip_id])[0])
     for folder, expected in zip(FOLDERS[:2], arrays, strict=True):
-        found = read_array(out / folder / "train" / entry.path.name)
+        found = np.load(out / folder / "train" / entry.path.name)
         assert np.array_equal(found, expected) and found.dtype == np.float64
 
 
