@@ -70,11 +70,13 @@ def find_modules(*scripts) -> dict[str, str]:
     found = {"patrec/__init__.py": read("patrec/__init__.py")}
     texts = list(scripts)
     while texts:
-        for module in re.findall(r"^\s*(?:from|import) ([\w.]+)", texts.pop(), re.MULTILINE):
-            path = module.replace(".", "/") + ".py"
-            if path not in found and (PROJECT / path).is_file():
-                found[path] = read(path)
-                texts.append(found[path])
+        pattern = r"^\s*(?:from|import) ([\w.]+)(?: import (.*))?"
+        for module, names in re.findall(pattern, texts.pop(), re.MULTILINE):
+            for name in ("", *re.findall(r"\w+", names)):  # `from patrec import plots` too
+                path = f"{module}.{name}".strip(".").replace(".", "/") + ".py"
+                if path not in found and (PROJECT / path).is_file():
+                    found[path] = read(path)
+                    texts.append(found[path])
     return dict(sorted(found.items()))
 
 

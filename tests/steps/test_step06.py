@@ -122,7 +122,7 @@ def test_the_tables_say_what_metrics_json_says(runs):
 def test_differences_in_the_report_have_the_sign_that_their_names_say(runs):
     folder = runs.spoiled.out / STEP
     runs = read_metrics(folder)["runs"]
-    pattern = r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \["
+    pattern = r"`(\w+)` minus `(\w+)`, \d+ clips: accuracy ([-+.\d]+) \["
     lines = re.findall(pattern, (folder / "summary.md").read_text())
     # By validation, see VAL_SCORES: the best, and with the SVM the best of the same kind of input.
     expected = [("chroma", name) for name in LSTMS if name != "chroma"]

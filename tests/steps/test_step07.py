@@ -106,7 +106,7 @@ def test_the_difference_of_cnn_and_lstm_is_that_of_their_predictions(learned):
         assert found["accuracy"] == pytest.approx(cnn.mean() - lstm.mean())
         only = (found["only_first"], found["only_second"])
         assert only == ((cnn & ~lstm).sum(), (lstm & ~cnn).sum())
-        line = rf"`cnn_mel` minus `{name}`: accuracy ([-+.\d]+) \["
+        line = rf"`cnn_mel` minus `{name}`, \d+ clips: accuracy ([-+.\d]+) \["
         (written,) = re.findall(line, (folder / "summary.md").read_text())
         assert float(written) == pytest.approx(found["accuracy"], abs=6e-4)
 

@@ -160,7 +160,7 @@ def test_the_tables_of_step_11_say_what_metrics_json_says(folder):
                 written = float(column[f"silhouette, {space}"])
                 assert written == pytest.approx(facts[space]["silhouette"], abs=6e-4)
     summary = (folder / "summary.md").read_text()
-    lines = re.findall(r"`(\w+)` minus `(\w+)`: accuracy ([-+.\d]+) \[", summary)
+    lines = re.findall(r"`(\w+)` minus `(\w+)`, \d+ clips: accuracy ([-+.\d]+) \[", summary)
     assert [pair[:2] for pair in lines] == [("cnn_mel", "chroma"), ("chroma", "beat_chroma")]
     for *names, gain in lines:
         one, other = (kept[name]["full space"]["knn_accuracy"] for name in names)

@@ -65,12 +65,16 @@ def test_one_file_holds_the_step_and_its_modules_word_by_word(scripts):
         docstrings = [ast.get_docstring(ast.parse(text)) for text in (code, step)]
         assert docstrings[0] == docstrings[1]  # for --help
         texts = modules_in(code)
-        assert ("common.py" in texts) == bool(
-            re.search("^(from|import) common", step, re.M)
-        )  # only what it needs
+        # Only what it needs.
+        assert ("common.py" in texts) == bool(re.search("^(from|import) common", step, re.M))
         for name, text in texts.items():
             assert text == read(name)
             assert text in code  # as text, which a grader can read
+
+
+def test_modules_are_found_however_they_are_imported():
+    found = kaggle.find_modules("from patrec import explain\n    import patrec.audio\n")
+    assert {"patrec/explain.py", "patrec/audio.py", "patrec/errors.py"} <= set(found)
 
 
 @pytest.mark.parametrize(
