@@ -610,6 +610,8 @@ def make_backbone(network) -> nn.Module:
     n_bands = network.n_bands
     if network.kind == "cnn":
         return CNNBackbone(n_bands)
+    if network.kind != "lstm":
+        raise ValueError(f"no backbone of kind {network.kind!r} here")
     if network.plain:
         return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
     frames_per_step = 1 if network.beat else 8
