@@ -8,8 +8,8 @@ Read it from top to bottom. Genre, one emotion and three emotions take the same 
 1. Dataset     SpectrogramDataset, load_data, load_test
 2. Networks    LSTMBackbone, CNNBackbone, Classifier, Regressor
 3. Losses      RegressionLoss
-4. Training    train (with overfit_batch), train_epoch, predict, checkpoints
-5. The trainings of a step    train_all, and what earlier steps have saved
+4. Training    train (with overfit_batch), train_epoch, predict
+5. The trainings of a step    train_all, what earlier steps have saved, checkpoints
 
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
 C channels, H hidden units, K classes or emotions, N clips.
@@ -243,7 +243,7 @@ class Backbone(nn.Module):
     """What both backbones share: `blocks`, of which the first ones can be frozen.
 
     `stem` is what comes before the first block and is frozen with it. `config` holds the
-    arguments of a backbone for its checkpoint, which are the `locals()` its __init__ begins with.
+    arguments of a backbone's __init__, its first `locals()`, for the checkpoint.
     """
 
     n_frozen = 0
@@ -451,7 +451,7 @@ class CNNBackbone(Backbone):
         def block(c_in, c_out, pool):
             padding = kernel_size // 2
             return nn.Sequential(
-                nn.Conv2d(c_in, c_out, kernel_size, padding=padding, bias=False),  # the norm's does
+                nn.Conv2d(c_in, c_out, kernel_size, padding=padding, bias=False),
                 nn.BatchNorm2d(c_out),
                 nn.ReLU(),
                 nn.MaxPool2d((pool, 2)),  # time, bands
@@ -813,7 +813,7 @@ def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0
         with advice_on_memory(device, recipe.batch_size):
             loss = train_epoch(batches, state, recipe, device, number)
             state.history.append({"pass": number, "loss": loss})
-            if number % 10 == 1 or loss < goal or number == recipe.epochs:  # a third of its time
+            if number % 10 == 1 or loss < goal or number == recipe.epochs:  # it costs time
                 right = batch_accuracy(model, batches, device)
                 learned = loss < goal and right in (None, 1.0)
                 accuracy = "" if right is None else f"  accuracy {right:.3f}"
@@ -1069,8 +1069,8 @@ def train_fold(training, run, fold, rounds_left):
 
     Returns the checkpoint's path, and predictions and truth of held-out clips (None for genre).
     """
-    # In a worker process, too (see Step), and before a large product: the threads of products
-    # have this from the thread that begins them.
+    # A worker process does not run `prepare_process`. The threads of large products take this
+    # setting from the thread that starts them, so it comes first.
     torch.set_flush_denormal(True)
     network, source = run.network, training.source
     if run.seed is not None:
@@ -1142,7 +1142,7 @@ def find_genre_checkpoint(training, name) -> Path | None:
         "run": name,
     }
     if wanted["fingerprint"] is None:
-        return None  # emotion clips alone, which step 8 can do with
+        return None  # there are emotion clips only, which is enough for step 8
     if not source.smoke:
         wanted |= {"smoke": False, "subset": source.subset}
     own = [training.folder, training.out / "step09_transfer"]

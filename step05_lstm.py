@@ -86,7 +86,7 @@ step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
     batches with Adam. Dropout, masking and label smoothing are off, because they prevent
     overfitting. The goal is a loss under .01 with every clip classified correctly. After
-    {facts["passes"]} passes the loss is {facts["loss"]:.4f}, the accuracy {facts["accuracy"]:.3f}.
+    {facts["passes"]} passes the loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
 """)
 caption = "Training loss on fixed batches of training clips, without regularisation"
 step.figure(plot_overfit({names[0]: check}), "overfit", caption)
@@ -108,9 +108,9 @@ trainings = [common.Experiment(name, GENRE_NETWORKS[name], **recipe) for name in
 runs = common.train_all(step.training, trainings)
 facts = runs[names[0]].facts
 step.text(f"""
-    The labelled clips are split at random with `torch.utils.data.Subset` (in `load_data`):
-    {facts["n_train"]} clips for training, {facts["n_val"]} for validation, with about the same
-    share of each class. `--subset N` trains on N clips only, for quick trials, also with `Subset`.
+    The labelled clips are split at random, class by class (in `load_data`): {facts["n_train"]} for
+    training, {facts["n_val"]} for validation. Each part is a `torch.utils.data.Subset`, as is the
+    part of N clips that `--subset N` trains on, for quick trials.
 
     - *Optimiser* (the lab asks for Adam): AdamW, which is Adam with a weight decay of .01 that does
       not pass through the moving averages (Loshchilov & Hutter, 2019). The learning rate rises over

@@ -202,16 +202,16 @@ for epoch, model in digit_models.items():
     chances = model(digit)[0].softmax(0).detach()
     columns[f"epoch {epoch}: test accuracy {accuracy[epoch]:.3f}"] = maps, chances
 caption = (
-    "One test digit through the network, top to bottom: before, early in and after training. "
-    "Red is positive, blue negative, white zero; the number at the right is the darkest colour"
+    "One test digit through the network. Rows: the layers. Columns: before, early in and after "
+    "training. Red is positive, blue negative; ± under a layer is the value of the darkest colour"
 )
 step.figure(plots.plot_activations(columns, int(digits[3][0])), "digit_activations", caption)
 step.text("""
-A filter of the first convolution gives large values (red) where the image looks like its 3 x 3
-weights, so it responds to strokes of one direction or to their edges. Batch normalisation shifts
+The map of a filter of the first convolution is red where the image looks like its 3 x 3 weights,
+for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). Batch normalisation shifts
 and scales each map, ReLU removes what is negative, and max pooling keeps the strongest response in
-each 2 x 2 square. The second block responds to combinations of strokes. The output layer turns its
-maps into probabilities.
+each 2 x 2 square. The second block does the same with the maps of the first. The output layer turns
+its maps into probabilities.
 """)
 
 # %% 7b. The network
@@ -284,6 +284,7 @@ step.table(tables.genre_table(scores), "Scores on the test set, with 95% interva
 # seen at work twice: in the small network of 7a, trained again without that operation
 # (the convolution reduced to 1 x 1), and in the trained genre network.
 step.heading("7c. What the four operations do")
+step.text("What does each operation do? First the digit network of 7a is trained again without it.")
 left_out = {}
 variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
 variants |= {f"without {name}": name for name in OPERATIONS[1:]}
@@ -320,9 +321,10 @@ input channels, with the same weights at every place. So a pattern is found wher
 few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbours.
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
-all places, then scales and shifts it by two learned numbers. Scoring uses averages from training.
-The activations keep a steady size, which allows higher learning rates (Ioffe & Szegedy, 2015). Why
-it works is still debated (Santurkar et al., 2018).
+all places, then scales and shifts it by two learned numbers. So the figure, in scoring mode with
+averages from training, shows another standard deviation than 1. The activations keep a steady
+size, which allows higher learning rates (Ioffe & Szegedy, 2015). Why it works is still debated
+(Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
 It makes the network non-linear. Convolutions in a row without it are only one linear map.
@@ -388,8 +390,8 @@ paired = {}
 for name in lstms:
     paired[name] = paired_difference(true["cnn_mel"], predicted["cnn_mel"], predicted[name])
     step.text(f"""
-    {tables.difference_line("cnn_mel", name, paired[name])}. Right only in `cnn_mel`:
-    {paired[name]["only_first"]} clips, only in `{name}`: {paired[name]["only_second"]}.
+    {tables.difference_line("cnn_mel", name, paired[name])}. Only `cnn_mel` is right on
+    {paired[name]["only_first"]} clips, only `{name}` on {paired[name]["only_second"]}.
     """)
 
 shown = {name: scores[name] for name in ("cnn_mel", *lstms)}

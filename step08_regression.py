@@ -62,16 +62,16 @@ step.text(f"""
       values fit the labels.
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
       batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. Ranks
-      have no useful gradient, so it cannot be a loss. Pearson's correlation of the values has a
-      gradient, and it too rewards predictions that rise with the labels.
+      have no useful gradient, so Spearman's cannot be a loss. Pearson's correlation of the values
+      has one, and it too rewards predictions that rise with the labels.
 
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
 
-    In all else, the six models are trained like the networks of steps 5 and 7. The CNN's mixup
-    averages the labels too. We keep the epoch with the highest validation Spearman among the last
-    20% of the epochs. The validation clips are few, so this score is noisy, and as the highest of
-    several it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
-    the number of examples and in augmentation too, not in architecture alone.
+    Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
+    smaller. The CNN's mixup averages the labels too. We keep the epoch with the highest validation
+    Spearman among the last 20% of the epochs. The validation clips are few, so this score is noisy,
+    and as the highest of several it is optimistic. The clips of 8e play no part in this choice. CNN
+    and LSTM also differ in the number of examples and in augmentation, not in architecture alone.
 """)
 step.show_source(common.Regressor.forward, common.regression_loss)
 
@@ -135,7 +135,7 @@ step.text("""
     counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
     rank the clips well and still predict values too close to the mean. Predictions of several folds
     are ranked together. This tends to lower the score, because each fold's network has its own
-    mean. If several clips are by the same artist, the scores are optimistic for other artists.
+    mean. If several clips are by the same artist, other artists would get lower scores.
 
     The differences are of the mean over the three axes, on the same clips. The intervals show how
     much depends on the choice of the held-out clips, but not on the seed of the training.

@@ -55,7 +55,7 @@ a network for the other half, and then froze or fine-tuned them. They conclude:
 
 1. The first layers learn general features, the last layers learn features of their task.
 2. Copied and frozen layers lower the score for two reasons: their features are specific to the old
-   task, or layers that had adapted to each other are separated, mostly in the middle.
+   task, or the cut separates layers that had adapted to each other, mostly the middle ones.
 3. The more the two tasks differ, the less the copied features help. They are still better than
    random ones.
 4. Copied and then fine-tuned layers generalise better than training from scratch, even if the new
@@ -124,13 +124,16 @@ HEAD_EPOCHS, TUNE_EPOCHS = 2, 8
 step.heading("9d. A short fine-tuning")
 step.show_source(common.load_backbone)
 step.text(f"""
+The fine-tuning has two phases:
+
 1. Only the new head is trained, for at most {HEAD_EPOCHS} epochs. The gradients of a random head
    would distort the copied features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained
    Features and Underperform Out-of-Distribution).
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
-An epoch takes as many crops of each clip as in a training from scratch, see *examples per epoch*.
-Both phases use the recipe of step 8, learning rate included. Nothing was tuned for them.
+An epoch takes as many crops of each clip as in a training from scratch (*examples* in the table
+below). Both phases use step 8's recipe, learning rate included, so that `transfer` and `scratch`
+differ in the weights that they start from and not in the recipe. Nothing was tuned for them.
 """)
 
 
@@ -158,10 +161,9 @@ def is_twin(kind):
     return same_recipe and step8.runs[kind].get("network") == genre_name
 
 
-# Two trainings from scratch to compare with: `scratch` has as many examples as both phases,
-# `scratch_full` as many as step 8. If step 8 has trained this network, it is not trained again.
+# Two trainings from scratch to compare with: `scratch` has at most as many epochs as both phases,
+# `scratch_full` those of step 8. If step 8 has trained this network, it is not trained again.
 step8 = tables.earlier_predictions(step.training, "step08_regression", true.index)
-step.text(step8.note)
 twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
@@ -200,10 +202,10 @@ table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 seconds = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(table, f"{len(data.train)} training clips. {seconds}")
 step.text("""
-    `head` is the first phase, `transfer` the second one. The others start from random weights.
-    `scratch` has the epochs of both phases, `scratch_full` those of step 8, whose predictions are
-    used if step 8 has trained this network. The input of the copied
-    network is standardised as in genre training, that of the others by the emotion training clips.
+    `head` is the first phase, `transfer` the second one. The others start from random weights:
+    `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If step 8 has
+    trained this network, its predictions are used. The input of the copied network is standardised
+    as in genre training, that of the others by the emotion training clips.
 """)
 shown = ("head", "transfer", "scratch")
 curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}
@@ -214,8 +216,7 @@ caption = (
 step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
 # %% 9e. Against step 8
-# The lab: compare with step 8. Do the genre weights help if both are trained equally long
-# (`scratch`)? Is the short fine-tuning as good as a whole training (`scratch_full`)?
+# The lab: compare with step 8. All models predict the same held-out clips.
 step.heading("9e. Comparison with step 8")
 test = {key: emotion_scores(run.truth, run.predictions) for key, run in runs.items()}
 predictions = {
@@ -231,8 +232,11 @@ step.table(
     tables.emotion_table(scores),
     f"Spearman's correlation on {len(true)} held-out clips, with 95% intervals over these clips",
 )
-if step8.predictions:
-    step.text(BASELINES)
+step.text(f"""
+{step8.note} Two questions: do the genre weights help if both are trained for as long (`transfer`
+minus `scratch`)? Is the short fine-tuning as good as a whole training (minus `scratch_full`)?
+{BASELINES if step8.predictions else ""}
+""")
 others = [name for name in shown if name not in ("transfer", "constant (step 8)")]
 step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
 step.text("""

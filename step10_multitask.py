@@ -98,8 +98,7 @@ step.text(f"""
     of the three squared errors from {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f},
     the order of magnitude of the correlation term, which lies between 0 and 1. The largest of the
     three is {ratio["raw"]:.2f} times the smallest without weights, {ratio["weighted"]:.2f} times
-    with them. A network that
-    always predicts the mean label has a weighted squared error of 1 on the training clips.
+    with them. A network that always predicts the mean label has a weighted squared error of 1.
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
@@ -185,7 +184,7 @@ step.table(
 
 # %% 10d. The three emotions together and alone
 # The lab: compare with step 8. `multitask` and step 8's CNN are compared only if clips, epochs,
-# learning rate and seed agree. Both start from random weights.
+# learning rate, batch size and seed agree. Both start from random weights.
 keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
 alike = all(facts["multitask"][key] == run.get(key) for run in alone for key in keys)
 if "cnn" in single and not alike:
@@ -201,15 +200,15 @@ elif "cnn" in single:
         The intervals show how much depends on the choice of the held-out clips, but not on the seed
         of the training. The multitask network has {facts["multitask"]["weights"]:,} weights, the
         three networks of step 8 together {step8.runs["cnn"]["weights"]:,}. The three tasks also
-        share one checkpoint, one gradient clipping and one set of examples. In step 8 each model
-        was shown that many examples by itself.
+        share one checkpoint, one gradient clipping and one set of examples. In step 8 each of the
+        three models saw as many examples as the one model here.
     """)
 step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
-    `multitask_lstm`. These two were chosen by cross-validation on the clips of docs/results.md, so
-    the score of the average on those clips is optimistic. `lstm (step 8)` may have another input
-    than `multitask_lstm`, so they need not differ in joint training alone.
+    `multitask_lstm`. These two were chosen earlier, by cross-validation on the small data set of
+    docs/results.md, so the score of the average on that set is optimistic. `lstm (step 8)` may have
+    another input than `multitask_lstm`, so their difference may come from the input.
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
 pairs += [("multitask_average", name) for name in (*averaged, "svr")]

@@ -66,8 +66,8 @@ def test_the_second_phase_goes_on_from_the_head_that_was_learned_first(runs):
     patrec.machine.seed_everything(42)
     backbone = common.load_backbone(run.folder / "cnn_mel" / "best.pt", 4)
     new = common.Regressor(backbone, **head["spec"]["head_args"]).heads["valence"].weight
-    assert 0 < (second - first).norm() < (second - new).norm()
-    assert torch.nn.functional.cosine_similarity(first, second).item() > 0.5
+    near, far = (torch.nn.functional.cosine_similarity(w, second).item() for w in (first, new))
+    assert first.ne(second).any() and near > far + 0.05
 
 
 def test_what_was_frozen_and_how_much_was_trained(runs):
