@@ -172,10 +172,8 @@ def read_digits(path):
     return images[some], labels[some]
 
 
-found = [
-    *kaggle_root().glob("input/**/mnist.npz"),
-    *kaggle_root().glob("input/**/digit*/train.csv"),
-]
+inputs = kaggle_root() / "input"
+found = [*inputs.glob("**/mnist.npz"), *inputs.glob("**/digit*/train.csv")]
 digit_file = step.args.mnist or next(iter(found), None)
 x, labels = read_digits(digit_file)
 known, tested = split_indices(len(x), 0.2, step.args.seed, labels)

@@ -158,7 +158,9 @@ def sections_by_item(summary) -> dict[str, str]:
 def scores_by_class(folder, words) -> str:
     """Item 6b: precision, recall and F1 of each class for the best LSTM."""
     metrics = read_json(folder / "metrics.json")
-    best = metrics["best_by_validation"]
+    best = metrics.get("best_by_validation")
+    if best not in metrics["runs"]:  # outputs of an older edition
+        return ""
     scores = pd.DataFrame(metrics["runs"][best]["test"]["per_class"]).T.rename_axis("class")
     table = markdown_table(scores.astype({"support": int}))
     return f"**{words['per class'].format(best)}**\n\n{table}\n"
