@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -308,7 +309,6 @@ def run_forked(script, *args, cwd=None, check=True, timeout=600, prepare=lambda:
                 os.dup2(err.fileno(), 2)
                 sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, until the process ends
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-                signal.alarm(timeout)  # it ends what hangs
                 os.environ.update(env)
                 os.chdir(cwd or ".")
                 reusable_executor._executor = None  # its processes are the parent's
@@ -326,7 +326,10 @@ def run_forked(script, *args, cwd=None, check=True, timeout=600, prepare=lambda:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+        late = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+        late.start()
         _, status = os.waitpid(pid, 0)
+        late.cancel()
         texts = [(file.seek(0), file.read())[1] for file in (out, err)]
     code = os.waitstatus_to_exitcode(status)
     return finished(subprocess.CompletedProcess([script, *args], code, *texts), check)
