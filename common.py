@@ -618,6 +618,11 @@ def make_backbone(network) -> nn.Module:
     return LSTMBackbone(n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16)
 
 
+def make_regressor(network, data) -> nn.Module:
+    """The backbone of a network of the lab, with random weights and one head per emotion."""
+    return Regressor(make_backbone(network), data.names, data.mean, data.std)
+
+
 @dataclasses.dataclass
 class TrainedModel:
     """A trained network and how it came about."""
@@ -1253,7 +1258,7 @@ def overfit_emotions(step, runs) -> None:
         crop = window_size(network)
         data = load_data(step.source, network.features, network.beat, target, crop=crop)
         seed_everything(args.seed)
-        model = Regressor(make_backbone(network), data.names, data.mean, data.std).to(device)
+        model = make_regressor(network, data).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         recipe, loss = Recipe(OVERFIT_PASSES, args.lr, args.batch_size), RegressionLoss(data.std)
         check = train(model, data, loss, optimizer, recipe, device=device, overfit_batch=True)

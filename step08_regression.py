@@ -73,7 +73,7 @@ step.text(f"""
     and as the highest of several it is optimistic. The clips of 8e play no part in this choice. CNN
     and LSTM also differ in the number of examples and in augmentation, not in architecture alone.
 """)
-step.show_source(common.Regressor.forward, common.regression_loss)
+step.show_source(common.make_regressor, common.Regressor.forward, common.regression_loss)
 
 if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step ends here
     pair = {f"{kind}_valence": (GENRE_NETWORKS[n], "valence") for kind, n in networks.items()}
@@ -84,12 +84,8 @@ if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step
 # The lab: train for valence, for energy and for danceability. A fifth of the labelled clips is
 # held out, with --folds K each clip once. Steps 8, 9 and 10 hold out the same clips and make
 # every choice on the validation clips.
-def regressor(network, data):
-    """The backbone of a genre network, with random weights and one head per emotion."""
-    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
-
-
 recipe = {
+    "make_model": common.make_regressor,
     "make_loss": lambda data: common.RegressionLoss(data.std),
     "optimizer": torch.optim.AdamW,
     "n_folds": step.args.folds,
@@ -97,7 +93,7 @@ recipe = {
 trainings = []
 for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
     run, network = f"{kind}_{emotion}", GENRE_NETWORKS[name]
-    trainings.append(common.Experiment(run, network, regressor, target=emotion, **recipe))
+    trainings.append(common.Experiment(run, network, target=emotion, **recipe))
 runs = common.train_all(step.training, trainings)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")

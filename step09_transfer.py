@@ -146,11 +146,6 @@ def copied(network, data, frozen, head=None):
     return regressor
 
 
-def untrained(network, data):
-    """A regressor with random weights, as in step 8."""
-    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
-
-
 def is_twin(kind):
     """Whether step 8's model is this network, trained from scratch on the whole budget."""
     recipe = make_recipe(network, data, step.training)
@@ -175,9 +170,9 @@ new_head = functools.partial(copied, frozen=n_blocks)
 
 # First phase, and the trainings from scratch.
 head_only = from_genre | {"epochs": HEAD_EPOCHS}
-kinds = {"head": (new_head, head_only), "scratch": (untrained, recipe | both)}
+kinds = {"head": (new_head, head_only), "scratch": (common.make_regressor, recipe | both)}
 if twin is None:
-    kinds["scratch_full"] = untrained, recipe
+    kinds["scratch_full"] = common.make_regressor, recipe
 first = {}  # (model, emotion) -> Experiment
 for emotion, (kind, (make, options)) in itertools.product(emotions, kinds.items()):
     name = f"{kind}_{emotion}"

@@ -64,17 +64,12 @@ serve three labels of each clip.
 # The lab: a loss function that takes the outputs and the targets of the three emotions and
 # returns the sum of the three losses, weighted into one order of magnitude. Each squared error
 # is divided by the variance of the emotion's labels. The loss is shown here on one batch.
-def untrained(network, data):
-    """The backbone of a genre network, with random weights and one head per emotion."""
-    return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
-
-
 step.heading("10b. A loss for three emotions")
 step.show_source(common.RegressionLoss, common.regression_loss)
 cut = {"crop": window_size(cnn), "n_folds": step.args.folds}
 data = common.load_data(step.source, cnn.features, target="emotion", **cut)
 seed_everything(step.args.seed)
-model, loss_fn = untrained(cnn, data).to(step.device), common.RegressionLoss(data.std)
+model, loss_fn = common.make_regressor(cnn, data).to(step.device), common.RegressionLoss(data.std)
 x, targets, lengths = next(iter(DataLoader(data.train, step.args.batch_size, shuffle=True)))
 with torch.no_grad():
     outputs = model.train()(x.to(step.device), lengths).float().cpu()  # (B, 3)
@@ -128,9 +123,9 @@ recipe = {
     "n_folds": step.args.folds,
 }
 trainings = [
-    common.Experiment("multitask", cnn, untrained, **recipe),
+    common.Experiment("multitask", cnn, common.make_regressor, **recipe),
     common.Experiment("multitask_from_genre", cnn, from_genre, stats=genre_stats, **recipe),
-    common.Experiment("multitask_lstm", lstm, untrained, **recipe),
+    common.Experiment("multitask_lstm", lstm, common.make_regressor, **recipe),
 ]
 runs = common.train_all(step.training, trainings)
 facts = {name: run.facts for name, run in runs.items()}
