@@ -75,14 +75,9 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
     labels = folder / f"{split}_labels.txt"
     lines = labels.read_bytes().splitlines() if labels.exists() else None
     sizes = [path.stat().st_size for path in (folder / split).glob("[!.]*.npy")]
-    parts.append(
-        {
-            "folder": f"{folder.name}/{split}",
-            "arrays": len(sizes),
-            "labelled clips": "no file" if lines is None else sum(map(bool, lines)) - 1,
-            "MB": round(sum(sizes) / 1e6, 1),
-        }
-    )
+    row = {"folder": f"{folder.name}/{split}", "arrays": len(sizes)}
+    row["labelled clips"] = "no file" if lines is None else sum(map(bool, lines)) - 1
+    parts.append(row | {"MB": round(sum(sizes) / 1e6, 1)})
 step.table(pd.DataFrame(parts).set_index("folder").astype(str), "What the data folder holds")
 n = 256 if smoke else 2048
 seconds = {device: matmul_seconds(device, n) for device in dict.fromkeys(["cpu", step.device.type])}
@@ -135,7 +130,7 @@ step.show_source(plot_spectrogram)
 step.figure(plot_panels(panels, 2, size=(6, 4)), "two_clips", caption)
 measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
 step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
-bright = measures["centroid_hz"]
+first, second = measures[:2].to_dict("records")
 step.text(f"""
 A spectrogram shows which frequencies sound, when, and how loud. A held note is a horizontal line
 with its overtones above it, a drum hit is a vertical line over many bands, and the spacing of these
@@ -143,11 +138,13 @@ vertical lines shows the rhythm. A spectrogram does not show the phase, the abso
 finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 dB below the maximum.
 
 - **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
-  sounds bright. That of {titles[0]} is {bright.iloc[0]:.0f} Hz,
-  that of {titles[1]} is {bright.iloc[1]:.0f} Hz.
-- **Share of energy below 200 Hz**: bass and bass drum.
+  sounds bright. That of {titles[0]} is {first["centroid_hz"]:.0f} Hz,
+  that of {titles[1]} is {second["centroid_hz"]:.0f} Hz.
+- **Share of energy below 200 Hz**: bass and bass drum. It is {first["share_below_200_hz"]:.1%} in
+  the first clip and {second["share_below_200_hz"]:.1%} in the second.
 - **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness.
-- **Onset rate**: how often per second the bands suddenly get louder, as notes and drum hits start.
+- **Onset rate**: how often the bands suddenly get louder, as notes and drum hits start. The first
+  clip has {first["onsets_per_s"]:.2f} onsets per second, the second {second["onsets_per_s"]:.2f}.
 """)
 
 # %% 1c. The two clips, to hear
@@ -178,7 +175,8 @@ ax.set(xlabel="Frequency (Hz, mel scale)", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Level minus the mean\nof all genres (dB)")
 caption = (
     "Time-averaged spectrum of each genre (without each clip's mean level) minus the mean of all "
-    "genres. A sharp edge at high frequencies may be the bandwidth of the recordings"
+    f"genres, over at most {per_genre} clips of a genre; the genre with the highest mean spectral "
+    "centroid is on top. A sharp edge at high frequencies may be the recordings' bandwidth"
 )
 step.figure(fig, "genre_spectra", caption)
 share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measures}
@@ -205,10 +203,5 @@ if own_file:
 
 two = measures[:2].assign(id=[clip.clip_id for clip in clips[:2]], genre=genres[:2])
 step0 = {"parts": parts, "matmul_n": n, "matmul_seconds": seconds}
-step.finish(
-    step0=step0,
-    pair=two.to_dict("records"),
-    n_clips=len(clips),
-    genres=mean.to_dict("index"),
-    **facts,
-)
+facts |= {"pair": two.to_dict("records"), "n_clips": len(clips), "genres": mean.to_dict("index")}
+step.finish(step0=step0, **facts)

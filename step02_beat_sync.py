@@ -1,14 +1,14 @@
 """Step 2: synchronisation of the spectrograms to the music beat.
 
 The lab asks: a) print the dimensions of step 1's spectrograms; how many time steps do they
-have, is training an LSTM on them efficient, and why? b) repeat step 1 on the beat-synced
+have, is training an LSTM on them efficient, and why? b) repeat step 1 on the beat-synchronised
 spectrograms (the median between two beats) and say what differs.
 
     python step02_beat_sync.py
     python step02_beat_sync.py --seed 7   # two other clips
 
-Input: the genre training split, full and beat-synced. Output, in outputs/step02_beat_sync/:
-figures and tables (summary.md), their numbers (metrics.json).
+Input: the genre training split, full and beat-synchronised. Output, in
+outputs/step02_beat_sync/: figures and tables (summary.md), their numbers (metrics.json).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 7").
@@ -35,6 +35,7 @@ from patrec.step import Step
 step = Step("step02_beat_sync", __doc__, parts=("genre",))
 smoke = step.args.smoke
 FRAME_S = HOP / SR  # seconds from one frame to the next
+FORMS = {"full": "full", "beat-synced": "beat-synchronised"}  # name in metrics.json: in the texts
 
 # %% 2a. Dimensions and time steps
 # The lab: print the dimensions of the spectrograms of step 1 (same seed, same clips) and say how
@@ -44,33 +45,34 @@ clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 arrays = {"full": [clip.full for clip in clips], "beat-synced": [clip.beat for clip in clips]}
 cells = [(i, form) for i in (0, 1) for form in arrays]  # the two clips, in both forms
-names = [f"{titles[i]}, {form}" for i, form in cells]
+names = [f"{titles[i]}, {FORMS[form]}" for i, form in cells]
 facts = [array_facts(arrays[form][i]) for i, form in cells]
 step.table(pd.DataFrame(facts, names).rename_axis("clip"), "The arrays of the two clips")
 n_steps = pd.DataFrame({f: [array.shape[1] for array in arrays[f]] for f in arrays}, titles)
 spread = n_steps.quantile([0, 0.1, 0.5, 0.9, 1]).astype(int).T
 spread.columns = ["shortest", "10%", "median", "90%", "longest"]
-step.table(spread.rename_axis("spectrograms"), f"Time steps of {len(clips)} drawn clips")
+step.table(
+    spread.rename(FORMS).rename_axis("spectrograms"), f"Time steps of {len(clips)} drawn clips"
+)
 
 # %% 2a. Is training an LSTM on these steps efficient? What a pass costs
-# An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
-# parallel on any device: time grows with their number. Measured with one layer of 128 units,
-# forward and backward, on the clips cut to several lengths.
+# One layer of 128 units, forward and backward, is timed on the clips cut to several lengths.
 step.heading("2a. Is training an LSTM on these steps efficient?")
 n_batch = min(4 if smoke else 16, len(clips))
 batches = {  # (B, T, F) and lengths (B,), standardised over all drawn clips
     form: [part[:n_batch] for part in lstm_batch(some)] for form, some in arrays.items()
 }
 batch = batches["full"][0].to(step.device)
-n_full, n_beat = map(int, n_steps.median())
+n_full, n_beat = (int(lengths.median()) for _, lengths in batches.values())
 counts = sorted({n_full, n_beat, *np.geomspace(n_beat / 2, n_full, 5).astype(int).tolist()})
 seconds = {n: lstm_seconds(batch[:, :n]) for n in counts}
 exponent = float(np.polyfit(np.log(counts), np.log(list(seconds.values())), 1)[0])
+ratio = seconds[n_full] / seconds[n_beat]
 
 fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 ax.loglog(counts, list(seconds.values()), color=COLORS[0], marker="o")
 ax.set(xlabel="Time steps", ylabel=f"Time of a training pass (s, {n_batch} clips)")
-ax.set_xticks([n_beat, n_full])
+ax.set_xticks([n for n in (20, 50, 100, 200, 500, 1000) if counts[0] <= n <= counts[-1]])
 ax.grid(alpha=0.3)
 threads = f" (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else ""
 caption = (
@@ -80,9 +82,10 @@ caption = (
 step.figure(fig, "lstm_cost", caption)
 step.text(f"""
 An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
-parallel on any device. A training pass over {n_batch} clips takes {seconds[n_full]:.3f} s at
-{n_full} steps, {seconds[n_full] / seconds[n_beat]:.0f} times the {seconds[n_beat]:.3f} s at
-{n_beat}. Fitted to all lengths, time grows like the number of steps to the power {exponent:.2f}.
+parallel on any device. The {n_batch} timed clips have {n_full} frames or {n_beat} beats (medians).
+Full clips are cut to each number of steps: a training pass takes {seconds[n_full]:.3f} s at
+{n_full} steps, {ratio:.0f} times the {seconds[n_beat]:.3f} s at {n_beat}. Fitted to all lengths,
+time grows like the number of steps to the power {exponent:.2f}.
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
@@ -94,17 +97,12 @@ fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 for form, step_s, color in zip(arrays, (FRAME_S, beat_s), COLORS, strict=False):
     seed_everything(step.args.seed)
     norms = lstm_gradient(*batches[form])
-    label = f"{form} ({len(norms)} steps of {step_s:.2f} s)"
+    label = f"{FORMS[form]} ({len(norms)} steps of {step_s:.2f} s)"
     ax.semilogy(np.arange(len(norms)) * step_s, norms, color=color, label=label)
     far = gradient_reach(norms)
-    reach[form] = {
-        "steps": far,
-        "of_steps": len(norms),
-        "seconds": far * step_s,
-        "share": far / len(norms),
-        "at_first_step": float(norms[-1]),
-    }
-    table[form] = {
+    reach[form] = {"steps": far, "of_steps": len(norms), "seconds": far * step_s}
+    reach[form] |= {"share": far / len(norms), "at_first_step": float(norms[-1])}
+    table[FORMS[form]] = {
         "steps above 1%": f"{far} of {len(norms)}",
         "seconds of music": f"{far * step_s:.2f}",
         "share of the clip": f"{far / len(norms):.1%}",
@@ -122,38 +120,35 @@ step.figure(fig, "lstm_gradient", caption)
 caption = "How far back the gradient of the last output stays above 1% of the last step's"
 step.table(pd.DataFrame(table).T.rename_axis("spectrograms"), caption)
 step.text(f"""
-So training is not efficient on full clips: a pass takes {seconds[n_full] / seconds[n_beat]:.0f}
-times as long as on beats. Going back from the end of a clip, the gradient of the last output stays
-above 1% for {reach["full"]["seconds"]:.1f} s on full clips and for
-{reach["beat-synced"]["seconds"]:.1f} s on beats.
+So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats.
+Going back from the end of a clip, the gradient of the last output stays above 1% for
+{reach["full"]["seconds"]:.1f} s on full clips, {reach["beat-synced"]["seconds"]:.1f} s on beats.
 
 Why: on its way back from the last step the gradient is multiplied by one Jacobian per step. If the
-factors are below 1, the product vanishes exponentially (Hochreiter, 1991; Bengio et al., 1994). The
-forget gate of an LSTM can preserve the gradient, if training has brought the gate close to 1. The
-numbers are from one random start.
+norms of these matrices are below 1, the product vanishes exponentially (Hochreiter, 1991; Bengio et
+al., 1994). The forget gate of an LSTM can preserve the gradient, if training has brought the gate
+close to 1. The numbers are from one random start.
 
-Step 5 deals with the length of full clips in three ways: it trains on crops of 15 s, eight frames
-are joined into one step, and the class is predicted from the outputs at all steps, in both
-directions, so the gradient enters at every step and not only at the last one.
+Step 5 therefore changes four things (5a): eight frames make one time step, a dense layer comes
+before the LSTM, it reads the clip in both directions, and the class is predicted from its outputs
+at all steps. So the gradient enters at every step. Training on full clips takes crops of 15 s.
 """)
 
-# %% 2b. Step 1 on beat-synced spectrograms
+# %% 2b. Step 1 on beat-synchronised spectrograms
 # The lab: repeat step 1 with the files in which the frames between two beats have become one,
 # their median band by band, and comment on the differences. The onset rate needs frames.
-step.heading("2b. Step 1 on beat-synced spectrograms")
+step.heading("2b. Step 1 on beat-synchronised spectrograms")
 mels = {form: [array[BANDS["mel"]] for array in some] for form, some in arrays.items()}
-panels = [
-    (name, mels[form][i], form != "full") for name, (i, form) in zip(names, cells, strict=True)
-]
-caption = f"Full and beat-synced mel spectrograms: {titles[0]} and {titles[1]}"
+panels = [(f"{titles[i]}, {FORMS[form]}", mels[form][i], form != "full") for i, form in cells]
+caption = f"Full and beat-synchronised mel spectrograms: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2), "two_clips", caption)
 measures = pd.DataFrame([mel_measures(mels[form][i], beat=True) for i, form in cells], names)
 step.table(measure_table(measures, "clip"), "The two clips, measured in both forms")
 step.text("""
-In a beat-synced spectrogram one column is the median of the frames between two beats. What lasts
-for more than half of a beat, such as a held note, remains; a drum hit is shorter and mostly
+In a beat-synchronised spectrogram one column is the median of the frames between two beats. What
+lasts for more than half of a beat, such as a held note, remains; a drum hit is shorter and mostly
 disappears, so there are fewer vertical lines. The time axis counts beats, not seconds: clips of
-different tempo become comparable, and their lengths differ.
+different tempo become comparable, but clips of 30 s now have different numbers of columns.
 """)
 
 # %% 2b. What the synchronisation changes, in numbers
@@ -171,21 +166,16 @@ rows = pd.concat([changes[:2], changes.agg(["min", "median", "mean", "max"])])
 caption = f"What the synchronisation changes: the two clips, and all {len(clips)} drawn clips"
 step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""
-- One beat-synced step stands for {changes["frames per beat"].median():.0f} frames (median),
-  {beat_s:.2f} s. librosa's beat tracker drops weak beats at both ends.
+- One beat-synchronised step stands for {changes["frames per beat"].median():.0f} frames (median),
+  {beat_s:.2f} s. librosa's beat tracker drops weak beats at both ends, so the first and the last
+  column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
-  sets 0 dB at the loudest cell of each array, here the loudest median and not the loudest frame.
+  sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
+  so it is quieter than the loudest frame, and all other values rise.
 """)
 
 # %% The numbers for metrics.json
-step.finish(
-    steps=n_steps.agg(["min", "median", "max"]).to_dict(),
-    lstm_cost={
-        "batch": n_batch,
-        "seconds": seconds,
-        "exponent": exponent,
-        "full_over_beat": seconds[n_full] / seconds[n_beat],
-    },
-    gradient_reach=reach,
-    differences={"pair": changes[:2].to_dict("index"), "mean": changes.mean().to_dict()},
-)
+cost = {"batch": n_batch, "seconds": seconds, "exponent": exponent, "full_over_beat": ratio}
+differences = {"pair": changes[:2].to_dict("index"), "mean": changes.mean().to_dict()}
+steps = n_steps.agg(["min", "median", "max"]).to_dict()
+step.finish(steps=steps, lstm_cost=cost, gradient_reach=reach, differences=differences)

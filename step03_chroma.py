@@ -1,13 +1,13 @@
 """Step 3: familiarisation with chromagrams.
 
 The lab asks: repeat steps 1 and 2 with the chromagrams of the same pieces, i.e. show those
-of two clips of different classes, full and beat-synced, print their dimensions, say whether
+of two clips of different classes, full and beat-synchronised, print their dimensions, say if
 an LSTM can be trained on them efficiently, and comment on what they tell and what differs.
 
     python step03_chroma.py
     python step03_chroma.py --seed 7   # two other clips
 
-Input: the genre training split, full and beat-synced. Output, in outputs/step03_chroma/:
+Input: the genre training split, full and beat-synchronised. Output, in outputs/step03_chroma/:
 figures and tables (summary.md), their numbers (metrics.json).
 """
 
@@ -25,6 +25,7 @@ from patrec.step import Step
 
 step = Step("step03_chroma", __doc__, parts=("genre",))
 smoke = step.args.smoke
+FORMS = {"full": "full", "beat-synced": "beat-synchronised"}  # name in metrics.json: in the texts
 COLUMNS = {
     "strongest": "strongest pitch class",
     "strong": "strong pitch classes",
@@ -55,17 +56,15 @@ titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 arrays = {"full": [clip.full for clip in clips], "beat-synced": [clip.beat for clip in clips]}
 chroma = {form: [array[BANDS["chroma"]] for array in some] for form, some in arrays.items()}
 cells = [(i, form) for i in (0, 1) for form in chroma]  # the two clips, in both forms
-names = [f"{titles[i]}, {form}" for i, form in cells]
+names = [f"{titles[i]}, {FORMS[form]}" for i, form in cells]
 step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
 
 # %% 3, as 1c. What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ. Full and
-# beat-synced lie side by side, since step 2 asks the same of both.
+# beat-synchronised lie side by side, since step 2 asks the same of both.
 step.heading("3, as 1c. What they show")
-panels = [
-    (name, chroma[form][i], form != "full") for name, (i, form) in zip(names, cells, strict=True)
-]
-caption = f"Full and beat-synced chromagrams: {titles[0]} and {titles[1]}"
+panels = [(f"{titles[i]}, {FORMS[form]}", chroma[form][i], form != "full") for i, form in cells]
+caption = f"Full and beat-synchronised chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
 step.text("""
 A chromagram adds up how strong each note is over all octaves. It keeps the harmony and loses the
@@ -107,13 +106,9 @@ fig.colorbar(image, ax=ax, label="Share of the clip's chroma")
 caption = "Mean chroma of each genre's drawn clips, relative to each clip's strongest pitch class"
 step.figure(fig, "genre_chroma", caption)
 
-values = pd.DataFrame(
-    {
-        "strong pitch classes": measures["full"]["strong"],
-        "change per frame": measures["full"]["change"],
-        "change per beat": measures["beat-synced"]["change"],
-    }
-)
+full = measures["full"]
+values = pd.DataFrame({"strong pitch classes": full["strong"], "change per frame": full["change"]})
+values["change per beat"] = measures["beat-synced"]["change"]
 by_genre = values.groupby(genres).mean()
 share = {name: genre_share(values[name], genres) for name in values}
 table = by_genre.map("{:.3f}".format).rename_axis("genre")
@@ -139,7 +134,7 @@ lstm = {}
 for kind in ("chroma", "mel"):
     for form, frames in (("full", 1), ("beat-synced", frames_per_beat)):
         x, lengths = (part[:n_batch] for part in lstm_batch(arrays[form], kind))  # (B, T, F), (B,)
-        seed_everything(step.args.seed)  # the same start for every row, and for step 2
+        seed_everything(step.args.seed)  # the same seed for every row, and as in step 2
         far, n = gradient_reach(lstm_gradient(x, lengths)), int(lengths.median())
         lstm[f"{kind}, {form}"] = {
             "rows": x.shape[2],
@@ -148,8 +143,8 @@ for kind in ("chroma", "mel"):
             "steps above 1%": far,
             "seconds of music": far * frames * HOP / SR,
         }
-table = pd.DataFrame(lstm).T.rename_axis("input")
-table = table.astype({"rows": int, "steps": int, "steps above 1%": int})
+table = pd.DataFrame(lstm).T.rename(lambda name: name.replace("synced", "synchronised"))
+table = table.astype({"rows": int, "steps": int, "steps above 1%": int}).rename_axis("input")
 caption = (
     f"One training pass of an LSTM of 128 units over {n_batch} clips (wall-clock time, the fastest "
     "of 8), and how far back the gradient of its last output stays above 1% of the last step's, "
@@ -161,34 +156,29 @@ step.text(f"""
 So training an LSTM on full chromagrams is not efficient either. They have {full["rows"]} rows
 instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
 after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass (s)"]:.3f} s on mel
-and {beat["pass (s)"]:.3f} s on beat-synced chromagrams. The gradient of the last output stays
-above 1% for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On
-beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
+and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
+for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats
+it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
 # The measures above, in both forms.
 step.heading("3, as 2b. What beat synchronisation changes")
 means = pd.DataFrame({form: measures[form][["strong", "change"]].mean() for form in measures}).T
-caption = f"Chromagrams, full and beat-synced: mean over {len(clips)} clips"
-step.table(means.rename(columns=COLUMNS).rename_axis("chromagrams"), caption)
+caption = f"Chromagrams, full and beat-synchronised: mean over {len(clips)} clips"
+step.table(means.rename(index=FORMS, columns=COLUMNS).rename_axis("chromagrams"), caption)
+full, beat = means.loc["full"], means.loc["beat-synced"]
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 step.text(f"""
 - The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips.
-- A beat-synced step stands for {frames_per_beat:.0f} frames (median). From one beat to the next a
-  pitch class changes by {means.loc["beat-synced", "change"]:.3f}, from one frame to the next by
-  {means.loc["full", "change"]:.3f}.
+- A pitch class changes by {full["change"]:.3f} from one frame to the next, by {beat["change"]:.3f}
+  from one beat to the next. Beats are about {frames_per_beat:.0f} times as far apart as frames, so
+  the harmony has more time to change between them.
+- On average {full["strong"]:.1f} pitch classes of a frame are strong and {beat["strong"]:.1f} of a
+  beat.
 """)
 
 # %% The numbers for metrics.json
-pair = [
-    {"clip": title} | {form: measures[form].loc[title].to_dict() for form in measures}
-    for title in titles[:2]
-]
-step.finish(
-    pair=pair,
-    n_clips=len(clips),
-    genres=by_genre.to_dict("index"),
-    lstm=lstm,
-    sync={"same_strongest": same, "change": means["change"].to_dict()},
-)
+pair = [{"clip": titles[i]} | {f: measures[f].iloc[i].to_dict() for f in FORMS} for i in (0, 1)]
+sync = {"same_strongest": same, "change": means["change"].to_dict()}
+step.finish(pair=pair, n_clips=len(clips), genres=by_genre.to_dict("index"), lstm=lstm, sync=sync)

@@ -76,7 +76,7 @@ OPERATIONS = {
         "no padding to the longest clip of all; a crop is a new example each time",
     ),
     "class numbers": (
-        "scikit-learn's LabelEncoder, fitted separately for each part",
+        "scikit-learn's LabelEncoder, fitted for the training set and for the test set",
         "`encode_labels`: the sorted names of the training part, also for the test set",
         "fitted separately, training and test agree only if both contain the same classes",
     ),
@@ -128,7 +128,7 @@ def follow(beat) -> dict[str, str]:
         "stored": f"{kept.shape[0]} x {kept.shape[1]} {kept.dtype}, "
         f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off (dB, chroma)",
         "Subsets": f"{len(data.train)} training and {len(data.val)} validation clips",
-        "standardised": f"loudest cell, band {band}: ({mel[band, t]:.1f} - {mean[band]:.1f}) / "
+        "standardised": f"loudest cell, band {band}: ({mel[band, t]:.1f} - ({mean[band]:.1f})) / "
         f"{std[band]:.1f} = {float(x[t, band]):.2f}",
         "item": f"({tuple(x.shape)} {x.dtype}, {int(target)}, {int(length)})",
         "batch of 8": f"x {tuple(xs.shape)}, targets {tuple(targets.shape)}, "
@@ -139,7 +139,7 @@ def follow(beat) -> dict[str, str]:
 
 
 step.heading("4a. One clip, from its line in the label file to a batch")
-followed = {"full": follow(beat=False), "beat-synced": follow(beat=True)}
+followed = {"full": follow(beat=False), "beat-synchronised": follow(beat=True)}
 caption = "One training clip (mel rows) after each of our operations"
 step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
 
@@ -164,8 +164,9 @@ train, kept = before["train"], after["train"].sum()
 step.text(f"""
 Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
 {train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
-training clips. The lab removes classes with few samples. Its table is fixed and does not look at
-the counts of the data set, so a class that is left out may be a large one here.
+training clips. The lab merges similar classes and removes those with very few samples: similar
+genres have no clear border, and a few clips do not suffice to learn a class or to measure its
+score. Its table is fixed and does not look at the counts, so a class left out may be large here.
 """)
 
 # %% 4c. Number of samples per class, before and after
@@ -175,7 +176,7 @@ step.heading("4c. Number of samples per class, before and after")
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.3 * len(before) + 1.5), layout="constrained")
 merged = "After the merge" if merge else "Not merged (--no-merge)"
 for ax, when, frame in ((axes[0], "Before the merge", before), (axes[1], merged, after)):
-    frame = frame.sort_values("train", kind="stable")
+    frame = frame.loc[frame.sum(axis=1).sort_values(kind="stable").index]
     ax.barh(frame.index, frame["train"], color=COLORS[0], label="train")
     ax.barh(frame.index, frame["test"], left=frame["train"], color=COLORS[1], label="test")
     for y, (n_train, n_test) in enumerate(frame[["train", "test"]].to_numpy()):
@@ -242,10 +243,9 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
             detail = "in the folder, not in the label file"
             rows.append(where | {"id": path.name, "fault": "no label", "detail": detail})
     entries = entries[:20] if step.args.smoke else entries  # so the counts are of these
-    hidden = not show_bars()
     with ThreadPoolExecutor(N_READERS) as pool:
         checked = pool.map(check_array, entries)
-        bar = tqdm(checked, where["where"], len(entries), disable=hidden, leave=False)
+        bar = tqdm(checked, where["where"], len(entries), disable=not show_bars(), leave=False)
         rows += [where | row for row in bar]
 files = pd.DataFrame(rows, columns=["where", "id", "fault", "detail", "steps", "digest"])
 clips = files[~files["fault"].isin(["bad labels", "no label"])]

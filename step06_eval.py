@@ -117,9 +117,8 @@ if step.args.ensemble:  # the mean of the log-probabilities, clip by clip
 scores = {key: genre_scores(true[key[1]], table) for key, table in predictions.items()}
 rows = []
 for (name, set_name), table in predictions.items():
-    test_set = part_folder(".", "genre", SETS[set_name]).name
-    seed = step.args.seed
-    rows.append(prediction_rows(name, true[set_name], table, test_set=test_set, seed=seed))
+    where = {"test_set": part_folder(".", "genre", SETS[set_name]).name, "seed": step.args.seed}
+    rows.append(prediction_rows(name, true[set_name], table, **where))
 write_predictions(step.folder, rows)
 
 
@@ -173,8 +172,7 @@ step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), 
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
 for ax, set_name in zip(axes, SETS, strict=True):
     found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
-    values = [s["macro_f1"] for s in found.values()]
-    intervals = [s["macro_f1_ci95"] for s in found.values()]
+    values, intervals = ([s[key] for s in found.values()] for key in ("macro_f1", "macro_f1_ci95"))
     plot_scores(ax, list(found), values, intervals, "Macro-F1 (line: 95% interval)")
     for name, bar in zip(found, ax.patches, strict=True):
         bar.set_alpha(0.35 if name in models and own_set[name] != set_name else 1)
@@ -228,9 +226,9 @@ micro average counts every clip the same. With one label per clip it equals the 
 is {one["micro_f1"]:.3f}.
 
 **When do accuracy and F1 differ much?** They differ when a model recognises large classes and
-misses small ones. This hardly changes accuracy, but it lowers macro-F1. The extreme case is a model
-that always predicts {commonest}: accuracy {lowest["accuracy"]:.3f}, macro-F1
-{lowest["macro_f1"]:.3f}. A macro-F1 above the accuracy often means that small classes are
+misses small ones. Missing the small classes hardly lowers the accuracy, but it lowers macro-F1. An
+extreme case is a model that always predicts {commonest}: accuracy {lowest["accuracy"]:.3f} and
+macro-F1 {lowest["macro_f1"]:.3f}. A macro-F1 above the accuracy often means that small classes are
 recognised better than large ones. In a task with one rare class, its F1 can be near 0 while the
 accuracy is near 1.
 

@@ -11,7 +11,7 @@ Input: the checkpoints of steps 5 and 7 (missing ones are trained here), the gen
 sets; the package umap-learn, if it is installed. Output, in outputs/step11_latent/:
 latent_<run>.npz per model (vectors, labels, ids, classes, predicted classes and their
 probabilities), maps_<run>.npz (points in the plane by method), figures, measures of
-separation (summary.md, metrics.json). A page to walk in these maps: python -m tools.maps.
+separation (summary.md, metrics.json). An interactive page of these maps: python -m tools.maps.
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--seed 43").
@@ -219,6 +219,7 @@ panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_me
 step.figure(plot_maps(panels, 2), "pca", "The test clips by genre on the first two PCA axes")
 commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
 shown = [titles[best], titles["cnn_mel"]]
+lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
 step.table(measures[shown], "Separation of the genres, and the plane's share")
 step.text(f"""
 *5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
@@ -226,12 +227,15 @@ nearest other clips (if n classes are equally common, the right one counts 1/n).
 most common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
 a is a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same
 network with random weights. The number of dimensions alone changes a silhouette, so compare each
-model with its untrained network first. 95% intervals are over test clips. They are approximate, as
-a clip counts as itself and again as a neighbour of others.
+model with its untrained network first. 95% intervals are over test clips. They are approximate: the
+clips are not independent, each is also a neighbour of others.
 
-The PCA plane keeps {kept[best]["pca_variance_2d"]:.0%} of the LSTM's variance and
-{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the CNN's. The output layer uses all dimensions, so the
-model with the higher test accuracy may be the one whose classes separate less in the plane.
+**How far are the classes apart?** In the PCA plane the silhouette of the LSTM is
+{lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; 0 or less: the
+classes overlap). The 5-NN accuracy is {lstm["knn_accuracy"]:.3f} and {cnn["knn_accuracy"]:.3f}. The
+plane keeps {kept[best]["pca_variance_2d"]:.0%} and {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the
+variance. The output layer uses all dimensions, so a model can have the higher test accuracy
+although its classes overlap more in the plane.
 """)
 step.text(knn_difference("cnn_mel", best))
 class_caption = "Share of each class's clips whose class is the most common among their neighbours"
@@ -242,23 +246,29 @@ step.table(per_class[shown], class_caption)
 # the best LSTM, and beside that of its own network with random weights, to show what training did.
 step.heading("11c. The same for the worst LSTM")
 panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, worst)]
-panels.append(pca_panel(f"{run_title(worst)}, untrained", worst, untrained[worst]))
+panels.append(pca_panel(f"{titles[worst]}, untrained", worst, untrained[worst]))
 on = part_folder(".", "genre", models[worst].settings["beat"]).name
-caption = (
-    f"PCA of the best LSTM, of the worst of all on its test set ({on}), and of the worst untrained"
-)
+caption = f"PCA of the best LSTM, the worst of all on its test set ({on}), and the worst untrained"
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
 shown = [titles[best], titles[worst]]
 step.table(measures[shown], "Separation of the genres, best and worst LSTM")
 step.text(knn_difference(best, worst))
 step.table(per_class[shown], class_caption)
+after, before = (measures.loc[f"silhouette, full space{end}", shown] for end in ("", ", untrained"))
+grouped = (per_class[shown] > 0.5).sum()
+step.text(f"""
+**Is there a qualitative difference?** In the full space training changes the silhouette from
+{before.iloc[0]} to {after.iloc[0]} for the best LSTM, from {before.iloc[1]} to {after.iloc[1]} for
+the worst. In the table above {grouped.iloc[0]} of {len(per_class)} classes have a share over .5 for
+the best LSTM, so their clips form groups, and {grouped.iloc[1]} for the worst.
+""")
 
 # %% 11d. More methods of dimensionality reduction
 # The lab: t-SNE and others; which works better for these data? The criteria are named before
 # the methods are compared.
 step.heading("11d. More methods of dimensionality reduction")
-n_clips = min(map(len, spaces.values()))
-near, far, perplexity = min(15, n_clips - 1), min(10, n_clips - 1), min(30, (n_clips - 1) / 3)
+others = min(map(len, spaces.values())) - 1  # a clip has at most so many neighbours
+n_isomap, n_umap, perplexity = min(10, others), min(15, others), min(30, others / 3)
 seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
 The three criteria were chosen in advance. *Trustworthiness* (Venna & Kaski, 2001; at best 1) tells
@@ -268,8 +278,8 @@ tell how well the map separates the genres. If a map separates them better than 
 the method has added that separation, not the network.
 
 PCA is linear; of all projections onto a plane it keeps the largest share of the squared distances.
-Isomap ({far} neighbours; Tenenbaum et al., 2000) keeps distances along the graph of neighbours.
-t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({near} neighbours;
+Isomap ({n_isomap} neighbours; Tenenbaum et al., 2000) keeps distances along a graph of neighbours.
+t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({n_umap} neighbours;
 McInnes et al., 2018) keep neighbours together and do not keep large distances. So look for groups;
 their size and the distances between them mean little. Both draw random numbers, so they run with
 {len(seeds)} seeds, and the pictures show the first.
@@ -278,13 +288,13 @@ their size and the distances between them mean little. Both draw random numbers,
 warnings.filterwarnings("ignore", "The number of connected components")
 methods = {
     "PCA": [PCA(n_components=2, svd_solver="full")],
-    "Isomap": [Isomap(n_neighbors=far, eigen_solver="dense")],
+    "Isomap": [Isomap(n_neighbors=n_isomap, eigen_solver="dense")],
     "t-SNE": [TSNE(perplexity=perplexity, random_state=seed) for seed in seeds],
 }
 if importlib.util.find_spec("umap"):
     from umap import UMAP
 
-    methods["UMAP"] = [UMAP(n_neighbors=near, random_state=seed, n_jobs=1) for seed in seeds]
+    methods["UMAP"] = [UMAP(n_neighbors=n_umap, random_state=seed, n_jobs=1) for seed in seeds]
 else:
     step.text("UMAP is missing from what follows: install `umap-learn` and run this step again.")
 
@@ -315,10 +325,16 @@ for name, title in titles.items():
 for key, table in tables.items():
     caption = f"{CRITERIA[key]} in the map; t-SNE and UMAP: mean and range of {len(seeds)} seeds"
     step.table(pd.DataFrame(table).T.rename_axis("method"), caption)
+best_by = {}
+for name, title in titles.items():
+    means = {
+        m: [np.mean(kept[name][m][f"{key} of all seeds"]) for key in CRITERIA] for m in methods
+    }
+    best_by[title] = pd.DataFrame(means, CRITERIA.values()).idxmax(axis=1)
 step.text("""
-The criteria may disagree. We say that one method works better than another only if it is better by
-all three criteria for the same model, and if the ranges over the seeds do not overlap. Otherwise we
-name the criterion: by trustworthiness we choose the map that shows best which clips are neighbours,
-by silhouette and 5-NN accuracy the map that separates the genres best.
+We say that one method works better than another only if it is better by all three criteria for the
+same model, and if the ranges over the seeds do not overlap.
 """)
+table = pd.DataFrame(best_by).T.rename_axis("model")
+step.table(table, "Best method by each criterion (mean over the seeds)")
 step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

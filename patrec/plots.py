@@ -95,9 +95,10 @@ def plot_operations(outputs, channel, seconds):
         shown = values[0, channel].T
         limit = abs(shown).max()
         image = upper.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, **look)
-        fig.colorbar(image, ax=upper, location="bottom", aspect=30)
+        fig.colorbar(image, ax=upper, location="bottom", aspect=30, label=f"Value after {name}")
         upper.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
-        upper.set_title(f"{name}, channel {channel}: {shown.shape[0]} x {shown.shape[1]}")
+        size = "{} bands x {} columns".format(*shown.shape)
+        upper.set_title(f"{name}, channel {channel}\n{size}")
         mel_ticks(upper.yaxis)
         lower.hist(values.ravel(), bins=60, color=COLORS[0], log=True)
         facts = f"mean {values.mean():.2f}, sd {values.std():.2f}, zeros {np.mean(values == 0):.0%}"
@@ -209,13 +210,16 @@ def plot_scores(ax, names, values, intervals, xlabel):
 def plot_emotion_scores(scores):
     """One panel of `plot_scores` per emotion and for the mean: {model: `emotion_scores`}."""
     names, height = list(scores), 0.3 * len(scores) + 0.9
-    fig, axes = plt.subplots(2, 2, figsize=(10, 2 * height), layout="constrained", sharey=True)
+    share, lows = {"sharex": True, "sharey": True}, []
+    fig, axes = plt.subplots(2, 2, figsize=(10, 2 * height), layout="constrained", **share)
     for ax, key in zip(axes.flat, (*EMOTIONS, "mean_spearman"), strict=True):
         none = {key: math.nan, f"{key}_ci95": [math.nan] * 2}  # a model of one emotion: no bar
         rows = [none | scores[name] for name in names]
         values, intervals = [row[key] for row in rows], [row[f"{key}_ci95"] for row in rows]
         plot_scores(ax, names, values, intervals, "Spearman (line: 95% interval)")
         ax.set_title(key.replace("_spearman", " of the three"))
+        lows.append(ax.get_xlim()[0])
+    ax.set_xlim(min(lows), 1)  # of all four panels
     return fig
 
 
@@ -233,7 +237,7 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
             ax.set(ylabel="", yticklabels=[])
         if index + n_columns < len(panels):
             ax.set_xlabel("")
-    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Chroma (1: the strongest pitch class)"
+    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Chroma (full: a frame's strongest = 1)"
     shrink = min(1, 5 / fig.get_figheight())
     fig.colorbar(image, ax=fig.axes, label=mel if kind == "mel" else chroma, shrink=shrink)
     return fig

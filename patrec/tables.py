@@ -72,7 +72,8 @@ def difference_line(first, second, difference) -> str:
     titles, values = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}, []
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
-        shown = "above 0" if low > 0 else "below 0" if high < 0 else "no difference is shown"
+        better = first if low > 0 else second if high < 0 else None
+        shown = f"`{better}` is better" if better else "no difference is shown"
         values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}] ({shown})")
     return f"`{first}` minus `{second}`, {difference['n_clips']} clips: {', '.join(values)}"
 

@@ -27,7 +27,7 @@ def test_the_report_is_whole_and_looks_at_the_two_clips_of_the_seed(run, small_d
     pair = [f"{c.genre} ({c.clip_id})" for c in sample_clips(small_data, 2, 42)[:2]]
     assert list(metrics["differences"]["pair"]) == pair
     table = read_table(folder, "The arrays of the two clips")  # 1b's, in both forms
-    assert list(table.index) == [f"{title}, {f}" for title in pair for f in ("full", "beat-synced")]
+    assert list(table.index) == [f"{t}, {f}" for t in pair for f in ("full", "beat-synchronised")]
 
 
 def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
@@ -45,8 +45,8 @@ def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
 def test_cost_and_reach_are_measured(run):
     _, metrics = run
     # How long a pass takes is the machine's affair; that both median lengths were measured is not.
-    seconds, steps = metrics["lstm_cost"]["seconds"], metrics["steps"]
-    full, beat = (seconds[str(int(steps[form]["median"]))] for form in ("full", "beat-synced"))
+    seconds, reach = metrics["lstm_cost"]["seconds"], metrics["gradient_reach"]
+    full, beat = (seconds[str(reach[form]["of_steps"])] for form in ("full", "beat-synced"))
     assert min(full, beat) > 0
     assert metrics["lstm_cost"]["full_over_beat"] == pytest.approx(full / beat)
     full, beat = metrics["gradient_reach"]["full"], metrics["gradient_reach"]["beat-synced"]

@@ -28,7 +28,7 @@ def run(data_dir, tmp_path_factory):
 
 def test_both_forms_of_a_clip_are_followed_from_line_to_batch(run, data_dir):
     table = read_table(run[0], "One training clip (mel rows)")
-    parts = {"full": "fma_genre_spectrograms", "beat-synced": "fma_genre_spectrograms_beat"}
+    parts = {"full": "fma_genre_spectrograms", "beat-synchronised": "fma_genre_spectrograms_beat"}
     for form, part in parts.items():
         clip = table.loc["id, file", form].split("`")[1]
         array = np.load(data_dir / part / "train" / f"{clip}.fused.full.npy")

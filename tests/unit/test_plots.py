@@ -60,12 +60,14 @@ def test_each_emotion_has_its_own_panel():
     keys = (*EMOTIONS, "mean_spearman")
     scores = {}
     for shift, name in enumerate(("cnn", "lstm")):
-        values = {key: 0.1 * (place + 1) + 0.03 * shift for place, key in enumerate(keys)}
+        values = {key: 0.1 * place - 0.05 + 0.03 * shift for place, key in enumerate(keys)}
         scores[name] = values | {f"{key}_ci95": [v - 0.02, v + 0.01] for key, v in values.items()}
     fig = plot_emotion_scores(scores)
     titles = {key: key.replace("_spearman", " of the three") for key in keys}
     panels = {ax.get_title(): ax for ax in fig.axes}
     assert set(panels) == set(titles.values())
+    for ax in fig.axes:  # one range, in which the lowest interval of all fits
+        assert ax.get_xlim() == pytest.approx((-0.09, 1))
     for key, title in titles.items():
         for name, (width, _, _) in bars_of(panels[title]).items():
             assert width == scores[name][key], (key, name)

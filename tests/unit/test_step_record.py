@@ -65,4 +65,8 @@ def test_names_with_dollar_signs_are_no_formulas_and_log_axes_have_plain_numbers
     ax.set_title("Ca$h_^$oul")
     step.figure(fig, "names", "Ba$$in.wav")
     assert {"0.01", "10"} <= {label.get_text() for label in ax.get_yticklabels()}
+    fig, ax = plt.subplots()
+    ax.semilogy([1, 2, 3], [1e-9, 1e-4, 1])
+    step.figure(fig, "wide", "One notation on an axis")
+    assert all("e" in label.get_text() for label in ax.get_yticklabels())
     assert (step.folder / "names.png").exists()

@@ -19,7 +19,8 @@ from patrec.tables import (
 
 
 @pytest.mark.parametrize("low, high, shown", [
-    (-0.05, 0.25, "no difference is shown"), (0.01, 0.25, "above 0"), (-0.25, -0.01, "below 0"),
+    (-0.05, 0.25, "no difference is shown"), (0.01, 0.25, "`a` is better"),
+    (-0.25, -0.01, "`b` is better"),
 ])  # fmt: skip
 def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
     found = {"spearman": 0.1, "spearman_ci95": [low, high], "n_clips": 5}
@@ -27,7 +28,9 @@ def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
     assert difference_line("a", "b", found) == line
     found = {"accuracy": 0.2, "accuracy_ci95": [0.1, 0.3], "n_clips": 5}
     found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
-    values = "accuracy +0.200 [+0.100, +0.300] (above 0), macro-F1 +0.200 [-0.100, +0.400] (no "
+    values = (
+        "accuracy +0.200 [+0.100, +0.300] (`a` is better), macro-F1 +0.200 [-0.100, +0.400] (no d"
+    )
     assert values in difference_line("a", "b", found)
 
 
