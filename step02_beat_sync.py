@@ -49,11 +49,9 @@ names = [f"{titles[i]}, {FORMS[form]}" for i, form in cells]
 facts = [array_facts(arrays[form][i]) for i, form in cells]
 step.table(pd.DataFrame(facts, names).rename_axis("clip"), "The arrays of the two clips")
 n_steps = pd.DataFrame({f: [array.shape[1] for array in arrays[f]] for f in arrays}, titles)
-spread = n_steps.quantile([0, 0.1, 0.5, 0.9, 1]).astype(int).T
+spread = n_steps.quantile([0, 0.1, 0.5, 0.9, 1]).astype(int).T.rename(FORMS)
 spread.columns = ["shortest", "10%", "median", "90%", "longest"]
-step.table(
-    spread.rename(FORMS).rename_axis("spectrograms"), f"Time steps of {len(clips)} drawn clips"
-)
+step.table(spread.rename_axis("spectrograms"), f"Time steps of {len(clips)} drawn clips")
 
 # %% 2a. Is training an LSTM on these steps efficient? What a pass costs
 # One layer of 128 units, forward and backward, is timed on the clips cut to several lengths.

@@ -76,7 +76,7 @@ OPERATIONS = {
         "no padding to the longest clip of all; a crop is a new example each time",
     ),
     "class numbers": (
-        "scikit-learn's LabelEncoder, fitted for the training set and for the test set",
+        "scikit-learn's LabelEncoder, fitted separately for the training set and for the test set",
         "`encode_labels`: the sorted names of the training part, also for the test set",
         "fitted separately, training and test agree only if both contain the same classes",
     ),

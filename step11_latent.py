@@ -232,10 +232,10 @@ clips are not independent, each is also a neighbour of others.
 
 **How far are the classes apart?** In the PCA plane the silhouette of the LSTM is
 {lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; 0 or less: the
-classes overlap). The 5-NN accuracy is {lstm["knn_accuracy"]:.3f} and {cnn["knn_accuracy"]:.3f}. The
-plane keeps {kept[best]["pca_variance_2d"]:.0%} and {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the
-variance. The output layer uses all dimensions, so a model can have the higher test accuracy
-although its classes overlap more in the plane.
+classes overlap). The 5-NN accuracy there is {lstm["knn_accuracy"]:.3f} and
+{cnn["knn_accuracy"]:.3f}. The plane keeps {kept[best]["pca_variance_2d"]:.0%} and
+{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance. The output layer uses all dimensions, so a
+model can have the higher test accuracy although its classes overlap more in the plane.
 """)
 step.text(knn_difference("cnn_mel", best))
 class_caption = "Share of each class's clips whose class is the most common among their neighbours"
@@ -259,8 +259,8 @@ grouped = (per_class[shown] > 0.5).sum()
 step.text(f"""
 **Is there a qualitative difference?** In the full space training changes the silhouette from
 {before.iloc[0]} to {after.iloc[0]} for the best LSTM, from {before.iloc[1]} to {after.iloc[1]} for
-the worst. In the table above {grouped.iloc[0]} of {len(per_class)} classes have a share over .5 for
-the best LSTM, so their clips form groups, and {grouped.iloc[1]} for the worst.
+the worst. A class whose share in the table above is over .5 forms groups. Of {len(per_class)}
+classes, {grouped.iloc[0]} do so with the best LSTM, {grouped.iloc[1]} with the worst.
 """)
 
 # %% 11d. More methods of dimensionality reduction
@@ -328,12 +328,15 @@ for key, table in tables.items():
 best_by = {}
 for name, title in titles.items():
     means = {
-        m: [np.mean(kept[name][m][f"{key} of all seeds"]) for key in CRITERIA] for m in methods
+        method: [np.mean(kept[name][method][f"{key} of all seeds"]) for key in CRITERIA]
+        for method in methods
     }
     best_by[title] = pd.DataFrame(means, CRITERIA.values()).idxmax(axis=1)
 step.text("""
 We say that one method works better than another only if it is better by all three criteria for the
-same model, and if the ranges over the seeds do not overlap.
+same model, and if the ranges over the seeds do not overlap. Trustworthiness finds the map that
+shows best which clips are neighbours, silhouette and 5-NN accuracy the one that separates the
+genres best.
 """)
 table = pd.DataFrame(best_by).T.rename_axis("model")
 step.table(table, "Best method by each criterion (mean over the seeds)")

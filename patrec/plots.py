@@ -209,9 +209,8 @@ def plot_scores(ax, names, values, intervals, xlabel):
 
 def plot_emotion_scores(scores):
     """One panel of `plot_scores` per emotion and for the mean: {model: `emotion_scores`}."""
-    names, height = list(scores), 0.3 * len(scores) + 0.9
-    share, lows = {"sharex": True, "sharey": True}, []
-    fig, axes = plt.subplots(2, 2, figsize=(10, 2 * height), layout="constrained", **share)
+    names, height, lows = list(scores), 0.3 * len(scores) + 0.9, []
+    fig, axes = plt.subplots(2, 2, figsize=(10, 2 * height), layout="constrained", sharey=True)
     for ax, key in zip(axes.flat, (*EMOTIONS, "mean_spearman"), strict=True):
         none = {key: math.nan, f"{key}_ci95": [math.nan] * 2}  # a model of one emotion: no bar
         rows = [none | scores[name] for name in names]
@@ -219,7 +218,7 @@ def plot_emotion_scores(scores):
         plot_scores(ax, names, values, intervals, "Spearman (line: 95% interval)")
         ax.set_title(key.replace("_spearman", " of the three"))
         lows.append(ax.get_xlim()[0])
-    ax.set_xlim(min(lows), 1)  # of all four panels
+    plt.setp(axes, xlim=(min(lows), 1))
     return fig
 
 
