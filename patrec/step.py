@@ -88,7 +88,7 @@ class Step:
                 low, high = axis.get_view_interval()  # :g alone would mix 0.001 and 1e-05
                 axis.set_major_formatter("{x:g}" if low >= 1e-4 and high < 1e6 else "{x:.0e}")
                 axis.set_minor_formatter(NullFormatter())
-        png = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
+        png = {"format": "png", "dpi": 120}
         write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, **png))
         self.lines.append(f"![{caption}]({name}.png)\n\n*{caption}*\n")
         show_in_notebook(fig, f"*{caption}*")

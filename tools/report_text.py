@@ -73,7 +73,7 @@ WORDS = {lang: {key: pair[n] for key, pair in PAIRS.items()} for n, lang in enum
 
 GREEK_TITLES = {  # of the steps; tools/steps.py has the English ones
     1: "Φασματογραφήματα στην κλίμακα mel",
-    2: "Συγχρονισμός των φασματογραφημάτων στον ρυθμό (beat-synced)",
+    2: "Συγχρονισμός των φασματογραφημάτων στον ρυθμό (beat-synchronised)",
     3: "Χρωμογραφήματα",
     4: "Τα δεδομένα και οι κλάσεις τους",
     5: "Αναγνώριση μουσικού είδους με LSTM",
