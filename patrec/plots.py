@@ -142,7 +142,8 @@ def plot_histories(histories, score_name):
         right = plot_history(ax, history, run_title(name), score_name)
         right.set_ylim(lowest, 1)
     lines = [*axes[0].get_lines(), right.get_lines()[0]]
-    fig.legend(handles=lines, loc="outside lower center", ncols=3)
+    columns = min(3, len(histories) + 1)  # a single panel is narrow
+    fig.legend(handles=lines, loc="outside lower center", ncols=columns)
     return fig
 
 
