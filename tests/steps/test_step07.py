@@ -106,6 +106,8 @@ def test_the_difference_of_cnn_and_lstm_is_that_of_their_predictions(learned):
         assert found["accuracy"] == pytest.approx(cnn.mean() - lstm.mean())
         only = (found["only_first"], found["only_second"])
         assert only == ((cnn & ~lstm).sum(), (lstm & ~cnn).sum())
+        said = rf"Only `cnn_mel` is right on\s+{only[0]} clips, only `{name}` on {only[1]}\."
+        assert re.search(said, (folder / "summary.md").read_text())
         line = rf"`cnn_mel` minus `{name}`, \d+ clips: accuracy ([-+.\d]+) \["
         (written,) = re.findall(line, (folder / "summary.md").read_text())
         assert float(written) == pytest.approx(found["accuracy"], abs=6e-4)
@@ -164,6 +166,9 @@ def test_mnist_is_read_from_either_file_and_another_file_is_refused(step07, tmp_
         x, digits = step07["read_digits"](tmp_path / name)
         assert digits.tolist() == labels[order].tolist()
         np.testing.assert_allclose(x.view(30, 784), images[order] / 255, atol=1e-6)
+    x, digits = step07["read_digits"](None)
+    assert x.shape == (1797, 1, 8, 8) and (x.min(), x.max()) == (0, 1)
+    assert digits[:10].tolist() == list(range(10))
     (tmp_path / "train.csv").write_text("id,genre\n1,Rock\n")
     with pytest.raises(InputError, match="--mnist .*train.csv: not MNIST"):
         step07["read_digits"](tmp_path / "train.csv")

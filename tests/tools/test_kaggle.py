@@ -73,7 +73,7 @@ def test_one_file_holds_the_step_and_its_modules_word_by_word(scripts):
 
 
 def test_modules_are_found_however_they_are_imported():
-    found = kaggle.find_modules("from patrec import explain\n    import patrec.audio\n")
+    found = kaggle.find_modules("from patrec import errors, explain\n    import patrec.audio\n")
     assert {"patrec/explain.py", "patrec/audio.py", "patrec/errors.py"} <= set(found)
 
 

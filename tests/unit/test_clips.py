@@ -275,8 +275,9 @@ def test_leak_is_found_by_id_and_by_content(own_data):
     assert find_leak(load_clips(train), load_clips(test)) == []
     shutil.copy(train[0].path, test[0].path)  # the same array under another id
     same_id = test[1]._replace(clip_id=train[1].clip_id)
-    found = find_leak(load_clips(train), load_clips([test[0], same_id, *test[2:]]))
-    assert found == [test[0].clip_id, train[1].clip_id]
+    known, asked = load_clips(train), load_clips([test[0], same_id, *test[2:]])
+    assert find_leak(known, asked) == [test[0].clip_id, train[1].clip_id]
+    assert find_leak(known, asked, rows=[2, 1]) == [train[1].clip_id]  # of held-out clips alone
 
 
 def test_sampled_clips_are_their_own_in_both_forms(own_data):

@@ -211,6 +211,7 @@ def test_a_subset_has_every_class_and_no_validation_clip(data_dir):
     assert not set(data.train.indices) & set(data.val.indices)
     assert len(data.train) == 30
     assert {int(data.train.dataset.targets[i]) for i in data.train.indices} == set(range(10))
+    assert len(load_data(Source(data_dir, subset=9), target="emotion").train) == 9
 
 
 def test_folds_hold_every_clip_out_once(tmp_path):
@@ -254,6 +255,8 @@ def test_priors_are_shares_of_the_training_part_and_never_zero(own_data, capsys)
     data = load_data(Source(own_data, skip_bad=True))
     logits = common.adjust_logits(torch.zeros(2, len(data.names)), data.settings["priors"])
     assert "left out" in capsys.readouterr().err and logits.isfinite().all()
+    read_entries(own_data, "genre", "test", merge=True)[0].path.write_bytes(b"")
+    assert len(load_test(Source(own_data, skip_bad=True), data.settings)) == 14
 
 
 @pytest.mark.parametrize("target", ["genre", "emotion"])
@@ -281,6 +284,9 @@ def test_test_clips_of_the_training_split_are_refused(own_data, same, beat):
         np.save(test[0].path, np.load(test[0].path)[:, ::-1])
     with pytest.raises(InputError, match=f"1 test clips.*{test[0].clip_id}.*--allow-leak"):
         load_test(source, data_settings, beat=beat)
+    if same == "id":  # a network that was trained on it is asked for its other form
+        with pytest.raises(InputError, match="1 test clips"):
+            load_test(source, load_data(source, beat=beat).settings, beat=not beat)
     assert len(load_test(Source(own_data, allow_leak=True), data_settings, beat=beat)) == 15
 
 

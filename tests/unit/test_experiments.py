@@ -58,11 +58,8 @@ def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
     training = options(root, tmp_path, epochs=2)
     stats = torch.full((128,), -40.0), torch.full((128,), 9.0)
 
-    def regressor(network, data):
-        return common.Regressor(common.make_backbone(network), data.names, data.mean, data.std)
-
     run = common.Experiment(
-        "run", GENRE_NETWORKS["beat_mel"], regressor,
+        "run", GENRE_NETWORKS["beat_mel"], common.make_regressor,
         lambda data: common.RegressionLoss(data.std), torch.optim.AdamW,
         target="emotion", n_folds=2, epochs=1, stats=stats,
     )  # fmt: skip
@@ -75,9 +72,15 @@ def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
         assert set(result.folds[result.folds == fold + 1].index) == set(predictions.index)
         assert member.facts["epochs"] == 1
         assert (member.settings["stats"][0] == -40).all()
+        for name in ("mean", "std"):  # in the labels' units, by its own training clips
+            assert member.model.config[name] == pytest.approx(getattr(data, name))
     val = np.mean([member.facts["val"]["mean_spearman"] for member in result.members])
     assert result.facts["val"]["mean_spearman"] == pytest.approx(val)  # step 8 chooses by it
     assert result.facts["epochs"] == 2  # one of each fold
+    seconds = sum(member.facts["train_seconds"] for member in result.members)
+    assert result.facts["train_seconds"] == pytest.approx(seconds)
+    longer = dataclasses.replace(run, name="longer", epochs=9)  # --epochs says 2
+    assert common.train_all(training, [longer])["longer"].facts["epochs"] == 2 * 2
     # Unlabelled clips are predicted by all folds.
     tests = [common.load_test(training.source, member.settings) for member in result.members]
     both = [
@@ -183,6 +186,9 @@ def test_genre_networks_are_ranked_by_validation_score(tiny_data, tmp_path):
     # The textbook's LSTM stands beside them for comparison and adjusts no logits.
     assert len(set(found["plain_mel"].settings["priors"])) == 1
     assert "plain_mel" not in common.genre_val_scores(training).index
+    for name, decay in (("plain_mel", 0.0), ("beat_chroma", 0.01)):
+        state = common.load_torch(training.folder / name / "last.pt")
+        assert state["optimizer"]["param_groups"][0]["weight_decay"] == decay
 
 
 @pytest.mark.parametrize("name", ["cnn_mel", "mel"])

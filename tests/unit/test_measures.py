@@ -8,6 +8,7 @@ from patrec.features import DB_FLOOR, HOP, N_MELS, SR, extract_features, mel_to_
 from patrec.measures import (
     genre_share,
     gradient_reach,
+    lstm_batch,
     lstm_gradient,
     mel_measures,
 )
@@ -35,6 +36,14 @@ def test_genre_share_is_1_within_equal_clips_and_0_on_average_by_chance():
     rng = np.random.default_rng(0)
     drawn = [genre_share(rng.standard_normal(40), genres) for _ in range(300)]
     assert abs(np.mean(drawn)) < 0.02
+
+
+def test_a_batch_is_standardised_band_by_band_and_then_padded():
+    rng, spread = np.random.default_rng(0), np.arange(1, 141)[:, None]
+    x, lengths = lstm_batch([rng.normal(-spread, spread, (140, n)) for n in (30, 50)])
+    assert lengths.tolist() == [30, 50] and (x[0, 30:] == 0).all()
+    frames = torch.cat([x[0, :30], x[1]])
+    assert frames.mean(0).abs().max() < 1e-3 and (frames.std(0) - 1).abs().max() < 1e-3
 
 
 def test_lstm_gradient_follows_each_clips_own_end():

@@ -1,6 +1,7 @@
 """Tables and files of predictions, worked out by hand; what an earlier step has predicted."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from patrec.tables import (
     earlier_predictions,
     held_out_rows,
     prediction_rows,
+    training_table,
     write_predictions,
     write_submission,
 )
@@ -64,6 +66,16 @@ def test_submission_by_hand(tmp_path):
         "9,0.100000,0.500000,1.000000",
         "10,0.200000,0.000000,0.250000",
     ]
+
+
+def test_a_training_in_a_row():
+    facts = {"n_train": 20, "trained_weights": 7, "weights": 90, "epochs": 3, "best_epoch": 2}
+    facts |= {"examples_per_epoch": 40, "train_seconds": 5.4, "val": {"energy": 0.25}}
+    run = SimpleNamespace(facts=facts, members=[SimpleNamespace(facts=facts)])
+    assert training_table({"cnn": run}).loc["cnn"].to_dict() == {
+        "training clips": 20, "trained weights": 7, "examples": 120, "epochs (kept)": "3 (2)",
+        "seconds": 5, "validation Spearman": 0.25,
+    }  # fmt: skip
 
 
 IDS = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last

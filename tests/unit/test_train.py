@@ -139,6 +139,15 @@ def test_best_checkpoint_rebuilds_the_model_with_the_averaged_weights(tmp_path):
         common.load_model(tmp_path / "run" / "best.pt")
 
 
+def test_statistics_of_batches_are_averaged_as_the_weights_are(tmp_path):
+    model = Classifier(LSTMBackbone(6, hidden_size=4, frames_per_step=2), 3)
+    train(tmp_path / "run", epochs=1, model=model, recipe={"batch_size": 2})  # 12 steps
+    best, last = load_both(tmp_path / "run")
+    key = "backbone.stem.0.running_mean"
+    assert torch.equal(best["state"][key], last["average"][f"module.{key}"])
+    assert not torch.equal(best["state"][key], last["model"][key])
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path, mode):
     """Bug 4: train() called once: dropout and batch norm stayed on in validation, or off later.
@@ -292,6 +301,8 @@ def test_resume_of_another_run_is_refused(tmp_path):
     train(tmp_path / "run", epochs=2)
     with pytest.raises(InputError, match="begun with --epochs 2"):
         train(tmp_path / "run", epochs=3, resume=True)
+    with pytest.raises(InputError, match="begun with --epochs 2 --lr 0.02.* now .* --lr 0.01"):
+        train(tmp_path / "run", epochs=2, recipe={"lr": 0.01}, resume=True)
     with pytest.raises(InputError, match="not the state of this model's training"):
         train(tmp_path / "run", epochs=2, model=classifier(hidden_size=4), resume=True)
     with pytest.raises(InputError, match=r"other clips or another --seed \(priors differ\)"):
