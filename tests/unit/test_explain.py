@@ -23,7 +23,11 @@ from patrec.machine import seed_everything
 @pytest.fixture(scope="module")
 def model():
     seed_everything(0)
-    return Classifier(CNNBackbone(), 3).eval()
+    model = Classifier(CNNBackbone(), 3).eval()
+    for module in model.modules():  # without shifts f(t x) = t f(x), and every path gives the same
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.5)
+    return model
 
 
 def clip(n_frames=256, seed=0):
@@ -41,7 +45,7 @@ def test_attributions_add_up_to_the_logit(model):
     lengths, classes = torch.tensor([256]), torch.tensor([2])
     found = integrated_gradients(model, x[None], lengths, classes, n_steps=100)
     gain = float((logits_of(model, x) - logits_of(model, torch.zeros_like(x)))[2])
-    assert float(found.sum()) == pytest.approx(gain, abs=0.05 * abs(gain) + 0.01)
+    assert float(found.sum()) == pytest.approx(gain, rel=0.05)
     with pytest.raises(ValueError, match="evaluation mode"):
         integrated_gradients(copy.deepcopy(model).train(), x[None], lengths, classes)
 
