@@ -572,16 +572,20 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
     outputs, targets : torch.Tensor [shape=(B,)]
     std : float, of the training labels of this emotion
     """
-    if outputs.shape != targets.shape:
-        # (B, 1) against (B,) would give a B x B matrix of differences, without a word.
-        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes} would broadcast")
+    refuse_unlike(outputs, targets)
     error = ((outputs - targets) / std).square().mean()
     if len(outputs) < 3:  # a correlation of two points is always 1 or -1
         return error
     a, b = outputs - outputs.mean(), targets - targets.mean()
     pearson = (a * b).sum() / (a.square().sum() * b.square().sum()).clamp(min=1e-12).sqrt()
     return error + 0.5 * (1 - pearson)
+
+
+def refuse_unlike(outputs, targets) -> None:
+    """(B, 1) against (B,) would give a B x B matrix of differences, without a word."""
+    if outputs.shape != targets.shape:
+        shapes = f"outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} would broadcast")
 
 
 class RegressionLoss(nn.Module):
@@ -597,6 +601,7 @@ class RegressionLoss(nn.Module):
 
     def terms(self, outputs, targets):
         """outputs, targets (B, K) -> (K,) losses, one per emotion, before they are summed."""
+        refuse_unlike(outputs, targets)
         columns = zip(outputs.T, targets.T, self.std, strict=True)
         return torch.stack([regression_loss(*column) for column in columns])
 

@@ -238,9 +238,11 @@ def test_a_box_is_counted_however_a_program_breaks_lines_and_writes_accents():
 
 
 def test_a_missing_package_is_named_and_markdown_needs_none(outputs, monkeypatch):
-    for module, name, package in (("typst", "a.pdf", "typst"), ("pypandoc", "a.tex", "pypandoc_b")):
+    packages = {"a.pdf": "typst", "a.tex": "pypandoc_binary", "a.docx": "pypandoc_binary"}
+    for name, package in packages.items():
+        module = package.removesuffix("_binary")
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(InputError, match=f"pip install {package}"):
+        with pytest.raises(InputError, match=f"pip install {package}$"):
             draft(name)
         assert not Path(name).exists()
     assert draft().is_file()

@@ -44,7 +44,7 @@ def test_regression_output_and_target_shapes_cannot_broadcast():
     with pytest.raises(ValueError, match="broadcast"):
         regression_loss(torch.zeros(5, 1), torch.zeros(5), 1.0)
     for outputs, targets in (((5, 1), (5,)), ((5,), (5, 1)), ((5, 1), (5, 3)), ((1, 3), (5, 3))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="broadcast"):
             RegressionLoss([1.0] * outputs[-1])(torch.zeros(outputs), torch.zeros(targets))
 
 
