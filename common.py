@@ -623,6 +623,11 @@ def make_backbone(network) -> nn.Module:
     return LSTMBackbone(n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16)
 
 
+def make_classifier(network, data) -> nn.Module:
+    """The backbone of a network of the lab, with random weights and an output per class."""
+    return Classifier(make_backbone(network), len(data.names))
+
+
 def make_regressor(network, data) -> nn.Module:
     """The backbone of a network of the lab, with random weights and one head per emotion."""
     return Regressor(make_backbone(network), data.names, data.mean, data.std)
@@ -1129,7 +1134,7 @@ def genre_experiment(name) -> Experiment:
     return Experiment(
         name,
         GENRE_NETWORKS[name],
-        make_model=lambda network, data: Classifier(make_backbone(network), len(data.names)),
+        make_model=make_classifier,
         make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
         optimizer=torch.optim.AdamW,
     )

@@ -56,16 +56,10 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
    Padding after a shorter clip is not counted.
 """)
 
-
-def classifier(network, data):
-    """LSTM for one kind of input, with an output per class."""
-    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
-
-
 network = GENRE_NETWORKS[names[0]]
 data = common.load_data(step.source, network.features, network.beat, crop=window_size(network))
 seed_everything(step.args.seed)
-model = classifier(network, data).to(step.device)
+model = common.make_classifier(network, data).to(step.device)
 step.show_source(
     common.make_backbone, common.LSTMBackbone, common.frame_statistics, common.masked_mean_max
 )
@@ -100,7 +94,7 @@ if step.args.overfit_batch:
 step.heading("5c-f. One LSTM per kind of input")
 smoothing, optimizer = (0.0, torch.optim.Adam) if step.args.plain else (0.1, torch.optim.AdamW)
 recipe = {
-    "make_model": classifier,
+    "make_model": common.make_classifier,
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=smoothing),
     "optimizer": optimizer,
 }

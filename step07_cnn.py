@@ -46,16 +46,11 @@ def add_flags(parser):
     parser.flag("--mnist", "digits for 7a: mnist.npz or Kaggle's train.csv", type=Path)
 
 
-def classifier(network, data):
-    """The CNN with an output per class."""
-    return common.Classifier(common.make_backbone(network), n_classes=len(data.names))
-
-
 def learn_by_heart(step, data):
     """7d: a new network of this step on four fixed batches; returns what metrics.json keeps."""
     step.heading("7d. Overfitting a few batches")
     seed_everything(step.args.seed)
-    model = classifier(network, data).to(step.device)
+    model = common.make_classifier(network, data).to(step.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=step.args.lr)
     recipe = Recipe(OVERFIT_PASSES, step.args.lr, step.args.batch_size)
     loss_fn = nn.CrossEntropyLoss()  # with label smoothing the loss could not come near 0
@@ -223,14 +218,14 @@ is convolution, batch normalisation, ReLU and max pooling, in this order, in one
 After the fourth block the channels are pooled over time (mean and maximum), but not over
 frequency. One dense layer gives one output (logit) per class.
 """)
-model = classifier(network, data).to(step.device)
+model = common.make_classifier(network, data).to(step.device)
 step.show_source(common.CNNBackbone, common.Classifier)
 step.table(*common.layer_table(model, data))
 
 # %% 7b. The training
 # With the recipe of step 5, but for the augmentation.
 recipe = {
-    "make_model": classifier,
+    "make_model": common.make_classifier,
     "make_loss": lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
     "optimizer": torch.optim.AdamW,
 }

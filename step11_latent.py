@@ -18,7 +18,6 @@ separation (summary.md, metrics.json). An interactive page of these maps: python
 import importlib.util
 import warnings
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -33,7 +32,7 @@ import common
 from patrec.errors import InputError
 from patrec.files import part_folder, write_bytes
 from patrec.machine import seed_everything
-from patrec.plots import COLORS, MARKERS, run_title
+from patrec.plots import COLORS, MARKERS, panel_grid, run_title
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES
 from patrec.scores import bootstrap, classification_scores
 from patrec.step import Step
@@ -155,10 +154,8 @@ def plot_maps(panels, n_columns):
 
     panels : list of (title, names of the two axes, run, points (N, 2)), row by row
     """
-    n_rows = -(-len(panels) // n_columns)
-    size = (5.4 * n_columns, 4.6 * n_rows + 0.5)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, (title, (x, y), run, points) in zip(axes.flat, panels, strict=False):
+    fig, axes = panel_grid(len(panels), n_columns, 5.4, 4.85)
+    for ax, (title, (x, y), run, points) in zip(axes, panels, strict=True):
         for k, genre in enumerate(latent[run]["classes"]):
             # More classes than colours (--no-merge): the second round has other marks.
             mark = {"color": COLORS[k % 10], "marker": MARKERS[(k + k // 10) % 10]}
@@ -166,9 +163,7 @@ def plot_maps(panels, n_columns):
             ax.scatter(*points[rows].T, s=24, edgecolor="black", linewidth=0.3, label=genre, **mark)
         ax.set(title=title, xlabel=x, ylabel=y)
         ax.set_aspect("equal", "datalim")
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
 

@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     """A mistyped flag is bad input too: one line, without the usage of twenty flags before it."""
 
     def __init__(self, **options):
-        super().__init__(**options)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **options)  # no flag is guessed
         self.register("type", Path, lambda text: Path(text).expanduser())  # --out-dir=~/lab
 
     def error(self, message):
@@ -47,11 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description, training=False) -> Parser:
     """Build the command line that every step shares; `training` adds the flags of a training."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a mistyped flag must fail, not be guessed
-    )
+    parser = Parser(description=description)
     add = parser.flag
     add("--data-dir", type=Path, help="folder with fma_genre_spectrograms and the other three")
     add("--out-dir", type=Path, help="where outputs go; else /kaggle/working/outputs or outputs")

@@ -13,8 +13,9 @@ from patrec.recipes import GENRE_NETWORKS
 
 plt.rcParams["text.parse_math"] = False  # "Ca$h" is the name of a class, not a formula
 # Letters that matplotlib's own font lacks come from the first of these that is installed.
-ASIAN_FONTS = {"Noto Sans CJK JP", "IPAexGothic", "Yu Gothic", "Hiragino Sans", "Microsoft YaHei"}
-plt.rcParams["font.family"] = ["sans-serif", *ASIAN_FONTS.intersection(get_font_names())]
+ASIAN_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Yu Gothic", "Hiragino Sans", "Microsoft YaHei")
+INSTALLED = set(get_font_names())
+plt.rcParams["font.family"] = ["sans-serif", *(f for f in ASIAN_FONTS if f in INSTALLED)]
 
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",

@@ -57,7 +57,8 @@ def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[
                 f"{part_folder(source.root, part, True)}: clip {odd[0]} can be used in only one of "
                 "the full and the beat-synchronised emotion data; take it out of both label files"
             )
-    order = full | labels | full  # of the full clips' file, with its labels; then the other clips
+    # In the order of the full clips' label file; clips that only the beats have come last.
+    order = full | {i: label for i, label in labels.items() if i not in full}
     ids = np.array(list(order))
     try:
         if part == "genre":

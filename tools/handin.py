@@ -13,9 +13,7 @@ Markdown needs no package; Word and LaTeX need pypandoc_binary, PDF also needs t
 pypdf to see whether a report still has empty boxes (requirements-dev.txt).
 """
 
-import argparse
 import collections
-import functools
 import hashlib
 import io
 import json
@@ -217,11 +215,8 @@ def chapter(number, folder, base, lang) -> str:
     """One step of the lab; folder None: it has not run."""
     words, step = WORDS[lang], STEPS[number]
     title = step.title if lang == "en" else GREEK_TITLES[number]
-    parts, found, place = (
-        [f"## {words['step']} {number}. {title}"],
-        collections.defaultdict(str),
-        "",
-    )
+    parts = [f"## {words['step']} {number}. {title}"]
+    found, place = collections.defaultdict(str), ""
     if folder:
         place = Path(os.path.relpath(folder, base)).as_posix()
         found = sections_by_item((folder / "summary.md").read_text(encoding="utf-8"))
@@ -323,10 +318,8 @@ def convert(args):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    make = functools.partial(Parser, allow_abbrev=False, formatter_class=form)
-    parser = make(prog="python -m tools.handin", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=make)
+    parser = Parser(prog="python -m tools.handin", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
     draft = commands.add_parser("draft", help="gather outputs/ into a report to write on")
     draft.flag("--out-dir", "where the steps wrote", type=Path, default=Path("outputs"))
     draft.flag(

@@ -195,8 +195,7 @@ def metadata(number, user, earlier, as_notebook=False) -> dict:
 
 def parse_flags(argv) -> argparse.Namespace:
     """Read the command line; a mistake in it is an InputError or ends the program."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.flag
     add("step", "5, 05, step05 or the file's name", nargs="?")
     add("--all", "all steps, each with the kernels it builds on", action="store_true")

@@ -10,7 +10,6 @@ spectrogram, what decides, and the curves of genre and emotion. A click or the a
 the cursor.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -363,8 +362,7 @@ def limits_of(out, networks, temperature) -> str:
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.flag
     parser.add_argument("songs", nargs="+", type=Path, help="sound files")
     add("--data-dir", type=Path, help="the training data, for the nearest clips")

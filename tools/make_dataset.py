@@ -22,7 +22,6 @@ same command goes on where it stopped. Run again later, it adds new files, makes
 again and removes deleted ones; all others keep their id and their split.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -399,8 +398,7 @@ def finish(args, songs, failed) -> None:
 
 
 def make_parser() -> Parser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.flag
     need = {"required": True, "type": Path, "metavar": "DIR"}
     add("--audio-dir", "folder with a folder of audio files per genre", **need)
