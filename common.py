@@ -243,7 +243,7 @@ class Backbone(nn.Module):
     """What both backbones share: `blocks`, of which the first ones can be frozen.
 
     `stem` is what comes before the first block and is frozen with it. `config` holds the
-    arguments of a backbone's __init__, its first `locals()`, for the checkpoint.
+    arguments of __init__, from which a checkpoint builds the network again.
     """
 
     n_frozen = 0
@@ -828,7 +828,8 @@ def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0
         with advice_on_memory(device, recipe.batch_size):
             loss = train_epoch(batches, state, recipe, device, number)
             state.history.append({"pass": number, "loss": loss})
-            if number % 10 == 1 or loss < goal or number == recipe.epochs:  # it costs time
+            # Accuracy takes a pass of its own, so it is not computed after each one.
+            if number % 10 == 1 or loss < goal or number == recipe.epochs:
                 right = batch_accuracy(model, batches, device)
                 learned = loss < goal and right in (None, 1.0)
                 accuracy = "" if right is None else f"  accuracy {right:.3f}"

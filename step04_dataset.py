@@ -242,7 +242,7 @@ for part, beat, split in itertools.product(FOLDERS, (False, True), ("train", "te
         if path not in named:
             detail = "in the folder, not in the label file"
             rows.append(where | {"id": path.name, "fault": "no label", "detail": detail})
-    entries = entries[:20] if step.args.smoke else entries  # so the counts are of these
+    entries = entries[:20] if step.args.smoke else entries  # the tables count these
     with ThreadPoolExecutor(N_READERS) as pool:
         checked = pool.map(check_array, entries)
         bar = tqdm(checked, where["where"], len(entries), disable=not show_bars(), leave=False)

@@ -62,7 +62,7 @@ step.text(f"""
       values fit the labels.
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
       batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. Ranks
-      have no useful gradient, so Spearman's cannot be a loss. Pearson's correlation of the values
+      have no useful gradient, so this score cannot be a loss. Pearson's correlation of the values
       has one, and it too rewards predictions that rise with the labels.
 
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
@@ -131,7 +131,8 @@ step.text("""
     counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
     rank the clips well and still predict values too close to the mean. Predictions of several folds
     are ranked together. This tends to lower the score, because each fold's network has its own
-    mean. If several clips are by the same artist, other artists would get lower scores.
+    mean. If clips of one artist are among the training and the held-out clips, the scores are
+    higher than they would be for new artists.
 
     The differences are of the mean over the three axes, on the same clips. The intervals show how
     much depends on the choice of the held-out clips, but not on the seed of the training.
