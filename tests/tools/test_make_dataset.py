@@ -155,14 +155,17 @@ def cluster(tmp_path_factory):
             options = {"cwd": folder, "stdout": log, "stderr": log, "start_new_session": True}
             processes.append(subprocess.Popen(command, env=env, **options))
 
-    begin("scheduler", "--port", "0", "--scheduler-file", "scheduler.json")
-    wait_for((folder / "scheduler.json").exists)
-    address = json.loads((folder / "scheduler.json").read_text())["address"]
-    begin("worker", address, "--nthreads", "1", "--nworkers", "1")
-    yield address
-    for process in processes[::-1]:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    file = folder / "scheduler.json"  # it is there before it is whole
+    try:
+        begin("scheduler", "--port", "0", "--scheduler-file", file.name)
+        wait_for(lambda: file.exists() and file.read_text().rstrip().endswith("}"))
+        address = json.loads(file.read_text())["address"]
+        begin("worker", address, "--nthreads", "1", "--nworkers", "1")
+        yield address
+    finally:
+        for process in processes[::-1]:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @extracts
