@@ -1,7 +1,6 @@
 """Baselines that the networks are compared with."""
 
 import numpy as np
-from sklearn.model_selection import GridSearchCV, KFold
 
 from patrec.features import BANDS, N_MELS
 from patrec.scores import spearman
@@ -45,6 +44,7 @@ def regression_baselines(features, targets, folds, seed) -> dict[str, list[np.nd
     """
     from sklearn.linear_model import Ridge
     from sklearn.metrics import make_scorer
+    from sklearn.model_selection import GridSearchCV, KFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVR

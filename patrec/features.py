@@ -9,7 +9,6 @@ import filelock
 import librosa
 import numpy as np
 import soundfile
-from scipy.ndimage import median_filter
 
 from patrec.errors import InputError
 from patrec.files import cache_dir, write_bytes
@@ -88,6 +87,8 @@ def percussive_part(waveform, size=31) -> np.ndarray:
     Energy that stands out of the running median over time but not over frequency is a
     stroke (Fitzgerald, 2010, Harmonic/percussive separation using median filtering).
     """
+    from scipy.ndimage import median_filter
+
     half = size // 2
 
     def median_along_rows(rows):

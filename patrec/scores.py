@@ -4,8 +4,6 @@ import functools
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from patrec.labels import EMOTIONS
 
@@ -44,6 +42,8 @@ def classification_scores(targets, predictions, classes) -> dict:
     Returns a dict of accuracy, macro_* and micro_* (precision, recall, f1), per_class, confusion
     (rows: true class), n_clips; accuracy_ci95 and macro_f1_ci95.
     """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     labels, n_clips, right = np.arange(len(classes)), len(targets), targets == predictions
     report = functools.partial(
@@ -77,6 +77,8 @@ def genre_scores(true, predictions) -> dict:
 
 def spearman(targets, predictions) -> float:
     """Spearman's rank correlation; 0 if all values are equal, because they give no ranking."""
+    from scipy.stats import spearmanr
+
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
         return 0.0
@@ -88,6 +90,8 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
 
     The same seed draws the same clips, so the results of two models can be subtracted.
     """
+    from scipy.stats import rankdata
+
     n_clips = len(targets)
     rows = np.random.default_rng(seed).integers(0, n_clips, (n_resamples, n_clips))
     ranks = (rankdata(values[rows], axis=1) for values in (targets, predictions))

@@ -4,7 +4,6 @@ import itertools
 import math
 
 import numpy as np
-from sklearn.model_selection import KFold, train_test_split
 
 from patrec.errors import InputError
 from patrec.files import part_folder
@@ -29,6 +28,8 @@ def split_indices(n_clips, fraction, seed, classes=None) -> tuple[np.ndarray, np
     fraction : float, share of the smaller (validation or test) part
     classes : np.ndarray [shape=(n_clips,)], optional, whose shares both parts keep
     """
+    from sklearn.model_selection import train_test_split  # here: it takes a second to import
+
     names, counts = np.unique([] if classes is None else classes, return_counts=True)
     if (counts == 1).any():
         fault = f"class {names[counts == 1][0]} has a single clip"
@@ -47,6 +48,8 @@ def split_ids(source, part, labels, fold=0, n_folds=1) -> tuple[list[str], list[
 
     labels : {id: label} of the clips in the network's kind of input
     """
+    from sklearn.model_selection import KFold  # here: it takes a second to import
+
     folder, full = part_folder(source.root, part), {}
     if folder.is_dir():  # a data set may hold beats alone
         entries = read_entries(source.root, part, "train", merge=source.merge)
