@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from patrec.baselines import band_features, regression_baselines
-from patrec.batches import cut_windows, mask_stripe, to_resident
+from patrec.batches import cut_windows, shift_bands, to_resident
 from patrec.clips import find_leak, load_clips
 from patrec.errors import InputError, StepFailed
 from patrec.features import BANDS, N_MELS
@@ -175,9 +175,7 @@ def load_data(
         names = sorted(set(labels.values()))
         targets = encode_labels(store.entries, names)
         train = take_subset(train, targets, source.subset)
-        # A class whose few training clips were all left out counts as one: log 0 is no number.
-        counts = np.bincount(targets[train], minlength=len(names)).clip(min=1)
-        extra = {"priors": (counts / len(train)).tolist()}
+        extra = {}
     else:
         names = list(EMOTIONS) if target == "emotion" else [target]
         columns = [EMOTIONS.index(name) for name in names]
@@ -282,9 +280,6 @@ class LSTMBackbone(Backbone):
         gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
         frames as they are.
     projection : int, units of a dense layer with layer normalisation before the LSTM; 0: none
-    mask_bands : int
-        While training, blank a stripe of up to so many bands, and of up to 15% of the
-        steps; 0: none.
     readout : 'pool' or 'last'
         Mean and maximum over the clip's steps, or the last step of the clip: never the
         last step of the padding.
@@ -292,7 +287,7 @@ class LSTMBackbone(Backbone):
 
     def __init__(
         self, n_bands, hidden_size=128, n_layers=1, bidirectional=True, dropout=0.3,
-        frames_per_step=1, projection=0, mask_bands=0, readout="pool",
+        frames_per_step=1, projection=0, readout="pool",
     ):  # fmt: skip
         super().__init__(locals())  # a checkpoint keeps these arguments
         self.frames_per_step, self.readout = frames_per_step, readout
@@ -300,22 +295,20 @@ class LSTMBackbone(Backbone):
         stem = []
         if frames_per_step > 1:  # deviations and changes are not standardised yet
             stem.append(StepNorm(n_inputs, affine=False))
-        if mask_bands:
-            stem.append(StripeMask(n_bands, mask_bands))
         if projection:
             stem += [nn.Linear(n_inputs, projection), nn.LayerNorm(projection), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
-        n_directions = 2 if bidirectional else 1
+        directions = ("forwards", "backwards") if bidirectional else ("forwards",)
         # One nn.LSTM per layer and direction: the backward ones read the reversed clip, so
         # that they start at its end and not in the padding. (Packed sequences do the same
         # and are four times slower on a CPU.)
-        sizes = [projection or n_inputs] + [hidden_size * n_directions] * (n_layers - 1)
+        sizes = [projection or n_inputs] + [hidden_size * len(directions)] * (n_layers - 1)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for _ in range(n_directions))
+            nn.ModuleDict({way: nn.LSTM(size, hidden_size, batch_first=True) for way in directions})
             for size in sizes
         )
         self.dropout = nn.Dropout(dropout)
-        self.feature_size = hidden_size * n_directions * (2 if readout == "pool" else 1)
+        self.feature_size = hidden_size * len(directions) * (2 if readout == "pool" else 1)
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
@@ -326,9 +319,9 @@ class LSTMBackbone(Backbone):
         x = self.stem(x)
         for index, layer in enumerate(self.blocks):
             x = self.dropout(x) if index else x
-            outputs = [layer[0](x)[0]]
-            if len(layer) == 2:
-                outputs.append(reverse(layer[1](reverse(x, lengths))[0], lengths))
+            outputs = [layer["forwards"](x)[0]]
+            if "backwards" in layer:
+                outputs.append(reverse(layer["backwards"](reverse(x, lengths))[0], lengths))
             x = torch.cat(outputs, dim=2)  # (B, S, H * directions)
         if self.readout == "last":
             # The last step of the clip forwards; backwards that direction ends at step 0.
@@ -351,26 +344,6 @@ class StepNorm(nn.BatchNorm1d):
             absent = self.running_mean[x.shape[2] :].to(x)
             x = torch.cat([x, absent.expand(*x.shape[:2], -1)], dim=2)
         return super().forward(x.flatten(0, 1)).view_as(x)
-
-
-class StripeMask(nn.Module):
-    """SpecAugment (Park et al., 2019) on the steps of an LSTM; like dropout, only in training.
-
-    On steps and not on frames: a stripe cut through the frames of a step would also be a
-    spread and a change that no music has.
-    """
-
-    def __init__(self, n_bands, widest):
-        super().__init__()
-        self.n_bands, self.widest = n_bands, min(widest, n_bands // 4)
-
-    def forward(self, x):
-        """(B, S, n_bands) or, as `frame_statistics` gives them, (B, S, 3 n_bands)."""
-        if not (self.training and self.widest):
-            return x
-        # The same stripe of bands in means, spreads and changes.
-        bands = mask_stripe(x.reshape(len(x), -1, self.n_bands), 2, self.widest)
-        return mask_stripe(bands.view_as(x), 1, 0.15 * x.shape[1])
 
 
 def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
@@ -620,7 +593,7 @@ def make_backbone(network) -> nn.Module:
     if network.plain:
         return LSTMBackbone(n_bands, bidirectional=False, n_layers=2, readout="last")
     frames_per_step = 1 if network.beat else 8
-    return LSTMBackbone(n_bands, frames_per_step=frames_per_step, projection=128, mask_bands=16)
+    return LSTMBackbone(n_bands, frames_per_step=frames_per_step, projection=128)
 
 
 def make_classifier(network, data) -> nn.Module:
@@ -656,21 +629,14 @@ class OverfitCheck:
 class TrainingState:
     """All that changes while a network is trained; saved after each epoch, for --resume.
 
-    The learning rate follows one cycle (with Adam's beta1 against it, .95 to .85, torch's
-    default) over the recipe's epochs of n_batches; with constant_rate it stays as it is.
+    `average` is a running average of the weights. At a constant rate the weights themselves keep
+    moving around a minimum; their average lies closer to it.
     """
 
-    def __init__(self, model, loss_fn, optimizer, recipe, n_batches, device, constant_rate=False):
+    def __init__(self, model, loss_fn, optimizer, recipe, n_batches, device):
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.history, self.best = [], (-math.inf, -math.inf)
-        n_steps, scheduler = recipe.epochs * n_batches, torch.optim.lr_scheduler
-        if constant_rate:
-            self.schedule = scheduler.ConstantLR(optimizer, factor=1.0)
-        else:
-            # Where the warm-up is exactly one step, OneCycleLR divides by zero.
-            warm_up = recipe.warm_up * (1.5 if abs(recipe.warm_up * n_steps - 1) < 1e-6 else 1)
-            self.schedule = scheduler.OneCycleLR(optimizer, recipe.lr, n_steps, pct_start=warm_up)
-        swa = torch.optim.swa_utils
+        n_steps, swa = recipe.epochs * n_batches, torch.optim.swa_utils
         decay = max(0.0, min(recipe.ema, 1 - 10 / n_steps))  # a short run must forget its start too
         mean = swa.get_ema_multi_avg_fn(decay)
         self.average = swa.AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
@@ -679,7 +645,7 @@ class TrainingState:
         self.plan = f"--epochs {recipe.epochs} --lr {recipe.lr:g}, {n_steps} batches"
 
     def parts(self) -> dict:
-        names = ("model", "average", "optimizer", "schedule", "scaler")
+        names = ("model", "average", "optimizer", "scaler")
         return {name: getattr(self, name) for name in names}
 
     def save(self, path, settings) -> None:
@@ -743,7 +709,7 @@ def train(
     Raises
     ------
     StepFailed
-        The loss became NaN or infinite (epoch, batch and rate are named), or memory ran out.
+        The loss became NaN or infinite (epoch and batch are named), or memory ran out.
     """
     if overfit_batch:
         return overfit(model, data, loss_fn, optimizer, recipe, device)
@@ -762,15 +728,14 @@ def train(
     write_text(folder / UNFINISHED, "")  # so that no step takes the network for a finished one
     began = time.monotonic()
     for epoch in range(len(state.history) + 1, recipe.epochs + 1):
-        epoch_began, lr = time.monotonic(), state.schedule.get_last_lr()[0]
+        epoch_began = time.monotonic()
         with advice_on_memory(device, recipe.batch_size):
             train_loss = train_epoch(loader, state, recipe, device, epoch)
-            # As few windows as cover the clip: half the time that the test's take.
-            outputs, targets = predict(state.average, val, device, recipe.window, overlap=False)
+            outputs, targets = predict(state.average, val, device, recipe.window)
             val_loss = loss_fn(outputs.to(device), targets.to(device)).item()
         score = validation_score(outputs, targets, settings)
-        # The best epoch is chosen among the last ones, where the rate is low: an earlier peak is
-        # partly due to chance (docs/experiments.md). The loss decides between equal scores.
+        # The best epoch is chosen among the last ones: the highest score of all is often an early
+        # epoch's, by chance (docs/experiments.md). The loss decides between equal scores.
         settled = epoch > recipe.epochs - max(1, round(recipe.settled * recipe.epochs))
         first = settled and not (state.history and state.history[-1]["settled"])
         kept = first or (score, -val_loss) > state.best
@@ -779,7 +744,7 @@ def train(
             save_checkpoint(folder / "best.pt", state.average.module, settings,
                             epoch=epoch, val_score=score, facts=facts)  # fmt: skip
         seconds = time.monotonic() - epoch_began
-        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+        row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
         row |= {"val_score": score, "settled": int(settled), "kept": int(kept), "seconds": seconds}
         record_epoch(folder, state, settings, row, recipe.epochs)
         if epoch < recipe.epochs and time.monotonic() - began + seconds > max_seconds:
@@ -809,19 +774,15 @@ def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0
     Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
     or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
     It does not find wrong labels, which can be learned by heart too. Each pass is `train_epoch`,
-    the loop of every training, at a constant rate.
+    the loop of every training.
     """
     loader = DataLoader(data.train, recipe.batch_size, shuffle=True)
     batches = list(itertools.islice(loader, n_batches))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module, StripeMask):
-            module.widest = 0
-    recipe = dataclasses.replace(recipe, augment=None)
-    state = TrainingState(
-        model, loss_fn, optimizer, recipe, len(batches), device, constant_rate=True
-    )
+    recipe = dataclasses.replace(recipe, shift=0)
+    state = TrainingState(model, loss_fn, optimizer, recipe, len(batches), device)
     learned = False
     while not learned and len(state.history) < recipe.epochs:
         number = len(state.history) + 1
@@ -895,43 +856,37 @@ def train_epoch(loader, state, recipe, device, epoch) -> float:
     """One pass over the training clips; returns the mean loss."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     model.train()  # the caller may have left the network in evaluation mode
-    losses, rates = [], []
+    losses = []
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=not show_bars(), leave=False)
     for x, targets, lengths in bar:  # x (B, T, F)
         x, targets = x.to(device), targets.to(device)
-        if recipe.augment:
-            x, targets = recipe.augment(x, targets)
+        if recipe.shift:
+            x = shift_bands(x, recipe.shift)
         with half_precision(device):
             outputs = model(x, lengths)
         loss = state.loss_fn(outputs.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        rates.append(state.schedule.get_last_lr()[0])
-        state.schedule.step()
         state.average.update_parameters(model)
         losses.append(loss.detach())
     losses = torch.stack(losses).cpu()  # one wait for the GPU per epoch, not one per batch
     if not losses.isfinite().all():
         batch = int((~losses.isfinite()).nonzero()[0])
-        where = f"epoch {epoch}, batch {batch + 1}, learning rate {rates[batch]:.2g}"
-        fault = f"loss is {losses[batch]:.3g} at {where}"
+        fault = f"loss is {losses[batch]:.3g} at epoch {epoch}, batch {batch + 1}"
         raise StepFailed(f"{fault}; the best epoch so far is kept, try a smaller --lr")
     return float(losses.mean())
 
 
 @torch.inference_mode()
-def predict(model, loader, device="cpu", window=None, overlap=True):
+def predict(model, loader, device="cpu", window=None):
     """Run a model over a loader's clips, in evaluation mode.
 
     Parameters
     ----------
-    window : int or None, average the outputs of windows of this many frames; None: whole clips
-    overlap : bool, 2 W - 1 windows that overlap by half or more instead of W; cross-validation
-        showed no gain that can be measured
+    window : int or None, average the outputs of windows of this many frames, as few as cover
+        the clip; None: whole clips
 
     Returns outputs [shape=(N, ...)], float32, and targets [shape=(N,) or (N, K)], on the CPU.
     """
@@ -941,7 +896,7 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
         x = x.to(device)
         n_clips = len(x)
         if window and x.shape[1] > window:
-            x, lengths = cut_windows(x, lengths, window, overlap)
+            x, lengths = cut_windows(x, lengths, window)
         # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower.
         batches = zip(x.split(128), lengths.split(128), strict=True)
         with fast:
@@ -949,19 +904,6 @@ def predict(model, loader, device="cpu", window=None, overlap=True):
         outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
         targets.append(y.cpu())
     return torch.cat(outputs), torch.cat(targets)
-
-
-def adjust_logits(logits, priors):
-    """Logit adjustment: subtract half the log of each class's share of the training clips.
-
-    That raises rare classes most. A network predicts a common class too often because it was
-    common in training, and macro-F1 does not reward that. Menon et al. (2021, Long-tail
-    learning via logit adjustment) subtract all of it, for the balanced error; half of it was
-    chosen in cross-validation (docs/experiments.md).
-
-    logits (N, K); priors : sequence of K floats, of the training part
-    """
-    return logits - 0.5 * torch.tensor(priors).log()
 
 
 def score_name(settings) -> str:
@@ -974,19 +916,18 @@ def score_name(settings) -> str:
 def validation_score(outputs, targets, settings) -> float:
     """Macro-F1, in which small classes count fully, or Spearman's correlation (their mean)."""
     if settings["part"] == "genre":
-        predictions = adjust_logits(outputs, settings["priors"]).argmax(1)
-        return macro_f1(targets.numpy(), predictions.numpy(), outputs.shape[1])
+        return macro_f1(targets.numpy(), outputs.argmax(1).numpy(), outputs.shape[1])
     return float(np.mean([spearman(t, o) for t, o in zip(targets.T, outputs.T, strict=True)]))
 
 
 def predict_clips(model, dataset, settings, device="cpu") -> pd.DataFrame:
     """A network's predictions: a row per clip id, a column per class or emotion.
 
-    For genre log-probabilities after logit adjustment, for emotion values.
+    For genre log-probabilities, for emotion values.
     """
     outputs, _ = predict(model, DataLoader(dataset, 64), device, settings["window"])
     if settings["part"] == "genre":
-        outputs = adjust_logits(outputs, settings["priors"]).log_softmax(1)
+        outputs = outputs.log_softmax(1)
     return pd.DataFrame(outputs.numpy(), clip_ids(dataset), settings["names"])
 
 
@@ -1008,7 +949,7 @@ class Experiment:
     network: Network  # its kind and its input
     make_model: Callable  # (network, data) -> nn.Module, called after seeding
     make_loss: Callable  # data -> nn.Module
-    optimizer: type  # e.g. torch.optim.AdamW
+    optimizer: type  # e.g. torch.optim.Adam
     target: str = "genre"  # or 'emotion' (all three) or the name of one emotion
     seed: int | None = None  # another one than the step's: other weights, batches, validation clips
     n_folds: int = 1  # emotion: 1 holds out a fifth of the clips; more: cross-validation
@@ -1093,16 +1034,14 @@ def train_fold(training, run, fold, rounds_left):
         source = dataclasses.replace(source, seed=run.seed)
     cut = {"crop": window_size(network), "fold": fold, "n_folds": run.n_folds, "stats": run.stats}
     data = load_data(source, network.features, network.beat, run.target, **cut)
-    if network.plain:  # the textbook does not adjust its logits: as if all were as common
-        data.settings["priors"] = [1 / len(data.names)] * len(data.names)
+    data.settings["recipe"] = training.recipe
     recipe = make_recipe(network, data, training)
     recipe.epochs = min(run.epochs or recipe.epochs, recipe.epochs)
     seed_everything(source.seed)
     device = source.device
     model, loss_fn = run.make_model(network, data).to(device), run.make_loss(data).to(device)
     learned = [weights for weights in model.parameters() if weights.requires_grad]
-    decay = 0.0 if network.plain else 0.01
-    optimizer = run.optimizer(learned, lr=recipe.lr, weight_decay=decay, fused=True)
+    optimizer = run.optimizer(learned, lr=recipe.lr, fused=True)
     name = run.name if run.n_folds == 1 else f"{run.name}_fold{fold + 1}of{run.n_folds}"
     seconds = max(0.0, training.deadline - time.time()) / rounds_left
     fitted = train(
@@ -1136,8 +1075,8 @@ def genre_experiment(name) -> Experiment:
         name,
         GENRE_NETWORKS[name],
         make_model=make_classifier,
-        make_loss=lambda data: nn.CrossEntropyLoss(label_smoothing=0.1),
-        optimizer=torch.optim.AdamW,
+        make_loss=lambda data: nn.CrossEntropyLoss(),
+        optimizer=torch.optim.Adam,
     )
 
 
@@ -1155,6 +1094,7 @@ def find_genre_checkpoint(training, name) -> Path | None:
         "merge": source.merge,
         "seed": source.seed,
         "window": window_size(network),
+        "recipe": training.recipe,
         "run": name,
     }
     if wanted["fingerprint"] is None:

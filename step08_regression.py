@@ -68,10 +68,10 @@ step.text(f"""
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
 
     Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
-    smaller. The CNN's mixup averages the labels too. We keep the epoch with the highest validation
-    Spearman among the last 20% of the epochs. The validation clips are few, so this score is noisy,
-    and as the highest of several it is optimistic. The clips of 8e play no part in this choice. CNN
-    and LSTM also differ in the number of examples and in augmentation, not in architecture alone.
+    smaller. We keep the epoch with the highest validation Spearman. The validation clips are few,
+    so this score is noisy, and as the highest of several it is optimistic. The clips of 8e play no
+    part in this choice. CNN and LSTM also differ in the number of examples and in the length of a
+    crop, not in architecture alone.
 """)
 step.show_source(common.make_regressor, common.Regressor.forward, common.regression_loss)
 
@@ -87,7 +87,7 @@ if step.args.overfit_batch:  # as in step 5b, with the regression loss; the step
 recipe = {
     "make_model": common.make_regressor,
     "make_loss": lambda data: common.RegressionLoss(data.std),
-    "optimizer": torch.optim.AdamW,
+    "optimizer": torch.optim.Adam,
     "n_folds": step.args.folds,
 }
 trainings = []
@@ -104,8 +104,8 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
         f"{emotion.capitalize()}: loss and validation score against the epoch (of several folds: "
-        "the first one). The dot marks the epoch that is kept, the shaded area the epochs among "
-        "which it is chosen. Only the training loss is measured with augmentation and dropout.",
+        "the first one). The dot marks the epoch that is kept. Only the training loss is measured "
+        "with augmentation and dropout.",
     )
 
 # %% 8e. Spearman's correlation on the held-out clips

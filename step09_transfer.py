@@ -110,11 +110,9 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
   lab's scores do not measure.
 - *The set is the validation set.* On training clips, later epochs look better even if the network
   overfits. On test clips, the choice would make the test score optimistic.
-- *The epoch is one of the last 20%*, if the training was not cut short before. Earlier peaks can be
-  due to chance, because the learning rate is still high.
 """)
 if "val_score" in genre.history:
-    caption = "Genre training: the dot marks the transferred epoch, the shaded area the candidates"
+    caption = "Genre training. The dot marks the transferred epoch"
     step.figure(plot_histories({genre_name: genre.history}, "macro-F1"), "genre_training", caption)
 
 # %% 9d. A short fine-tuning
@@ -163,7 +161,7 @@ twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
 tunings = {d: "transfer" if d == step.args.freeze else f"transfer_frozen{d}" for d in depths}
 genre_path, genre_stats = genre.path, genre.settings["stats"]
-recipe = {"make_loss": lambda data: common.RegressionLoss(data.std), "optimizer": torch.optim.AdamW}
+recipe = {"make_loss": lambda data: common.RegressionLoss(data.std), "optimizer": torch.optim.Adam}
 from_genre = recipe | {"stats": genre_stats}
 both = {"epochs": HEAD_EPOCHS + TUNE_EPOCHS}
 new_head = functools.partial(copied, frozen=n_blocks)
@@ -206,7 +204,7 @@ shown = ("head", "transfer", "scratch")
 curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}
 caption = (
     f"Loss and Spearman's correlation on {len(data.val)} validation clips. The dot marks the epoch "
-    "that is kept, the shaded area the epochs among which it is chosen"
+    "that is kept"
 )
 step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
@@ -227,12 +225,16 @@ step.table(
     tables.emotion_table(scores),
     f"Spearman's correlation on {len(true)} held-out clips, with 95% intervals over these clips",
 )
-step.text(f"""
-{step8.note} Two questions: do the genre weights help if both are trained for as long (`transfer`
-minus `scratch`)? Is the short fine-tuning as good as a whole training (minus `scratch_full`)?
-{BASELINES if step8.predictions else ""}
-""")
-others = [name for name in shown if name not in ("transfer", "constant (step 8)")]
+step.text(f"{step8.note} {BASELINES if step8.predictions else ''}")
+full = next(name for name in shown if name.startswith("scratch_full"))
+questions = {
+    "scratch": "Do the genre weights help, if both networks are trained for as long?",
+    full: "Is the short fine-tuning as good as a whole training from scratch?",
+}
+for name, question in questions.items():
+    step.text(f"{question}\n\n{tables.difference_lines(true, shown, [('transfer', name)])}")
+others = [name for name in shown if name not in ("transfer", "constant (step 8)", *questions)]
+step.text("The other models, on the same clips:")
 step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
 step.text("""
     The intervals show how much depends on the choice of the held-out clips, but not on the seed of

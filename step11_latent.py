@@ -90,7 +90,7 @@ for name, title in titles.items():
     # The output layer is linear: its output for a clip's mean vector is the clip's mean output.
     with torch.no_grad():
         logits = model.eval().head(torch.tensor(clips["vectors"], device=step.device))
-    chances, predicted = common.adjust_logits(logits.cpu(), settings["priors"]).softmax(1).max(1)
+    chances, predicted = logits.cpu().softmax(1).max(1)
     clips |= {"predicted": predicted.numpy(), "probability": chances.numpy()}
     write_arrays(f"latent_{name}.npz", clips)
     scores = classification_scores(labels, clips["predicted"], classes)
@@ -103,7 +103,7 @@ for name, title in titles.items():
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
-A vector is the mean over overlapping windows of a clip (an LSTM of beats reads the whole clip).
+A vector is the mean over the windows of a clip (an LSTM of beats reads the whole clip).
 `latent_<run>.npz` (NumPy) holds the vectors, their labels and what the network predicts. The best
 LSTM (`{best}`, {val[best]:.3f}) is chosen among those trained on full spectrograms, the worst
 (`{worst}`, {val[worst]:.3f}) among all, by validation macro-F1 on {models[best].facts["n_val"]}

@@ -1,10 +1,8 @@
 """Augmentation of batches, and windows of a clip."""
 
-import dataclasses
 import math
 
 import torch
-from torch import nn
 
 from patrec.features import N_MELS
 
@@ -16,60 +14,29 @@ def to_resident(frames, device) -> torch.Tensor:
     return frames.to(device) if fits else frames
 
 
-@dataclasses.dataclass
-class Augment:
-    """Random changes of a training batch, drawn on the device; 0 switches one off."""
+def shift_bands(x, furthest) -> torch.Tensor:
+    """Shift the mel bands of each clip (B, T, F) at random, up or down by at most `furthest`.
 
-    mixup: float = 0.3  # alpha of the mixing weight's Beta distribution (Zhang et al., 2018, mixup)
-    shift_bands: int = 2  # furthest shift of the mel bands, like a change of pitch; not of chroma
-    mask_bands: int = 16  # widest stripe that is set to the mean (Park et al., 2019, SpecAugment)
-    mask_frames: int = 38
-    n_classes: int = 0  # > 0: class numbers are turned into probabilities
-
-    def __call__(self, x, targets):
-        """x (B, T, F), targets (B,) or (B, 3) -> augmented x, targets; classes become (B, K)."""
-        if self.n_classes:
-            targets = nn.functional.one_hot(targets, self.n_classes).float()
-        if self.shift_bands and x.shape[2] >= N_MELS:
-            limits = -self.shift_bands, self.shift_bands + 1
-            shift = torch.randint(*limits, (len(x), 1), device=x.device)
-            row = torch.arange(x.shape[2], device=x.device)
-            moved = torch.where(row < N_MELS, (row + shift).clamp(0, N_MELS - 1), row)  # (B, F)
-            x = x.gather(2, moved[:, None].expand_as(x))
-        for dim, widest in ((1, self.mask_frames), (2, self.mask_bands)):
-            if widest:
-                x = mask_stripe(x, dim, min(widest, x.shape[dim] // 4))
-        if self.mixup:
-            weight = torch.distributions.Beta(self.mixup, self.mixup).sample((len(x),)).to(x.device)
-            weight = torch.maximum(weight, 1 - weight)  # the clip itself has the larger weight
-            other = torch.randperm(len(x), device=x.device)
-            x = x[other].lerp_(x, weight[:, None, None])
-            weight = weight.view(-1, *[1] * (targets.dim() - 1))
-            targets = torch.lerp(targets[other], targets, weight)
-        return x, targets
+    Like a change of pitch. The edges repeat the outermost band; chroma stays as it is.
+    """
+    if x.shape[2] < N_MELS:
+        return x
+    shift = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
+    row = torch.arange(x.shape[2], device=x.device)
+    moved = torch.where(row < N_MELS, (row + shift).clamp(0, N_MELS - 1), row)  # (B, F)
+    return x.gather(2, moved[:, None].expand_as(x))
 
 
-def mask_stripe(x, dim, widest):
-    """Set a random stripe of each clip, at most `widest` along `dim` (1 or 2), to 0 (the mean)."""
-    size = x.shape[dim]
-    width = torch.rand(len(x), 1, device=x.device) * widest
-    start = torch.rand(len(x), 1, device=x.device) * (size - width)
-    position = torch.arange(size, device=x.device)
-    stripe = (position >= start) & (position < start + width)  # (B, size)
-    return x.masked_fill(stripe.unsqueeze(3 - dim), 0.0)
-
-
-def window_starts(lengths, window, overlap=True) -> torch.Tensor:
+def window_starts(lengths, window) -> torch.Tensor:
     """(B,) -> (B, W): first frames of W windows that are spread evenly over each clip."""
     n_windows = math.ceil(int(lengths.max()) / window)
-    n_windows = 2 * n_windows - 1 if overlap else n_windows
     last = (lengths - window).clamp(min=0)  # (B,)
     return (last[:, None] * torch.linspace(0, 1, n_windows)).long()
 
 
-def cut_windows(x, lengths, window, overlap=True) -> tuple[torch.Tensor, torch.Tensor]:
+def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T, F) -> (B * W, window, F): the windows of `window_starts`, and their lengths."""
-    starts = window_starts(lengths, window, overlap)  # (B, W)
+    starts = window_starts(lengths, window)  # (B, W)
     rows = starts[:, :, None] + torch.arange(window)  # (B, W, window)
     clips = torch.arange(len(x))[:, None, None]
     cut = x[clips.to(x.device), rows.to(x.device)].flatten(0, 1)

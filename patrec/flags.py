@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from patrec.files import find_data, output_folder
+from patrec.files import find_data
 from patrec.machine import in_notebook, keep_freed_memory, pick_device, seed_everything
 
 
@@ -61,8 +61,10 @@ def make_parser(description, training=False) -> Parser:
     if training:
         add("--epochs", type=bounded(int, 1), help="passes over clips; else set by their number")
         add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
-        add("--lr", type=bounded(float, 1e-8, 10), default=2e-3, help="highest learning rate")
+        add("--lr", type=bounded(float, 1e-8, 10), default=1e-3, help="learning rate of Adam")
         add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
+        lab = "lab: nothing but what the lab names, into OUT_DIR/recipe_lab"
+        add("--recipe", choices=["full", "lab"], default="full", help=lab)
         add("--overfit-batch", action="store_true", help="only check that it can overfit 4 batches")
         add("--resume", action="store_true", help="go on from the last finished epoch")
         add("--max-minutes", type=bounded(float, 0.01), help="stop cleanly after this long")
@@ -96,7 +98,8 @@ class TrainingOptions:
     folder: Path  # this step's
     epochs: int | None = None
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 1e-3
+    recipe: str = "full"  # or "lab": see `make_recipe`
     resume: bool = False
     deadline: float = math.inf  # when --max-minutes are over, as time.time() tells it
     workers: int | None = None  # trainings at the same time; None: see `count_workers`
@@ -140,13 +143,13 @@ def source_from(args, parts=("genre", "emotion")) -> Source:
     )
 
 
-def options_from(args, source, folder) -> TrainingOptions:
-    """What the flags say of the trainings of a step that writes into `folder`."""
+def options_from(args, source, out, folder) -> TrainingOptions:
+    """What the flags say of the trainings of a step that writes into `folder`, within `out`."""
     minutes = math.inf if args.max_minutes is None else args.max_minutes
-    same = ("epochs", "batch_size", "lr", "resume", "workers")
+    same = ("epochs", "batch_size", "lr", "recipe", "resume", "workers")
     return TrainingOptions(
         source=source,
-        out=output_folder(args.out_dir).absolute(),  # a worker may have another working directory
+        out=out.absolute(),  # a worker may have another working directory
         folder=folder.absolute(),
         deadline=time.time() + 60 * minutes,
         **{name: getattr(args, name) for name in same},

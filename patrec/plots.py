@@ -127,7 +127,7 @@ def plot_history(ax, history, title, score_name):
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right.set_ylabel(f"Validation {score_name}")
     settled = history.query("settled == 1")["epoch"]
-    if len(settled):  # the best of them is kept; a run that was cut short may have none
+    if 0 < len(settled) < len(history):  # the best of them is kept; a run cut short may have none
         ax.axvspan(settled.min() - 0.5, settled.max() + 0.5, color="0.92", zorder=0)
     best = history.query("kept == 1").iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=green)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from patrec.batches import Augment
 from patrec.features import BANDS
 
 
@@ -55,13 +54,12 @@ class Recipe:
     """The hyperparameters of one training."""
 
     epochs: int
-    lr: float = 2e-3  # highest learning rate of the one-cycle schedule
+    lr: float = 1e-3  # constant
     batch_size: int = 32
     crops: int = 1  # crops per clip and epoch
     window: int | None = None  # frames of a window in validation and test; None: the whole clip
-    augment: Augment | None = None
+    shift: int = 2  # mel bands, furthest random shift of a training clip up or down
     ema: float = 0.99  # decay per update of the averaged weights; 0: no average
-    warm_up: float = 0.1  # share of the updates in which the learning rate rises
     settled: float = 0.2  # the best epoch of this last share of the epochs is kept
 
 
@@ -80,24 +78,12 @@ def make_recipe(network, data, training) -> Recipe:
         examples = min(examples, DEMO_EXAMPLES) if training.demo else examples
         passes = min(max(examples / n_clips, 20), budget.most_passes)
         crops = math.ceil(passes / 60)
-    epochs, ema = max(round(passes / crops), 1), 0.0 if network.plain else 0.99
-    augment = make_augment(network, len(data.names) if genre else 0)
+    epochs, lab = max(round(passes / crops), 1), training.recipe == "lab"
     sizes = {"batch_size": training.batch_size, "crops": crops, "window": window_size(network)}
-    return Recipe(epochs, training.lr, **sizes, augment=augment, ema=ema)
+    extras = {"shift": 0, "ema": 0.0} if lab or network.plain else {}
+    return Recipe(epochs, training.lr, **sizes, **extras, settled=1.0 if lab else 0.2)
 
 
 def window_size(network) -> int | None:
     """Frames of a crop or window; None: whole clips, for beats and for the textbook LSTM."""
     return None if network.beat or network.plain else BUDGETS[network.kind].crop
-
-
-def make_augment(network, n_classes=0) -> Augment | None:
-    """The augmentation of a network's batches; an LSTM masks its steps itself (`StripeMask`).
-
-    Mixup made no difference in cross-validation. The CNN uses it, the LSTM does not.
-    """
-    if network.plain:
-        return None
-    if network.kind == "cnn":
-        return Augment(n_classes=n_classes)
-    return Augment(mixup=0.0, mask_bands=0, mask_frames=0, n_classes=n_classes)

@@ -5,6 +5,7 @@ import inspect
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
@@ -48,17 +49,23 @@ class Step:
         self.source = source_from(self.args, parts)
         self.device = self.source.device
         self.out = output_folder(self.args.out_dir)
+        if self.args.recipe == "lab":  # its networks must not replace the others
+            self.out /= "recipe_lab"
         self.folder = self.out / name
         if self.args.overfit_batch:  # a check must not replace the results of a full run
             self.folder = self.folder / "overfit_batch"
         make_folder(self.folder)
         self.lock = lock_folder(self.folder)
-        self.training = options_from(self.args, self.source, self.folder)
+        self.training = options_from(self.args, self.source, self.out, self.folder)
         if self.source.demo:
             self.text("""
                 > **Made-up demo data.** These numbers show that the pipeline runs. They say
                 > nothing about music. Trainings are only as long as it takes to learn these data.
             """)
+        if self.args.recipe == "lab":
+            self.text(
+                "> **`--recipe lab`**: Adam, cross-entropy and dropout alone; best of all epochs."
+            )
         print(f"{name}: data {self.source.root}, device {self.device}, output {self.folder}")
 
     def show(self, markdown):
@@ -128,3 +135,7 @@ class Step:
         print(f"{self.name}: done in {metrics['seconds']:.0f} s; see {self.folder / 'summary.md'}")
         if self.args.overfit_batch:
             raise Finished("--overfit-batch: done")
+        here = Path(sys.argv[0])
+        later = [path.name for path in here.parent.glob("step*_*.py") if path.name > here.name]
+        if later:  # not in a notebook, and not after the last step
+            print(f"next: python {min(later)}")

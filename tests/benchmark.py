@@ -171,10 +171,9 @@ def measure_ours(entries, targets, train_idx, val_idx, device) -> dict:
     def measure(name, network):
         window = recipes.window_size(network)
         model = common.Classifier(common.make_backbone(network), n_classes).to(device)
-        augment = recipes.make_augment(network, n_classes)
-        recipe = recipes.Recipe(epochs=99, lr=1e-3, augment=augment, window=window)
+        recipe = recipes.Recipe(epochs=99, lr=1e-3, window=window)
         loader = DataLoader(Subset(data.variant(crop=window), train_idx.tolist()), 32, shuffle=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
         loss_fn = nn.CrossEntropyLoss()
         state = common.TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
 
@@ -216,7 +215,6 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     source = flags.Source(args.data_dir, seed=0, device=device)
     data = common.load_data(source, crop=recipes.window_size(network))
     n_classes = len(data.names)
-    equal = data.settings | {"priors": [1 / n_classes] * n_classes}  # the largest logit as it is
     entries, targets = data.val.dataset.store.entries, data.val.dataset.targets
     textbook = TextbookDataset(entries, targets.numpy())
     machine.seed_everything(0)
@@ -227,7 +225,7 @@ def seconds_to_score(args, epochs) -> tuple[float, float, float]:
     best, reached, began = -1.0, 0.0, time.perf_counter()
     for epoch in range(epochs):
         textbook_epoch(model, loader, optimizer, device)
-        value = common.validation_score(*textbook_predict(model, val, device), equal)
+        value = common.validation_score(*textbook_predict(model, val, device), data.settings)
         seconds = time.perf_counter() - began
         best, reached = max((best, reached), (value, seconds), key=lambda pair: pair[0])
         print(f"textbook CNN, epoch {epoch + 1}: {value:.3f} after {seconds:.0f} s", flush=True)

@@ -298,7 +298,7 @@ def run_forked(script, *args, cwd=None, check=True, timeout=600, prepare=lambda:
     """
     import common  # noqa: F401, the libraries that are imported here no copy has to import
 
-    torch.optim.AdamW([torch.zeros(1)])  # imports torch's compiler
+    torch.optim.Adam([torch.zeros(1)])  # imports torch's compiler
     script = ROOT / script
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()

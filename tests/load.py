@@ -50,11 +50,11 @@ def train_batches(data, n_batches) -> float:
     machine.seed_everything(0)
     n_classes = len(data.names)
     model = common.Classifier(common.make_backbone(NETWORK), n_classes)
-    recipe = recipes.Recipe(epochs=1, lr=1e-3, augment=recipes.make_augment(NETWORK, n_classes))
+    recipe = recipes.Recipe(epochs=1)
     n_clips = n_batches * recipe.batch_size
     sampler = torch.utils.data.RandomSampler(data.train, replacement=True, num_samples=n_clips)
     batches = common.DataLoader(data.train, recipe.batch_size, sampler=sampler)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr)
+    optimizer = torch.optim.Adam(model.parameters(), recipe.lr)
     loss_fn = torch.nn.CrossEntropyLoss()
     state = common.TrainingState(model, loss_fn, optimizer, recipe, n_batches + 1, "cpu")
     began = time.perf_counter()

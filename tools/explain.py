@@ -150,7 +150,7 @@ def show_decisions(step, cnn, shown, temperature):
         x = (mel - mean) / std
         windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
         with torch.no_grad():
-            logits = common.adjust_logits(model(windows, lengths).mean(0), cnn.settings["priors"])
+            logits = model(windows, lengths).mean(0)
         probability, label = (logits / temperature).softmax(0).max(0)
         named = explain.patches(explain.clip_attributions(model, x, window, int(label)))
         predicted = f"predicted: {names[int(label)]} ({probability:.2f})"
@@ -174,9 +174,9 @@ def show_decisions(step, cnn, shown, temperature):
     caption = (
         "Left: the two clips of step 1 and the two most confident mistakes on the test set. Right: "
         "how much each patch adds to the logit of the predicted class, summed over the windows "
-        "that contain it (the ends of a clip are in fewer windows and look paler). Red supports "
+        "that contain it. Red supports "
         "the predicted class, blue opposes it. Each panel has its own colour scale. Probabilities "
-        f"are after logit adjustment, at temperature {temperature:.2f}"
+        f"are at temperature {temperature:.2f}"
     )
     step.figure(fig, "what_decides", caption)
 

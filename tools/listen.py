@@ -91,7 +91,7 @@ def training_vectors(cnn, data_dir) -> tuple[np.ndarray, pd.Series] | None:
     source = Source(root, settings["seed"], merge=settings["merge"], skip_bad=True)
     data = common.load_data(source, stats=settings["stats"])
     loader, backbone = torch.utils.data.DataLoader(data.train, 64), cnn.model.backbone
-    vectors, _ = common.predict(backbone, loader, device_of(cnn), settings["window"], overlap=False)
+    vectors, _ = common.predict(backbone, loader, device_of(cnn), settings["window"])
     return vectors.numpy(), common.true_labels(data.train, settings)
 
 
@@ -130,17 +130,14 @@ def windows(network, rows, every=None) -> tuple[torch.Tensor, torch.Tensor]:
     if every:
         cut = x.unfold(0, size, every).mT
     else:
-        cut, _ = cut_windows(x[None], torch.tensor([len(x)]), size, overlap=False)
+        cut, _ = cut_windows(x[None], torch.tensor([len(x)]), size)
     return cut.to(device_of(network)), torch.full((len(cut),), size)
 
 
 @torch.inference_mode()
 def predict_windows(network, rows, every=None) -> torch.Tensor:
-    """Outputs (W, K) for the `windows` of (140, T) rows; of genres the logits, adjusted."""
-    outputs = network.model(*windows(network, rows, every)).float().cpu()
-    if network.settings["part"] == "genre":
-        outputs = common.adjust_logits(outputs, network.settings["priors"])
-    return outputs
+    """Outputs (W, K) for the `windows` of (140, T) rows; of genres the logits."""
+    return network.model(*windows(network, rows, every)).float().cpu()
 
 
 @torch.inference_mode()

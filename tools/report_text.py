@@ -222,25 +222,19 @@ PAPER_LIST = """\
   Scene Geometry and Semantics, CVPR 2018
 - A. Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform
   Out-of-Distribution, ICLR 2022
-- I. Loshchilov and F. Hutter, Decoupled Weight Decay Regularization, ICLR 2019
 - L. van der Maaten and G. Hinton, Visualizing Data using t-SNE, Journal of Machine Learning
   Research 9, 2008
 - L. McInnes, J. Healy and J. Melville, UMAP: Uniform Manifold Approximation and Projection for
   Dimension Reduction, arXiv:1802.03426, 2018
-- A. K. Menon et al., Long-tail learning via logit adjustment, ICLR 2021
-- D. S. Park et al., SpecAugment: A Simple Data Augmentation Method for Automatic Speech
-  Recognition, Interspeech 2019
 - V. Petsiuk, A. Das and K. Saenko, RISE: Randomized Input Sampling for Explanation of Black-box
   Models, BMVC 2018
 - S. Santurkar et al., How Does Batch Normalization Help Optimization?, NeurIPS 2018
 - M. Sundararajan, A. Taly and Q. Yan, Axiomatic Attribution for Deep Networks, ICML 2017
-- C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016
 - J. B. Tenenbaum, V. de Silva and J. C. Langford, A Global Geometric Framework for Nonlinear
   Dimensionality Reduction, Science 290, 2000
 - J. Venna and S. Kaski, Neighborhood Preservation in Nonlinear Projection Methods: An Experimental
   Study, ICANN 2001
 - J. Yosinski et al., How transferable are features in deep neural networks?, NIPS 2014
-- H. Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018
 """
 PAPERS = {  # (surname of the first author, year): the line of the list
     (re.search(r"(\w+)(?:,| and| et al)", paper)[1], int(re.findall(r"\d{4}", paper)[-1])): paper

@@ -152,7 +152,7 @@ def spoil_test_split(data_dir):
 
 
 def log_probabilities(run, name, clips):
-    """(N, K) predictions of the network in best.pt to arrays read and prepared here, adjusted."""
+    """(N, K) predictions of the network in best.pt to arrays read and prepared here."""
     return ask_network(run.data, folder_of(run.out, name) / "best.pt", tuple(clips), is_beat(name))
 
 
@@ -166,7 +166,7 @@ def ask_network(data_dir, path, clips, beat):
     x = torch.nn.utils.rnn.pad_sequence([(a - mean) / std for a in arrays], batch_first=True)
     batch = x, torch.zeros(len(x)), torch.tensor([len(array) for array in arrays])
     logits = predict(model, [batch], window=settings["window"])[0].numpy()
-    return log_softmax(logits - 0.5 * np.log(settings["priors"]), axis=1)
+    return log_softmax(logits, axis=1)
 
 
 def classes_of(log_probabilities):

@@ -107,7 +107,6 @@ def test_predicted_classes_and_probabilities_are_the_output_layers(runs, folder)
         clips = latent(folder, name)
         with torch.no_grad():
             logits = model.head(torch.from_numpy(clips["vectors"]))
-        logits -= 0.5 * torch.tensor(checkpoint["settings"]["priors"]).log()
         probability, predicted = logits.softmax(1).max(1)
         assert clips["predicted"].tolist() == predicted.tolist()
         np.testing.assert_allclose(clips["probability"], probability, atol=1e-3)

@@ -1,6 +1,6 @@
 """Interrupted and resumed trainings, and --max-minutes, through the command line.
 
-Time is counted and not measured: a step of a training's optimiser (AdamW) takes one second, and
+Time is counted and not measured: a step of a training's optimiser takes one second, and
 nothing else takes any. So a run can be stopped at an exact step, and a limit of minutes is an
 exact number of epochs.
 """
@@ -36,14 +36,15 @@ def count_time(log, stop):
     time.time = time.monotonic = time.perf_counter = lambda: 1000.0 + steps["taken"]
 
     def before_step(optimizer, *_):
-        if type(optimizer) is not torch.optim.AdamW:  # the overfit check, or step 7's digits
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            steps["check"] += sum(map(torch.numel, weights)) > 20_000
-        elif stop and stop[0].exists() and len(stop[0].read_text().splitlines()) > stop[1]:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if sum(map(torch.numel, weights)) < 20_000:  # step 7's digits
+            return
+        trains = optimizer.defaults["fused"]  # and is not the overfit check
+        steps["taken" if trains else "check"] += 1
+        if trains and stop and stop[0].exists() and len(stop[0].read_text().splitlines()) > stop[1]:
             if steps["since"] == stop[2]:
                 raise KeyboardInterrupt
             steps["since"] += 1
-        steps["taken"] += type(optimizer) is torch.optim.AdamW
         log.write_text(json.dumps(steps))
 
     log.write_text(json.dumps(steps))

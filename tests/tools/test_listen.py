@@ -118,15 +118,12 @@ def prediction_of(network, rows, starts=None):
     x = (torch.from_numpy(rows[BANDS[settings["features"]]]).float().T - mean) / std
     if starts is None:
         n = torch.tensor([len(x)])
-        windows, lengths = cut_windows(x[None], n, settings["window"], overlap=False)
+        windows, lengths = cut_windows(x[None], n, settings["window"])
     else:
         windows = torch.stack([x[s : s + 256] for s in starts])
         lengths = torch.full((len(windows),), 256)
     with torch.no_grad():
-        outputs = network.model(windows, lengths)
-    return (
-        outputs - 0.5 * torch.tensor(settings["priors"]).log() if "priors" in settings else outputs
-    )
+        return network.model(windows, lengths)
 
 
 def test_predictions_are_those_of_the_networks_for_the_windows(listened, outputs, folder):

@@ -60,7 +60,7 @@ def test_each_fold_is_predicted_by_the_network_that_did_not_hear_it(tmp_path):
 
     run = common.Experiment(
         "run", GENRE_NETWORKS["beat_mel"], common.make_regressor,
-        lambda data: common.RegressionLoss(data.std), torch.optim.AdamW,
+        lambda data: common.RegressionLoss(data.std), torch.optim.Adam,
         target="emotion", n_folds=2, epochs=1, stats=stats,
     )  # fmt: skip
     result = common.train_all(training, [run])["run"]
@@ -104,7 +104,7 @@ def save_network(training, name, folder, val_score=0.5, hidden_size=None, **odd)
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.add_(0.05 * torch.rand_like(value))
-    settings = data.settings | {"run": name, "window": window_size(network)} | odd
+    settings = data.settings | {"recipe": "full", "run": name, "window": window_size(network)} | odd
     path, facts = training.out / folder / name / "best.pt", {"planned_epochs": 1, "n_val": 9}
     path.parent.mkdir(parents=True, exist_ok=True)
     common.save_checkpoint(path, model, settings, epoch=1, val_score=val_score, facts=facts)
@@ -122,6 +122,7 @@ def find(training, name="mel"):
     ("subset", {"subset": 30}),
     ("smoke", {"smoke": True, "subset": 64}),
     ("window", {"window": 999}),
+    ("recipe", {"recipe": "lab"}),
     ("network", {"hidden_size": 16}),
     ("run", {"run": "beat_mel"}),
 ])  # fmt: skip
@@ -183,12 +184,7 @@ def test_genre_networks_are_ranked_by_validation_score(tiny_data, tmp_path):
         assert torch.equal(value, model.state_dict()[key]), key
     assert found["beat_chroma"].path == training.folder / "beat_chroma" / "best.pt"
     assert found["beat_chroma"].settings["seed"] == 42
-    # The textbook's LSTM stands beside them for comparison and adjusts no logits.
-    assert len(set(found["plain_mel"].settings["priors"])) == 1
     assert "plain_mel" not in common.genre_val_scores(training).index
-    for name, decay in (("plain_mel", 0.0), ("beat_chroma", 0.01)):
-        state = common.load_torch(training.folder / name / "last.pt")
-        assert state["optimizer"]["param_groups"][0]["weight_decay"] == decay
 
 
 @pytest.mark.parametrize("name", ["cnn_mel", "mel"])

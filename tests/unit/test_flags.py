@@ -47,6 +47,7 @@ def test_what_vanishes_is_zero_in_a_step():
         (["--subset", "9"], {"subset": 9}),
         (["--smoke", "--subset", "9"], {"smoke": True, "subset": 9}),
         (["--lr", "0.004"], {"lr": 0.004}),
+        (["--recipe", "lab"], {"recipe": "lab"}),
         (["--resume"], {"resume": True}),
     ],
 )
@@ -57,7 +58,7 @@ def test_a_flag_changes_what_it_says_and_nothing_else(tmp_path, flags, changed):
         parser = patrec.flags.make_parser("", training=True)
         args = parser.parse_args(["--data-dir", str(tmp_path), "--device", "cpu", *flags])
         source = patrec.flags.source_from(args)
-        facts = dataclasses.asdict(patrec.flags.options_from(args, source, tmp_path))
+        facts = dataclasses.asdict(patrec.flags.options_from(args, source, tmp_path, tmp_path))
         return facts | facts.pop("source")
 
     assert options(*flags) == options() | changed

@@ -73,18 +73,6 @@ def test_frozen_blocks_and_what_lies_below_keep_weights_and_statistics(name, n_f
     assert changed == {f"blocks.{n}" for n in range(n_frozen, len(network.blocks))}
 
 
-def test_stripes_are_cut_in_training_only_and_alike_in_means_spreads_and_changes():
-    mask, x = common.StripeMask(16, widest=4), torch.ones(50, 20, 48)
-    torch.manual_seed(0)
-    means, spreads, changes = mask(x).chunk(3, dim=2)
-    assert torch.equal(means, spreads) and torch.equal(means, changes)
-    bands = (means == 0).all(1).sum(1)  # (50,) bands blank throughout a clip
-    steps = (means == 0).all(2).sum(1)
-    assert 0 < bands.max() <= 4 and 0 < steps.max() <= 3  # 15% of 20 steps
-    assert len({tuple(row) for row in (means == 0).all(1).tolist()}) > 10  # each clip its own
-    assert torch.equal(mask.eval()(x), x)
-
-
 @pytest.mark.parametrize("readout", ["last", "pool"])
 @pytest.mark.parametrize("n_layers, both", [(1, True), (2, True), (1, False)])
 def test_lstm_is_torchs_own_on_packed_sequences(readout, n_layers, both):
@@ -160,7 +148,7 @@ def test_predict_computes_few_windows_at_once():
     """All windows of a batch in one go took gigabytes, and four times as long."""
     model, sizes = Classifier(backbone("cnn"), 3), []
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    clips = [item(640) for _ in range(9)]
-    outputs = {n: predict(model, DataLoader(clips, n), window=64)[0] for n in (1, 9)}
-    assert max(sizes) == 128 and sum(sizes) == 2 * 9 * 19
-    torch.testing.assert_close(outputs[9], outputs[1])
+    clips = [item(640) for _ in range(15)]
+    outputs = {n: predict(model, DataLoader(clips, n), window=64)[0] for n in (1, 15)}
+    assert max(sizes) == 128 and sum(sizes) == 2 * 15 * 10
+    torch.testing.assert_close(outputs[15], outputs[1])

@@ -1,5 +1,6 @@
 """How much each network is shown, worked out by hand."""
 
+import dataclasses
 import types
 
 import pytest
@@ -13,7 +14,12 @@ def plan(monkeypatch, n_clips, examples, most_passes, part="genre", **flags):
     budget = {"genre": 1, "emotion": 1} | {part: examples}
     budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
     patch_everywhere(monkeypatch, "BUDGETS", budgets)
-    args = {"epochs": None, "smoke": False, "demo": False} | {"lr": 0.003, "batch_size": 7} | flags
+    args = {"epochs": None, "smoke": False, "demo": False} | {
+        "lr": 0.003,
+        "batch_size": 7,
+        "recipe": "full",
+    }
+    args |= flags
     data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
     return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args))
 
@@ -41,6 +47,12 @@ def test_the_demo_set_is_trained_on_as_long_as_it_takes_to_learn_it(monkeypatch)
     recipe = plan(monkeypatch, 100, 30_000, 80, demo=True)
     assert (recipe.epochs, recipe.crops) == (27, 1)  # 2,700 examples
     assert plan(monkeypatch, 100, 2_500, 80, demo=True).epochs == 25  # never longer than real music
+
+
+def test_the_labs_recipe_has_no_augmentation_no_averaged_weights_and_the_best_epoch(monkeypatch):
+    full, lab = (plan(monkeypatch, 400, 30_000, 80, recipe=name) for name in ("full", "lab"))
+    assert full.shift == 2 and full.ema == 0.99
+    assert lab == dataclasses.replace(full, shift=0, ema=0.0, settled=1.0)
 
 
 @pytest.mark.parametrize("name", GENRE_NETWORKS)
