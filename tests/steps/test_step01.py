@@ -95,8 +95,11 @@ def test_a_file_of_ones_own_is_measured(run):
 
 def test_bad_audio_is_one_line_before_any_result_is_written(small_data, tmp_path):
     path, out = tmp_path / "song.wav", tmp_path / "out"
-    path.write_bytes(b"no sound at all")
     flags = ("--smoke", "--data-dir", small_data, "--out-dir", out, "--audio", path)
-    result = run_forked(f"{STEP}.py", *flags, check=False)
-    assert_clean_error(result, "song.wav", "not readable as")
+    for content, words in ((b"no sound at all", "not readable as"), (None, "0.50 s of sound is")):
+        wavfile.write(path, 8000, np.ones(4000, np.int16))
+        if content:
+            path.write_bytes(content)
+        result = run_forked(f"{STEP}.py", *flags, check=False)
+        assert_clean_error(result, "song.wav", words)
     assert [path.name for path in out.rglob("*") if path.is_file()] in ([], [".lock"])

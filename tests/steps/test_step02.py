@@ -31,7 +31,8 @@ def test_the_report_is_whole_and_looks_at_the_two_clips_of_the_seed(run, small_d
 
 
 def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
-    _, metrics = run
+    folder, metrics = run
+    table = read_table(folder, "Time steps of 10 drawn clips").astype(int)
     clips = sample_clips(small_data, 2, 42)
     for form, arrays in (
         ("full", [c.full for c in clips]),
@@ -40,6 +41,9 @@ def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
         lengths = [array.shape[1] for array in arrays]
         expected = {"min": min(lengths), "median": np.median(lengths), "max": max(lengths)}
         assert metrics["steps"][form] == expected
+        quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
+        title = {"beat-synced": "beat-synchronised"}.get(form, form)
+        assert table.loc[title].tolist() == quantiles.tolist()
 
 
 def test_cost_and_reach_are_measured(run):

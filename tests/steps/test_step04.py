@@ -10,6 +10,7 @@ from conftest import (
     GENRES,
     MERGED,
     assert_clean_error,
+    labels_of,
     read_metrics,
     read_table,
     run_forked,
@@ -38,7 +39,7 @@ def test_both_forms_of_a_clip_are_followed_from_line_to_batch(run, data_dir):
         assert table.loc["label line", form].strip("`").replace("<TAB>", "\t") in lines
 
 
-def test_sound_data_are_counted_before_and_after_the_merge_and_have_no_problem(run):
+def test_sound_data_are_counted_before_and_after_the_merge_and_have_no_problem(run, data_dir):
     folder, metrics = run
     before, after = metrics["classes"]["before"], metrics["classes"]["after"]
     for number, split in enumerate(("train", "test")):
@@ -47,6 +48,10 @@ def test_sound_data_are_counted_before_and_after_the_merge_and_have_no_problem(r
             name: sum(COUNTS[genre][number] for genre in MERGED if MERGED[genre] == name)
             for name in CLASSES
         }
+    test = list(labels_of(data_dir, split="test").values())
+    share, summary = test.count("Rock") / len(test), (folder / "summary.md").read_text()
+    said = f"predicts Rock has an accuracy of {share:.3f} on the test set"
+    assert said in " ".join(summary.split())
     assert metrics["problems"] == [] and "\n0 problems in" in (folder / "summary.md").read_text()
 
 

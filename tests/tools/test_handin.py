@@ -39,7 +39,7 @@ Words of the script, after Santurkar et al. (2018).
 
 | model |{columns}
 | --- |{rule}
-| beat_mel |{row}
+| cnn_lstm_ensemble |{row}
 
 ![All models [both]](scores.png)
 
@@ -118,7 +118,7 @@ def test_draft_asks_every_item_in_the_labs_order(outputs):
 def test_an_item_shows_the_table_and_the_figure_that_answer_it_and_no_more(outputs):
     text = draft().read_text()
     assert "**Scores: ρ ≥ 0.5 & <more>**\n\n| model | precision" in section(text, "6a")
-    assert "| beat_mel | 0.409 [0.380, 0.441] |" in section(text, "6a")
+    assert "| cnn_lstm_ensemble | 0.409 [0.380, 0.441] |" in section(text, "6a")
     assert "![All models [both]](<outputs/step06_eval/scores.png>)" in section(text, "6a")
     assert "not_shown" not in text and "Words of the script" not in text
     assert "| Hip-Hop | 0.250 | 0.500 | 0.333 | 8 |" in section(text, "6b")
@@ -186,6 +186,7 @@ def test_word_draft(outputs):
         assert 'w:name w:val="Own words"' in archive.read("word/styles.xml").decode()
     assert page.count('w:val="OwnWords"') >= BOXES
     assert all(w in page for w in ("Σχήμα", "Περιεχόμενα", "ρ ≥ 0.5 &amp; &lt;more&gt;"))
+    assert "cnn_lstm_ensemble" in page  # underscores are no emphasis
     places = [page.index(part) for part in ("TOC ", "<w:footerReference", "<w:pgSz", "<w:pgMar")]
     assert places == sorted(places)  # the order that Word wants
 
@@ -231,6 +232,14 @@ def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(outputs, lang, n
         handin.main([*pack, "b.pdf"])
 
 
+@pytest.mark.slow
+def test_a_report_keeps_its_figures_in_another_folder(outputs):
+    draft("a.md")
+    handin.main(["convert", "a.md", "--to", "elsewhere/a.docx"])
+    with zipfile.ZipFile("elsewhere/a.docx") as archive:
+        assert [name for name in archive.namelist() if name.startswith("word/media/")]
+
+
 def test_a_box_is_counted_however_a_program_breaks_lines_and_writes_accents():
     text = "Δικά μας λόγια (10d) και Own\nwords(6) και Δικά μας λόγια (Πηγές), στα δικά μας λόγια"
     assert handin.count_boxes(text) == 3
@@ -258,6 +267,7 @@ def test_a_figure_that_is_cut_off_is_named(outputs):
 
 def test_draft_never_overwrites_what_a_student_wrote(outputs):
     draft()
+    draft("another.md")
     path = draft()  # untouched: made anew
     path.write_text(path.read_text().replace("Own words (5b):", "The loss falls to"))
     before = path.read_bytes()

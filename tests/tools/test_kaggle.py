@@ -181,6 +181,8 @@ def test_earlier_kernels_by_number_or_name(tmp_path):
     assert not facts["enable_gpu"]  # it only scores what step 5 trained
     (folder,) = kernels(tmp_path / "without", 6).values()
     assert read_facts(folder)["enable_gpu"]  # it has to train
+    folders = kernels(tmp_path / "all", "--all", "--earlier", "other/their-kernel")
+    assert read_facts(folders["step06_eval"])["kernel_sources"] == names
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_all_steps_run_once_in_order_and_the_report_is_drafted(processes, data, 
     again = ["step05_five", "step06_six", "step11_eleven"]
     flags = ("--epochs", 4, *flags[2:])
     assert run_lab(processes, data, *flags) == again
+    assert run_lab(processes, data, *flags, "--batch-size", 8) == again
     assert run_lab(processes, data, *flags, "--again") == NAMES
     assert run_lab(processes, data, *flags, "--smoke") == NAMES  # a trial run is not the real one
     assert run_lab(processes, data, *flags) == NAMES

@@ -20,7 +20,7 @@ import common
 from patrec.batches import cut_windows
 from patrec.features import BANDS, HOP, SR, extract_features
 from patrec.flags import Source
-from patrec.labels import EMOTIONS
+from patrec.labels import EMOTIONS, read_entries
 from patrec.recipes import Network, window_size
 from tools import listen
 
@@ -249,6 +249,16 @@ def test_a_training_clip_is_nearest_to_itself(data, outputs, listened):
     distances = [clip["distance"] for clip in found]
     assert len(found) == 5 and distances == sorted(distances)
     assert len(listened[1]["clip.wav"]["nearest"]) == 5
+
+
+def test_training_clips_have_the_classes_of_the_network(data, outputs):
+    """Those of one trained with --no-merge are the label file's."""
+    cnn = networks_of(outputs)["cnn"]
+    labels = {entry.clip_id: entry.label for entry in read_entries(data, "genre", "train")}
+    cnn.settings |= {"merge": False, "names": sorted(set(labels.values()))}
+    _, classes = listen.training_vectors(cnn, data)
+    assert set(classes) == set(labels.values())
+    assert classes.to_dict() == {clip_id: labels[clip_id] for clip_id in classes.index}
 
 
 def test_long_songs_are_read_in_blocks(tmp_path):

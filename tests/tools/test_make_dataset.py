@@ -365,6 +365,28 @@ def test_emotions_are_found_however_accents_are_written(tmp_path):
     assert make_dataset.genre_of(files[0]) == "Ρεμπ\u03adτικο"
 
 
+@extracts
+def test_a_set_with_other_emotion_values_is_not_made_already(own, songs, tmp_path, capsys):
+    text, path = (songs / "emotions.csv").read_text(), tmp_path / "emotions.csv"
+    path.write_text(text.replace("song 1.wav,0.15", "song 1.wav,0.16"))
+    arguments = ("--audio-dir", songs, "--out", own[0], "--test-fraction", 0.3)
+    line = error_of(*arguments, "--emotions", path, capsys=capsys)
+    assert "made with other arguments (emotions " in line
+
+
+@extracts
+def test_a_song_that_lacks_its_beats_is_made_again(tmp_path):
+    """A run may be killed between its two arrays."""
+    root, songs = tmp_path / "set", write_songs(tmp_path / "songs", "Rock/a.wav")
+    song = make_dataset.Song(1, "Rock/a.wav", "train", 0, 0, None)
+    full, beat = (make_dataset.array_paths(root, 1, "train", ["genre"], b)[0] for b in (0, 1))
+    for folder in (full.parent, beat.parent, root / ".begun"):
+        folder.mkdir(parents=True)
+    full.touch()
+    assert make_dataset.make_arrays(root, songs, song) == (1, True, "")
+    assert read_array(full).shape[1] >= read_array(beat).shape[1]
+
+
 # --- wrong input ------------------------------------------------------------------------
 
 
@@ -433,3 +455,6 @@ def test_files_added_later_bring_the_test_part_to_its_share():
     plan = make_dataset.plan_split(files, known, 0.3, 0)
     assert [split for _, split in plan.values()].count("test") == 6
     assert {name: plan[name] for name in known} == known
+    del known["Rock/2"]  # as many ids as before are taken, the last one among them
+    plan = make_dataset.plan_split(files, known, 0.3, 0)
+    assert len({clip_id for clip_id, _ in plan.values()}) == len(plan)

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,17 @@ def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
         mel = np.load(path)[:128].astype(np.float16).astype(np.float32)
         first = (mel.shape[1] - n_frames) // 2
         assert sounds[i] == sound_of(mel[:, first : first + n_frames])
+
+
+def test_a_name_of_a_class_does_not_end_the_script(outputs, small_data, tmp_path):
+    """With --no-merge, names are the user's."""
+    folder, saved = tmp_path / "step11_latent", outputs / "step11_latent"
+    shutil.copytree(saved, folder)
+    clips = dict(np.load(saved / "latent_cnn_mel.npz"))
+    clips["classes"] = [f"</script><b>{name}" for name in clips["classes"]]
+    np.savez(folder / "latent_cnn_mel.npz", **clips)
+    run_forked(TOOL, "--smoke", "--data-dir", small_data, "--out-dir", tmp_path)
+    assert "</script><b>" not in (tmp_path / "maps" / "maps.html").read_text()
 
 
 @pytest.mark.parametrize("width", [400, 1400])

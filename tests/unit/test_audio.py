@@ -121,6 +121,13 @@ def test_a_damaged_stretch_does_not_end_a_file(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
+def test_joined_files_may_change_rate_and_channels(tmp_path):
+    """All of it comes out at the first rate: at another it would play at the wrong speed."""
+    parts = [write(tmp_path / f"{n}.mp3", 3, n * SR, n).read_bytes() for n in (1, 2)]
+    (tmp_path / "song.mp3").write_bytes(b"".join(parts))
+    assert decoded(tmp_path / "song.mp3")[0] == pytest.approx(6, abs=0.2)
+
+
 def test_opposite_channels_do_not_become_silence(tmp_path):
     """Nor the noise of one bit that rounding leaves of them."""
     left = noise(2)[:, 0]

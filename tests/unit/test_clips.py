@@ -16,8 +16,10 @@ from conftest import GENRES, fake_clip, patch_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patrec.clips import find_leak, load_clips, read_array, sample_clips
+from common import load_data
+from patrec.clips import find_emotion_leak, find_leak, load_clips, read_array, sample_clips
 from patrec.errors import InputError
+from patrec.flags import Source
 from patrec.labels import Entry, read_entries
 
 
@@ -57,6 +59,7 @@ ARRAY_FAULTS = {
     "integers": (npy(CLIP.astype(int)), "type int64"),
     "objects": (npy(CLIP.astype(object), allow_pickle=True), "not a readable .npy"),
     "NaN": (spoiled(np.nan), "NaN"),
+    "NaN in chroma": (spoiled(np.nan, row=130), "NaN"),
     "infinite": (spoiled(-np.inf), "infinite"),
     "too large for 32 bits": (spoiled(1e300), "infinite"),
     "power and not dB": (spoiled(12.0), "mel rows span"),
@@ -180,6 +183,18 @@ def test_a_file_that_changed_or_vanished_is_noticed_in_spite_of_the_cache(entrie
         load_clips(entries)
 
 
+def test_files_of_equal_size_and_time_are_told_apart_by_their_names(tmp_path):
+    """Whole clips of 30 s are equally large, and an archive may give all files the same time."""
+    entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in (1, 2)]
+    for n, entry in enumerate(entries, start=1):
+        array = np.zeros((140, 3), dtype=np.float32)
+        array[1] = -n
+        np.save(entry.path, array)
+        os.utime(entry.path, ns=(0, 0))
+    for entry in entries:
+        assert_own_frames(load_clips([entry]))
+
+
 def test_bad_files_stop_or_are_left_out_also_from_the_cache(entries, capsys):
     np.save(entries[4].path, np.full((140, 9), np.nan))
     for _ in range(2):  # the second time from the cache
@@ -280,6 +295,17 @@ def test_leak_is_found_by_id_and_by_content(own_data):
     assert find_leak(known, asked, rows=[2, 1]) == [train[1].clip_id]  # of held-out clips alone
 
 
+def test_a_clip_of_a_dropped_class_is_a_leak_where_classes_are_not_merged(own_data):
+    """The genre network was trained on it then; after the merge it was not."""
+    held_out = load_data(Source(own_data), target="emotion", n_folds=2).held_out
+    heard = held_out.dataset.store.entries[held_out.indices[0]]
+    dropped = next(e for e in read_entries(own_data, "genre", "train") if e.label == "Indie-Rock")
+    shutil.copy(heard.path, dropped.path)
+    assert find_emotion_leak(Source(own_data), held_out) is None
+    with pytest.raises(InputError, match=f"1 of 4 held-out .*{heard.clip_id}"):
+        find_emotion_leak(Source(own_data, merge=False), held_out)
+
+
 def test_sampled_clips_are_their_own_in_both_forms(own_data):
     labels = {e.clip_id: e for e in read_entries(own_data, "genre", "train")}
     beats = {e.clip_id: e for e in read_entries(own_data, "genre", "train", beat=True)}
@@ -291,6 +317,8 @@ def test_sampled_clips_are_their_own_in_both_forms(own_data):
         np.testing.assert_allclose(clip.beat, np.load(beats[clip.clip_id].path), atol=0.04)
     alone = sample_clips(own_data, 2, seed=1, beat=False)
     assert [clip.clip_id for clip in alone] == [clip.clip_id for clip in clips]
+    others = sample_clips(own_data, 2, seed=2, beat=False)
+    assert {clip.clip_id for clip in others[:2]} != {clip.clip_id for clip in clips[:2]}
     beats[clips[0].clip_id].path.write_bytes(b"")
     rest = sample_clips(own_data, 2, seed=1, skip_bad=True)
     assert {c.clip_id for c in clips} - {c.clip_id for c in rest} == {clips[0].clip_id}

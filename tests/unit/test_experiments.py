@@ -153,6 +153,12 @@ def test_with_smoke_any_checkpoint_of_this_seed_will_do(tiny_data, tmp_path):
         assert bool(find(smoke)) == found
 
 
+def test_what_step_9_had_to_train_itself_is_found_by_step_10(tiny_data, tmp_path):
+    training = options(tiny_data, tmp_path)
+    path, _ = save_network(training, "mel", "step09_transfer")
+    assert find(training) == path
+
+
 def test_on_kaggle_ones_own_checkpoint_comes_before_that_of_an_attached_kernel(
     tiny_data, tmp_path, monkeypatch
 ):

@@ -30,6 +30,8 @@ def test_data_folder_of_one_level_too_high_or_low_is_taken(own_data, tmp_path, m
     assert find_data(".") == data.resolve()
     monkeypatch.setenv("PATREC_DATA", str(data))
     assert find_data() == data.resolve()
+    monkeypatch.setenv("PATREC_DATA", str(tmp_path / "elsewhere"))
+    assert find_data(data) == data.resolve()  # what the command line names comes first
 
 
 def test_a_folder_without_data_is_named_with_the_cure(own_data):

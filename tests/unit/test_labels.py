@@ -59,6 +59,7 @@ FAULTS = {
     "NUL": (GENRE + "1\0.npy\tRock\n", "holds NUL characters; expected a label file in UTF-8"),
     "no number": (EMOTION + "1,0.1,0.2,0.3\n2,0.1,high,0.3\n", "line 3: .*no number in"),
     "above 1": (EMOTION + "1,0.1,55,0.3\n", r"line 2: .*'55'.* no number in \[0, 1\]"),
+    "below 0": (EMOTION + "1,0.1,-0.2,0.3\n", r"line 2: .* no number in \[0, 1\]"),
     "nan": (EMOTION + "1,0.1,0.2,nan\n", "no number in"),
     "two genres": (GENRE + "1.a\tRock\n2\tRock\n1.b\tJazz\n", "line 4: .* labelled otherwise"),
     "not UTF-8": ("Id\tGenre\n1\tfrançais\n".encode("latin-1"), "expected a label file in UTF-8"),

@@ -24,6 +24,9 @@ def test_mel_measures_of_known_sounds():
     steps = np.full((N_MELS, 100), -10.0)
     steps[:, 50:] = -50
     assert mel_measures(steps)["dynamic_range_db"] == pytest.approx(40, abs=0.1)
+    # From the 10th to the 95th percentile: the extremes of a ramp over 60 dB do not count.
+    ramp = np.tile(np.linspace(-60, 0, 101), (N_MELS, 1))
+    assert mel_measures(ramp)["dynamic_range_db"] == pytest.approx(0.85 * 60, abs=0.1)
     # Silence and a single step give numbers too.
     for silent in (np.full((N_MELS, 50), DB_FLOOR), np.full((N_MELS, 1), DB_FLOOR)):
         values = mel_measures(silent, beat=silent.shape[1] == 1).values()

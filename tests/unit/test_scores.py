@@ -12,6 +12,7 @@ from patrec.scores import (
     average_predictions,
     bootstrap,
     classification_scores,
+    combine_emotions,
     emotion_scores,
     genre_scores,
     paired_difference,
@@ -81,6 +82,10 @@ def test_spearman_is_over_the_whole_set():
         assert scores[f"{axis}_ci95"][0] < scores[axis] < scores[f"{axis}_ci95"][1]
     mean = np.mean([scores[axis] for axis in EMOTIONS])
     assert scores["mean_spearman"] == pytest.approx(mean)
+    # The mean of three independent correlations is surer than each of them.
+    low, high = scores["mean_spearman_ci95"]
+    widths = [np.ptp(scores[f"{axis}_ci95"]) for axis in EMOTIONS]
+    assert low < mean < high and high - low < 0.8 * min(widths)
 
 
 def test_average_is_taken_clip_by_clip():
@@ -134,3 +139,17 @@ def test_paired_difference_of_emotions_by_hand():
         assert found["n_clips"] == 5 and found["spearman"] == pytest.approx(sign * 0.1)
         low, high = found["spearman_ci95"]
         assert low <= found["spearman"] <= high
+    # Both on the same resamples: a model does not differ from itself on any.
+    assert paired_difference(true, second, second)["spearman_ci95"] == [0, 0]
+
+
+def test_three_models_of_one_emotion_each_in_one_record():
+    parts = {
+        name: {"val": {name: 0.1 * n}, "epochs": n, "train_seconds": 10.0 * n, "weights": 100 * n}
+        for n, name in enumerate(EMOTIONS, start=1)
+    }
+    record = combine_emotions(parts, {"mean_spearman": 0.5})
+    val = {"valence": 0.1, "energy": 0.2, "danceability": 0.3, "mean_spearman": 0.2}
+    assert record["val"] == pytest.approx(val)
+    assert [record[key] for key in ("epochs", "train_seconds", "weights")] == [6, 60.0, 600]
+    assert record["test"] == {"mean_spearman": 0.5}

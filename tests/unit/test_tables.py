@@ -13,6 +13,7 @@ from patrec.tables import (
     difference_line,
     earlier_predictions,
     held_out_rows,
+    markdown_table,
     prediction_rows,
     training_table,
     write_predictions,
@@ -66,6 +67,13 @@ def test_submission_by_hand(tmp_path):
         "9,0.100000,0.500000,1.000000",
         "10,0.200000,0.000000,0.250000",
     ]
+
+
+def test_a_bar_in_a_name_does_not_begin_another_cell():
+    """Class and file names are the user's."""
+    table = markdown_table(pd.DataFrame({"a|b": ["Rock|Pop"]}, ["x|y"]))
+    rows = ["|  | a\\|b |", "| --- | --- |", "| x\\|y | Rock\\|Pop |"]
+    assert table.splitlines() == rows
 
 
 def test_a_training_in_a_row():
