@@ -45,7 +45,7 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "lstm": Budget(crop=640, genre=30_000, emotion=10_000, most_passes=80),  # 15 s
-    "cnn": Budget(crop=256, genre=100_000, emotion=20_000, most_passes=275),  # 6 s
+    "cnn": Budget(crop=256, genre=30_000, emotion=20_000, most_passes=100),  # 6 s
 }
 
 
