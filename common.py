@@ -629,8 +629,8 @@ class OverfitCheck:
 class TrainingState:
     """All that changes while a network is trained; saved after each epoch, for --resume.
 
-    `average` is a running average of the weights. At a constant rate the weights themselves keep
-    moving around a minimum; their average lies closer to it.
+    `average` is a running average of the weights (and of batch normalisation's statistics). At a
+    constant rate the weights keep moving around a minimum; their average lies closer to it.
     """
 
     def __init__(self, model, loss_fn, optimizer, recipe, n_batches, device):

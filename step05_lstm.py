@@ -79,8 +79,8 @@ check = common.train(model, data, loss_fn, optimizer, recipe, **options)
 facts = check.facts
 step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
-    batches. Dropout and masking are off, because they prevent overfitting. The goal is a loss under
-    .01 with every clip classified correctly. After
+    batches. Dropout and the shift of the bands are off, because they prevent overfitting. The goal
+    is a loss under .01 with every clip classified correctly. After
     {facts["passes"]} passes the loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
 """)
 caption = "Training loss on fixed batches of training clips, without regularisation"
@@ -115,25 +115,24 @@ step.text(f"""
 
     Besides, these parts of the training are used. `--recipe lab` trains without them, with Adam,
     cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure the
-    difference on your clips. `--plain` does without the first two.
+    difference on your clips. (`StepNorm` stays, since it is a part of the network.) `--plain` does
+    without the first two.
 """)
 parts = {
     "averaged weights": (
-        "A running average of the weights, over about 100 updates, is validated and saved. "
-        "At a constant learning rate the weights keep moving around a minimum.",
+        "keeps a running average, since the weights move around a minimum",
         "+.06 ± .03, +.02 ± .03",
     ),
     "shifted bands": (
-        "Mel bands are shifted at random, up or down by up to 2, as if the pitch were another.",
+        "moves mel bands up or down by up to 2, as if the pitch were another",
         "+.12 ± .06, +.02 ± .03",
     ),
     "standardised steps": (
-        "Standard deviations and changes within a step have other sizes than the means "
-        "(`StepNorm`, a part of the network, which `--recipe lab` keeps).",
+        "brings deviations and changes to the size of the means (`StepNorm`)",
         "+.07 ± .06, -.05 ± .04",
     ),
 }
-columns = ["what it does, and why", "log loss, macro-F1 without it"]
+columns = ["what it does", "log loss, macro-F1 without it"]
 caption = (
     "Parts of the training. Last column: the change of the scores of the LSTM on mel if it is left "
     "out, measured by cross-validation on 457 clips of other music (docs/experiments.md)"
