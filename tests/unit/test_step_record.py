@@ -1,10 +1,12 @@
 """What a step writes down: summary.md, metrics.json, args.json."""
 
 import json
+import sys
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 import patrec.plots  # noqa: F401, every step draws with it
 from patrec.errors import Finished, StepFailed
@@ -54,6 +56,25 @@ def test_a_goal_not_reached_ends_the_step_and_leaves_what_was_shown(tiny_data, t
     with pytest.raises(Finished):
         step.finish()
     assert (folder / "metrics.json").exists()
+
+
+def test_the_labs_recipe_replaces_no_network_and_no_result(tiny_data, tmp_path, make_step):
+    step = make_step(tiny_data, tmp_path, "--recipe", "lab")
+    assert step.out == tmp_path / "recipe_lab" == step.training.out
+    assert step.folder == tmp_path / "recipe_lab" / "step06_eval" == step.training.folder
+
+
+@pytest.mark.parametrize(
+    "script, following", [("step06_eval.py", "step07_cnn.py"), ("step11_latent.py", None)]
+)
+def test_the_last_line_names_the_next_step(
+    tiny_data, tmp_path, make_step, monkeypatch, capsys, script, following
+):
+    step = make_step(tiny_data, tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script)])
+    step.finish()
+    said = capsys.readouterr().out
+    assert said.endswith(f"next: python {following}\n") if following else "next:" not in said
 
 
 def test_names_with_dollar_signs_are_no_formulas_and_log_axes_have_plain_numbers(
