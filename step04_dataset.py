@@ -134,7 +134,7 @@ def follow(beat) -> dict[str, str]:
         "batch of 8": f"x {tuple(xs.shape)}, targets {tuple(targets.shape)}, "
         f"lengths {tuple(lengths.shape)}",
         "padding": f"{1 - float(mask.mean()):.1%} of the batch",
-        "in step 5": f"random crops of {crop} frames" if crop else "whole clips",
+        "in step 5": f"random crops of {crop} {'beats' if beat else 'frames'}",
     }
 
 

@@ -141,10 +141,10 @@ step.table(pd.DataFrame(parts, columns).T.rename_axis("part"), caption)
 caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
 step.table(training_table(runs, "macro-F1"), caption)
 step.text(f"""
-    `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f. The
-    LSTMs differ in more than the kind of input: those of beats are trained on whole clips, with one
-    beat per time step, the others on random crops of {window_size(GENRE_NETWORKS["mel"])} frames
-    (`plain_mel`: on whole clips, with one frame per time step).
+    `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f.
+    They are trained on random crops: of {window_size(GENRE_NETWORKS["mel"])} frames (15 s), or of
+    {window_size(GENRE_NETWORKS["beat_mel"])} beats. (`plain_mel`: on whole clips, with one frame
+    per time step.)
 """)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
@@ -168,9 +168,9 @@ step.text(f"""
 # The test clips are read only now, when no choice is left to make.
 step.heading("Scores on the test set")
 step.text("""
-LSTMs of beats are scored on the beat-synchronised test set, the others on the full one. An LSTM
-that was trained on crops predicts from the mean of its outputs over the windows of the clip. Step 6
-compares the LSTMs on the same clips.
+LSTMs of beats are scored on the beat-synchronised test set, the others on the full one. A network
+that was trained on crops predicts from the mean of its outputs over windows of that size, which
+cover the clip. Step 6 compares the LSTMs on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():

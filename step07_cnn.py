@@ -378,9 +378,8 @@ facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
 caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text("""
-The models differ in more than the network. The CNN is trained on crops of 6 s, the LSTM on crops
-of 15 s and usually on fewer examples. (An LSTM of beats is trained on whole clips and has a test
-set of its own, of the same clips.)
+The models differ in more than the network: the CNN is trained on crops of 6 s, the LSTM on crops
+of 15 s. (An LSTM of beats has a test set of its own, of the same clips.)
 """)
 seed_spread = {}
 if step.args.ensemble:

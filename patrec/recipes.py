@@ -31,6 +31,7 @@ GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 1
 
 LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
 DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
+BEAT_CROP = 32  # beats of a crop, in most music about 15 s
 OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check
 
 
@@ -85,5 +86,7 @@ def make_recipe(network, data, training) -> Recipe:
 
 
 def window_size(network) -> int | None:
-    """Frames of a crop or window; None: whole clips, for beats and for the textbook LSTM."""
-    return None if network.beat or network.plain else BUDGETS[network.kind].crop
+    """Frames or beats of a crop or window; None: whole clips, for the textbook LSTM."""
+    if network.plain:
+        return None
+    return BEAT_CROP if network.beat else BUDGETS[network.kind].crop

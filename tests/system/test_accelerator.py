@@ -131,7 +131,7 @@ def train_on(device, data_dir, folder, name, target, quiet=False, **options):
         differently
     """
     network = GENRE_NETWORKS[name]
-    window = None if network.beat or network.plain else 64
+    window = None if network.plain else 16 if network.beat else 64
     seed_everything(0)
     n_clips = 12 if network.plain else 24  # the stand-in is slow where every frame is a step
     source = Source(data_dir, seed=0, device=device, subset=n_clips)
