@@ -853,7 +853,7 @@ def advice_on_memory(device, batch_size):
 
 
 def train_epoch(loader, state, recipe, device, epoch) -> float:
-    """One pass over the training clips; returns the mean loss."""
+    """One pass over the training crops; returns the mean loss."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     model.train()  # the caller may have left the network in evaluation mode
     losses = []
@@ -894,14 +894,14 @@ def predict(model, loader, device="cpu", window=None):
     outputs, targets, fast = [], [], half_precision(device)
     for x, y, lengths in loader:
         x = x.to(device)
-        n_clips = len(x)
+        counts = [1] * len(x)
         if window and x.shape[1] > window:
-            x, lengths = cut_windows(x, lengths, window)
+            x, lengths, counts = cut_windows(x, lengths, window)
         # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower.
         batches = zip(x.split(128), lengths.split(128), strict=True)
         with fast:
             out = torch.cat([model(part, n).float() for part, n in batches])
-        outputs.append(out.unflatten(0, (n_clips, -1)).mean(1).cpu())
+        outputs.append(torch.stack([part.mean(0) for part in out.split(counts)]).cpu())
         targets.append(y.cpu())
     return torch.cat(outputs), torch.cat(targets)
 

@@ -213,10 +213,11 @@ its maps into probabilities.
 # on the test set. Kernel and channels are usual values, as the lab advises.
 step.heading("7b. The network, its training, its test score")
 step.text("""
-The input is a random crop of 6 s; two frames are averaged into one column of the image. Each block
-is convolution, batch normalisation, ReLU and max pooling, in this order, in one `nn.Sequential`.
-After the fourth block the channels are pooled over time (mean and maximum), but not over
-frequency. One dense layer gives one output (logit) per class.
+In training, the input is a random crop of 6 s. A validation or test clip is cut into windows of 6 s
+that cover it, and their logits are averaged. Two frames are averaged into one column of the image.
+Each block is convolution, batch normalisation, ReLU and max pooling, in this order, in one
+`nn.Sequential`. After the fourth block the channels are pooled over time (mean and maximum), but
+not over frequency. One dense layer gives one output (logit) per class.
 """)
 model = common.make_classifier(network, data).to(step.device)
 step.show_source(common.CNNBackbone, common.Classifier)
@@ -239,29 +240,31 @@ step.text("""
 The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate,
 cross-entropy, dropout before the output layer, and the epoch with the highest validation macro-F1
 among the last 20%, which is an optimistic estimate. Besides, the parts in the table are used;
-`--recipe lab` trains without them and keeps the best of all epochs. For the shifted bands no effect
-was shown here. They are used because the LSTMs, which the CNN is compared with, need them.
+`--recipe lab` trains without them and keeps the best of all epochs. For the CNN the shifted bands
+had no measurable effect. They lower the log loss of the LSTM, and both networks should be trained
+in the same way.
 """)
 parts = {
     "averaged weights": (
-        "keeps a running average, since the weights move around a minimum",
+        "are scored and saved: at a constant rate the weights keep moving around a minimum",
         "+.25 ± .06, -.03 ± .02",
     ),
     "shifted bands": (
-        "moves mel bands up or down by up to 2, as if the pitch were another",
+        "mel bands move up or down by up to 2, as if the music were a little higher or lower",
         "-.00 ± .03, -.01 ± .02",
     ),
 }
 columns = ["what it does", "log loss, macro-F1 without it"]
 caption = (
-    "Parts of the training. Last column: the change of the CNN's scores if the part is left out, "
-    "measured by cross-validation on 457 clips of other music (docs/experiments.md)"
+    "Parts of the training. Last column: the change of the CNN's scores without the part, in "
+    "cross-validation on clips of other music (docs/experiments.md): a higher log loss is worse, "
+    "a lower macro-F1 too. After ±: one standard error"
 )
 step.table(pd.DataFrame(parts, columns).T.rename_axis("part"), caption)
 step.table(tables.training_table(runs, "macro-F1"))
 caption = (
-    "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept, from the shaded "
-    "last ones. Only the training loss is measured with augmentation and dropout"
+    "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept, of the shaded "
+    "ones. Only the training loss is measured with augmentation and dropout"
 )
 histories = {name: run.history for name, run in runs.items()}
 step.figure(plots.plot_histories(histories, "macro-F1"), "learning_curve", caption)
@@ -292,7 +295,10 @@ step.table(tables.genre_table(scores), "Scores on the test set, with 95% interva
 # seen at work twice: in the small network of 7a, trained again without that operation
 # (the convolution reduced to 1 x 1), and in the trained genre network.
 step.heading("7c. What the four operations do")
-step.text("What does each operation do? First the digit network of 7a is trained again without it.")
+step.text("""
+What does each operation do? First the digit network of 7a is trained again without it. Then the
+figure shows the four operations in the trained genre network.
+""")
 left_out = {}
 variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
 variants |= {f"without {name}": name for name in OPERATIONS[1:]}
@@ -330,10 +336,10 @@ input channels, with the same weights at every place. So a pattern is found wher
 few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbours.
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
-all places, then scales and shifts it by two learned numbers. So the figure, in scoring mode with
-averages from training, shows another standard deviation than 1. The activations keep a steady
-size, which allows higher learning rates (Ioffe & Szegedy, 2015). Why it works is still debated
-(Santurkar et al., 2018).
+all places, then scales and shifts it by two learned numbers. In the figure the standard deviation
+is not exactly 1: the trained network uses mean and deviation of its training, not of these clips,
+and scales the result. The activations keep a steady size, which allows higher learning rates (Ioffe
+& Szegedy, 2015). Why it works is still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
 It makes the network non-linear. Convolutions in a row without it are only one linear map.
@@ -378,8 +384,9 @@ facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
 caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text("""
-The models differ in more than the network: the CNN is trained on crops of 6 s, the LSTM on crops
-of 15 s. (An LSTM of beats has a test set of its own, of the same clips.)
+Both saw about as many examples (table). They differ in more than the network: the CNN is trained on
+crops of 6 s, the LSTM on crops of 15 s. (An LSTM of beats has a test set of its own, of the same
+clips.)
 """)
 seed_spread = {}
 if step.args.ensemble:

@@ -108,6 +108,8 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
 - *The metric is macro-F1.* It counts every genre equally. A network that ignores the rare genres
   can still have a high accuracy. The loss also depends on how confident the network is, which the
   lab's scores do not measure.
+- *The epoch is one of the last 20%*, because the best of all is often an early one, by chance. The
+  saved weights are the running average of step 5. (`--recipe lab`: the best of all epochs.)
 - *The set is the validation set.* On training clips, later epochs look better even if the network
   overfits. On test clips, the choice would make the test score optimistic.
 """)
@@ -228,7 +230,7 @@ step.table(
 step.text(f"{step8.note} {BASELINES if step8.predictions else ''}")
 full = next(name for name in shown if name.startswith("scratch_full"))
 questions = {
-    "scratch": "Do the genre weights help, if both networks are trained for as long?",
+    "scratch": "Do the genre weights help, if both networks are trained for equally many epochs?",
     full: "Is the short fine-tuning as good as a whole training from scratch?",
 }
 for name, question in questions.items():

@@ -27,17 +27,21 @@ def shift_bands(x, furthest) -> torch.Tensor:
     return x.gather(2, moved[:, None].expand_as(x))
 
 
-def window_starts(lengths, window) -> torch.Tensor:
-    """(B,) -> (B, W): first frames of W windows that are spread evenly over each clip."""
-    n_windows = math.ceil(int(lengths.max()) / window)
-    last = (lengths - window).clamp(min=0)  # (B,)
-    return (last[:, None] * torch.linspace(0, 1, n_windows)).long()
+def window_starts(length, window) -> torch.Tensor:
+    """First frames (W,) of as few windows as cover a clip, spread evenly over it."""
+    n_windows = max(math.ceil(length / window), 1)
+    return torch.linspace(0, max(length - window, 0), n_windows).long()
 
 
-def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, F) -> (B * W, window, F): the windows of `window_starts`, and their lengths."""
-    starts = window_starts(lengths, window)  # (B, W)
-    rows = starts[:, :, None] + torch.arange(window)  # (B, W, window)
-    clips = torch.arange(len(x))[:, None, None]
-    cut = x[clips.to(x.device), rows.to(x.device)].flatten(0, 1)
-    return cut, lengths.clamp(max=window).repeat_interleave(starts.shape[1])
+def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Cut clips (B, T, F), T >= window, into the windows of `window_starts`.
+
+    Returns the windows (W, window, F) of all clips, clip after clip, their lengths (W,) and how
+    many each clip has. A clip's windows do not depend on the clips beside it.
+    """
+    starts = [window_starts(int(length), window) for length in lengths]
+    counts = [len(part) for part in starts]
+    clips = torch.arange(len(x)).repeat_interleave(torch.tensor(counts))
+    rows = torch.cat(starts)[:, None] + torch.arange(window)  # (W, window)
+    cut = x[clips[:, None].to(x.device), rows.to(x.device)]
+    return cut, lengths.clamp(max=window)[clips], counts

@@ -39,12 +39,12 @@ def clip_attributions(model, x, window, number) -> torch.Tensor:
     clip adds to the logit. Cells near both ends lie in fewer windows and count less.
     """
     lengths, size = torch.tensor([len(x)]), min(window, len(x))
-    cut, sizes = cut_windows(x[None], lengths, size)
+    cut, sizes, _ = cut_windows(x[None], lengths, size)
     classes = torch.full((len(cut),), int(number))
     device = next(model.parameters()).device
     parts = integrated_gradients(model.eval(), cut.to(device), sizes, classes)
     total = torch.zeros(x.shape)
-    for start, part in zip(window_starts(lengths, size)[0].tolist(), parts, strict=True):
+    for start, part in zip(window_starts(len(x), size).tolist(), parts, strict=True):
         total[start : start + size] += part
     return total
 

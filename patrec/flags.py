@@ -63,7 +63,7 @@ def make_parser(description, training=False) -> Parser:
         add("--batch-size", type=bounded(int, 2), default=32, help="clips in a batch")
         add("--lr", type=bounded(float, 1e-8, 10), default=1e-3, help="learning rate of Adam")
         add("--subset", type=bounded(int, 8), metavar="N", help="train on N clips (torch Subset)")
-        lab = "lab: nothing but what the lab names, into OUT_DIR/recipe_lab"
+        lab = "lab: Adam, cross-entropy, dropout, best epoch alone; into OUT_DIR/recipe_lab"
         add("--recipe", choices=["full", "lab"], default="full", help=lab)
         add("--overfit-batch", action="store_true", help="only check that it can overfit 4 batches")
         add("--resume", action="store_true", help="go on from the last finished epoch")

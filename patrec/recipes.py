@@ -40,7 +40,7 @@ class Budget(NamedTuple):
 
     crop: int  # frames of a training example, and of a window in validation and test
     genre: int  # training examples over all epochs
-    emotion: int  # likewise; the LSTM's number is an estimate
+    emotion: int  # the same for emotion; the LSTM's number was not tuned
     most_passes: int  # over the clips of a very small data set
 
 

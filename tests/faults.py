@@ -72,7 +72,7 @@ FAULTS = [  # name, the test that must notice it, old text, new text
     ("gradients: never set to zero", "test_gradients_of_a_step_are_its_own_and_the_loss_gets_single_precision",
      "        optimizer.zero_grad(set_to_none=True)\n", ""),
     ("windows: only the first is scored", "test_windows_of_a_clip_are_averaged",
-     "(n_clips, -1)).mean(1)", "(n_clips, -1))[:, 0]"),
+     "part.mean(0) for part in", "part[0] for part in"),
     ("--recipe lab: augmentation stays",
      "test_the_labs_recipe_has_no_augmentation_no_averaged_weights_and_the_best_epoch",
      '{"shift": 0, "ema": 0.0} if lab or', '{"ema": 0.0} if lab or'),

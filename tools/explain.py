@@ -148,7 +148,7 @@ def show_decisions(step, cnn, shown, temperature):
     fig, axes = plt.subplots(len(shown), 2, figsize=size, squeeze=False, layout="constrained")
     for place, ((title, mel), (left, right)) in enumerate(zip(shown, axes, strict=True), start=1):
         x = (mel - mean) / std
-        windows, lengths = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
+        windows, lengths, _ = cut_windows(x[None], torch.tensor([len(x)]), min(window, len(x)))
         with torch.no_grad():
             logits = model(windows, lengths).mean(0)
         probability, label = (logits / temperature).softmax(0).max(0)

@@ -130,7 +130,7 @@ def windows(network, rows, every=None) -> tuple[torch.Tensor, torch.Tensor]:
     if every:
         cut = x.unfold(0, size, every).mT
     else:
-        cut, _ = cut_windows(x[None], torch.tensor([len(x)]), size)
+        cut, *_ = cut_windows(x[None], torch.tensor([len(x)]), size)
     return cut.to(device_of(network)), torch.full((len(cut),), size)
 
 

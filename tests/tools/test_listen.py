@@ -118,7 +118,7 @@ def prediction_of(network, rows, starts=None):
     x = (torch.from_numpy(rows[BANDS[settings["features"]]]).float().T - mean) / std
     if starts is None:
         n = torch.tensor([len(x)])
-        windows, lengths = cut_windows(x[None], n, settings["window"])
+        windows, lengths, _ = cut_windows(x[None], n, settings["window"])
     else:
         windows = torch.stack([x[s : s + 256] for s in starts])
         lengths = torch.full((len(windows),), 256)

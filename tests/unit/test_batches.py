@@ -25,15 +25,15 @@ def test_bands_are_shifted_by_up_to_two_and_notes_are_not(n_bands):
 
 
 def test_windows_by_hand():
-    """Of 10 frames three windows of 4, spread evenly; a short clip repeats its own."""
+    """Of 10 frames three windows of 4, spread evenly; a short clip has fewer."""
     x = torch.stack([torch.arange(10.0), torch.arange(100.0, 110.0)])[:, :, None]
     x[1, 6:] = 0  # padding of a clip of 6
-    cut, lengths = cut_windows(x, torch.tensor([10, 6]), 4)
-    assert cut[:, :, 0].tolist() == [[n, n + 1, n + 2, n + 3] for n in (0, 3, 6, 100, 101, 102)]
-    assert lengths.tolist() == [4] * 6
-    cut, lengths = cut_windows(x, torch.tensor([10, 3]), 4)
-    assert cut[3:, 0, 0].tolist() == [100] * 3 and lengths.tolist() == [4] * 3 + [3] * 3
-    cut, _ = cut_windows(torch.arange(50.0)[None, :, None], torch.tensor([50]), 16)
+    cut, lengths, counts = cut_windows(x, torch.tensor([10, 6]), 4)
+    assert cut[:, :, 0].tolist() == [[n, n + 1, n + 2, n + 3] for n in (0, 3, 6, 100, 102)]
+    assert lengths.tolist() == [4] * 5 and counts == [3, 2]
+    cut, lengths, counts = cut_windows(x, torch.tensor([10, 3]), 4)
+    assert cut[3:, 0, 0].tolist() == [100] and lengths.tolist() == [4] * 3 + [3]
+    cut, *_ = cut_windows(torch.arange(50.0)[None, :, None], torch.tensor([50]), 16)
     assert set(cut.flatten().tolist()) == set(range(50))  # windows cover the clip
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 import common
@@ -152,3 +152,14 @@ def test_predict_computes_few_windows_at_once():
     outputs = {n: predict(model, DataLoader(clips, n), window=64)[0] for n in (1, 15)}
     assert max(sizes) == 128 and sum(sizes) == 2 * 15 * 10
     torch.testing.assert_close(outputs[15], outputs[1])
+
+
+def test_a_prediction_does_not_depend_on_the_clips_beside_it():
+    """A short clip has windows of its own number, also in a batch with a long one."""
+    model, lengths = Classifier(backbone("lstm"), 3), [90, 40, 20]
+    clips = [torch.randn(n, 20) for n in lengths]
+    together = (pad_sequence(clips, batch_first=True), torch.zeros(3), torch.tensor(lengths))
+    together, _ = predict(model, [together], window=32)
+    for clip, outputs in zip(clips, together, strict=True):
+        alone = (clip[None], torch.zeros(1), torch.tensor([len(clip)]))
+        torch.testing.assert_close(predict(model, [alone], window=32)[0][0], outputs)
