@@ -64,7 +64,7 @@ class GenreRuns:
         def make(root):
             data = hard_data_set(root / "data", n_frames=(270, 320))
             where = ("--data-dir", data, "--out-dir", root / "out")
-            run_forked("step05_lstm.py", "--epochs", 24, "--lr", 0.003, *where)
+            run_forked("step05_lstm.py", "--epochs", 30, "--lr", 0.002, *where)
             run_forked("step06_eval.py", "--ensemble", *where)
             paths = {name: folder_of(root / "out", name) / "best.pt" for name in LSTMS}
             found = {name: load_checkpoint(path)["val_score"] for name, path in paths.items()}
