@@ -14,12 +14,8 @@ def plan(monkeypatch, n_clips, examples, most_passes, part="genre", **flags):
     budget = {"genre": 1, "emotion": 1} | {part: examples}
     budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
     patch_everywhere(monkeypatch, "BUDGETS", budgets)
-    args = {"epochs": None, "smoke": False, "demo": False} | {
-        "lr": 0.003,
-        "batch_size": 7,
-        "recipe": "full",
-    }
-    args |= flags
+    args = {"epochs": None, "smoke": False, "demo": False, "recipe": "full"}
+    args |= {"lr": 0.003, "batch_size": 7} | flags
     data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
     return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args))
 
