@@ -38,7 +38,7 @@ ROWS = {"mel": slice(0, 128), "chroma": slice(128, 140), "fused": slice(0, 140)}
 VAL_SCORES = {
     "mel": 0.4, "beat_mel": 0.5, "chroma": 0.9, "beat_chroma": 0.3, "fused": 0.7, "beat_fused": 0.6
 }  # fmt: skip
-RIVAL = "beat_mel"  # of the CNN, in `learned`
+RIVAL = "fused"  # of the CNN, in `learned`
 
 
 class GenreRun(NamedTuple):
