@@ -175,20 +175,20 @@ def load_data(
         names = sorted(set(labels.values()))
         targets = encode_labels(store.entries, names)
         train = take_subset(train, targets, source.subset)
-        extra = {}
     else:
         names = list(EMOTIONS) if target == "emotion" else [target]
         columns = [EMOTIONS.index(name) for name in names]
         targets = np.array([entry.label for entry in store.entries], dtype=np.float32)[:, columns]
         train = train[: source.subset]
         mean, std = targets[train].mean(0), targets[train].std(0).clip(min=1e-3)
-        extra = {"fold": fold, "n_folds": n_folds}
     stats = stats or band_statistics(store, train, features)
     store.frames = to_resident(store.frames, source.device)
     whole = SpectrogramDataset(store, targets, features, stats)
     settings = {"part": part, "features": features, "beat": beat, "names": names, "stats": stats}
     settings |= {name: getattr(source, name) for name in ("merge", "seed", "subset", "smoke")}
-    settings |= extra | {"fingerprint": fingerprint(source.root, part, beat)}
+    settings["fingerprint"] = fingerprint(source.root, part, beat)
+    if part == "emotion":
+        settings |= {"fold": fold, "n_folds": n_folds}
     crops = Subset(whole.variant(crop=crop), train)
     return Data(crops, Subset(whole, val), Subset(whole, held_out), names, mean, std, settings)
 
@@ -1083,9 +1083,9 @@ def genre_experiment(name) -> Experiment:
 def find_genre_checkpoint(training, name) -> Path | None:
     """Find what the step that trains a genre run has left for these clips.
 
-    A checkpoint of other clips or labels, another seed, a part of the clips (--subset),
-    another network or a smoke run is passed over, saying so; only a smoke run takes those of
-    smoke runs, only a --subset run those of its own N.
+    A checkpoint of other clips or labels, another seed, recipe or window, a part of the clips
+    (--subset), another network or a smoke run is passed over, saying so; only a smoke run takes
+    those of smoke runs, only a --subset run those of its own N.
     """
     network, source = GENRE_NETWORKS[name], training.source
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"

@@ -16,7 +16,6 @@ class (predictions.csv).
 """
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--features mel --epochs 20").
-import pandas as pd
 import torch
 from torch import nn
 
@@ -27,7 +26,13 @@ from patrec.plots import plot_histories, plot_overfit
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import genre_scores
 from patrec.step import Step
-from patrec.tables import genre_table, prediction_rows, training_table, write_predictions
+from patrec.tables import (
+    genre_table,
+    parts_table,
+    prediction_rows,
+    training_table,
+    write_predictions,
+)
 
 
 def add_flags(parser):
@@ -81,8 +86,8 @@ facts = check.facts
 step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
     batches. Dropout and the shift of the bands are off, because they prevent overfitting. The goal
-    is a loss under .01 with every clip classified correctly. After
-    {facts["passes"]} passes the loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
+    is a loss under .01 with every clip classified correctly. After {facts["passes"]} passes the
+    loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
 """)
 caption = "Training loss on fixed batches of training crops, without regularisation"
 step.figure(plot_overfit({names[0]: check}), "overfit", caption)
@@ -111,33 +116,17 @@ step.text(f"""
     - *Optimiser*: Adam with a constant learning rate of {facts["lr"]:g}.
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
     - *Epoch*: we keep the epoch with the highest validation macro-F1 among the last 20% of the
-      epochs ({kept}). The best of all epochs is often an early one, by chance, because
-      the validation clips are few. In cross-validation, the LSTM on mel then had a macro-F1 on new
-      clips that was .08 lower (docs/experiments.md). The best of several epochs is an optimistic
+      epochs ({kept}). The best of all epochs is often an early one, by chance, because the
+      validation clips are few. In cross-validation, choosing it lowered the macro-F1 of the LSTM on
+      mel by .08 on new clips (docs/experiments.md). The best of several epochs is an optimistic
       estimate.
 
     Besides, these parts of the training are used. `--recipe lab` trains without them, with Adam,
     cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure the
     difference on your clips. `--plain` does without them too. They are kept because of the log
-    loss; for the macro-F1 of the LSTM no effect was shown.
+    loss. For the macro-F1 of the LSTM no effect was shown.
 """)
-parts = {
-    "averaged weights": (
-        "are scored and saved: at a constant rate the weights keep moving around a minimum",
-        "+.06 ± .03, +.02 ± .03",
-    ),
-    "shifted bands": (
-        "mel bands move up or down by up to 2, as if the music were a little higher or lower",
-        "+.12 ± .06, +.02 ± .03",
-    ),
-}
-columns = ["what it does", "log loss, macro-F1 without it"]
-caption = (
-    "Parts of the training. Last column: the change of the scores of the LSTM on mel without the "
-    "part, in cross-validation on clips of other music (docs/experiments.md): a higher log loss is "
-    "worse, a lower macro-F1 too. After ±: one standard error"
-)
-step.table(pd.DataFrame(parts, columns).T.rename_axis("part"), caption)
+step.table(*parts_table("lstm"))
 caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
 step.table(training_table(runs, "macro-F1"), caption)
 step.text(f"""

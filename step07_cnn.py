@@ -59,8 +59,8 @@ def learn_by_heart(step, data):
     facts = check.facts
     step.text(f"""
     As in step 5b, {facts["clips"]} clips in {facts["batches"]} fixed batches are learned without
-    dropout and augmentation. After {facts["passes"]} passes the loss is
-    {facts["loss"]:.4f} (the goal: under .01), the accuracy {facts["accuracy"]:.3f}.
+    dropout and augmentation. After {facts["passes"]} passes the loss is {facts["loss"]:.4f} (the
+    goal: under .01), the accuracy {facts["accuracy"]:.3f}.
     """)
     caption = "Training loss on fixed batches of training crops, regularisation off"
     step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
@@ -244,27 +244,11 @@ among the last 20%, which is an optimistic estimate. Besides, the parts in the t
 had no measurable effect. They lower the log loss of the LSTM, and both networks should be trained
 in the same way.
 """)
-parts = {
-    "averaged weights": (
-        "are scored and saved: at a constant rate the weights keep moving around a minimum",
-        "+.25 ± .06, -.03 ± .02",
-    ),
-    "shifted bands": (
-        "mel bands move up or down by up to 2, as if the music were a little higher or lower",
-        "-.00 ± .03, -.01 ± .02",
-    ),
-}
-columns = ["what it does", "log loss, macro-F1 without it"]
-caption = (
-    "Parts of the training. Last column: the change of the CNN's scores without the part, in "
-    "cross-validation on clips of other music (docs/experiments.md): a higher log loss is worse, "
-    "a lower macro-F1 too. After ±: one standard error"
-)
-step.table(pd.DataFrame(parts, columns).T.rename_axis("part"), caption)
+step.table(*tables.parts_table("cnn"))
 step.table(tables.training_table(runs, "macro-F1"))
 caption = (
-    "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept, of the shaded "
-    "ones. Only the training loss is measured with augmentation and dropout"
+    "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept. Only the "
+    "training loss is measured with augmentation and dropout"
 )
 histories = {name: run.history for name, run in runs.items()}
 step.figure(plots.plot_histories(histories, "macro-F1"), "learning_curve", caption)

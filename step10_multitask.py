@@ -195,8 +195,8 @@ elif "cnn" in single:
         The intervals show how much depends on the choice of the held-out clips, but not on the seed
         of the training. The multitask network has {facts["multitask"]["weights"]:,} weights, the
         three networks of step 8 together {step8.runs["cnn"]["weights"]:,}. The three tasks also
-        share one checkpoint and one set of examples. In step 8 each of the
-        three models saw as many examples as the one model here.
+        share one checkpoint and one set of examples. In step 8 each of the three models saw as many
+        examples as the one model here.
     """)
 step.text(BASELINES)
 step.text("""

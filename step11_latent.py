@@ -103,11 +103,11 @@ for name, title in titles.items():
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
 step.text(f"""
-A vector is the mean over the windows of a clip.
-`latent_<run>.npz` (NumPy) holds the vectors, their labels and what the network predicts. The best
-LSTM (`{best}`, {val[best]:.3f}) is chosen among those trained on full spectrograms, the worst
-(`{worst}`, {val[worst]:.3f}) among all, by validation macro-F1 on {models[best].facts["n_val"]}
-clips. With another seed, LSTMs of similar score may change places.
+A vector is the mean over the windows of a clip. `latent_<run>.npz` (NumPy) holds the vectors, their
+labels and what the network predicts. The best LSTM (`{best}`, {val[best]:.3f}) is chosen among
+those trained on full spectrograms, the worst (`{worst}`, {val[worst]:.3f}) among all, by validation
+macro-F1 on {models[best].facts["n_val"]} clips. With another seed, LSTMs of similar score may
+change places.
 """)
 
 # %% 11b. PCA of the vectors: best LSTM and CNN

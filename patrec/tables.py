@@ -10,12 +10,25 @@ import pandas as pd
 from patrec.errors import InputError
 from patrec.files import earlier_folders, write_text
 from patrec.labels import EMOTIONS, fingerprint
+from patrec.recipes import PARTS
 from patrec.scores import paired_difference
 
 
 def epochs_kept(run) -> str:
     """The number of epochs of each fold, with the kept epoch in brackets."""
     return ", ".join("{epochs} ({best_epoch})".format(**member.facts) for member in run.members)
+
+
+def parts_table(kind) -> tuple[pd.DataFrame, str]:
+    """The parts of a training and what each is worth to an 'lstm' or a 'cnn', with a caption."""
+    rows = {part: (what, effects[kind]) for part, (what, effects) in PARTS.items()}
+    columns = ["what it does", "log loss, macro-F1 without it"]
+    caption = (
+        f"Parts of the training. Last column: the change of the {kind.upper()}'s scores on mel "
+        "without the part, in cross-validation on clips of other music (docs/experiments.md). A "
+        "higher log loss is worse, a lower macro-F1 too. After ±: one standard error"
+    )
+    return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 
 
 class EarlierPredictions(NamedTuple):

@@ -174,9 +174,8 @@ def show_decisions(step, cnn, shown, temperature):
     caption = (
         "Left: the two clips of step 1 and the two most confident mistakes on the test set. Right: "
         "how much each patch adds to the logit of the predicted class, summed over the windows "
-        "that contain it. Red supports "
-        "the predicted class, blue opposes it. Each panel has its own colour scale. Probabilities "
-        f"are at temperature {temperature:.2f}"
+        "that contain it. Red supports the predicted class, blue opposes it. Each panel has its "
+        f"own colour scale. Probabilities are at temperature {temperature:.2f}"
     )
     step.figure(fig, "what_decides", caption)
 
