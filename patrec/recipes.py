@@ -68,11 +68,11 @@ class Recipe:
 # cross-validation (docs/experiments.md), of the LSTM and of the CNN on mel.
 PARTS = {
     "averaged weights": (
-        "are scored and saved: at a constant rate the weights keep moving around a minimum",
+        "A running average is scored and saved, because the weights keep moving around a minimum.",
         {"lstm": "+.06 ± .03, +.02 ± .03", "cnn": "+.25 ± .06, -.03 ± .02"},
     ),
     "shifted bands": (
-        "mel bands move up or down by up to 2, as if the music were a little higher or lower",
+        "Mel bands are moved up or down by up to 2, as if the music were a little higher or lower.",
         {"lstm": "+.12 ± .06, +.02 ± .03", "cnn": "-.00 ± .03, -.01 ± .02"},
     ),
 }

@@ -22,7 +22,7 @@ def epochs_kept(run) -> str:
 def parts_table(kind) -> tuple[pd.DataFrame, str]:
     """The parts of a training and what each is worth to an 'lstm' or a 'cnn', with a caption."""
     rows = {part: (what, effects[kind]) for part, (what, effects) in PARTS.items()}
-    columns = ["what it does", "log loss, macro-F1 without it"]
+    columns = ["what is done, and why", "log loss, macro-F1 without it"]
     caption = (
         f"Parts of the training. Last column: the change of the {kind.upper()}'s scores on mel "
         "without the part, in cross-validation on clips of other music (docs/experiments.md). A "
