@@ -107,7 +107,6 @@ recipe = {
 trainings = [common.Experiment(name, GENRE_NETWORKS[name], **recipe) for name in names]
 runs = common.train_all(step.training, trainings)
 facts = runs[names[0]].facts
-kept = "here of all epochs" if step.args.recipe == "lab" else "grey in the figure"
 step.text(f"""
     The labelled clips are split at random, class by class (in `load_data`): {facts["n_train"]} for
     training, {facts["n_val"]} for validation. Each part is a `torch.utils.data.Subset`, as is the
@@ -115,13 +114,12 @@ step.text(f"""
 
     - *Optimiser*: Adam with a constant learning rate of {facts["lr"]:g}.
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
-    - *Epoch*: we keep the epoch with the highest validation macro-F1 among the last 20% of the
-      epochs ({kept}). The best of all epochs is often an early one, by chance, because the
-      validation clips are few. In cross-validation, choosing it lowered the macro-F1 of the LSTM on
-      mel by .08 on new clips (docs/experiments.md). The best of several epochs is an optimistic
-      estimate.
+    - *Epoch*: we keep the epoch with the highest validation macro-F1 among {step.searched}. The
+      best of all epochs is often an early one, by chance, because the validation clips are few. In
+      cross-validation, choosing it lowered the macro-F1 of the LSTM on mel by .08 on new clips
+      (docs/experiments.md). The best of several epochs is an optimistic estimate.
 
-    Besides, these parts of the training are used. `--recipe lab` trains without them, with Adam,
+    The default recipe has these parts besides. `--recipe lab` trains without them, with Adam,
     cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure the
     difference on your clips. `--plain` does without them too. They are kept because of the log
     loss. For the macro-F1 of the LSTM no effect was shown.

@@ -236,13 +236,13 @@ if step.args.ensemble:  # two more, with other weights, batches and validation c
         trainings.append(common.Experiment(f"cnn_mel_seed{seed}", network, **recipe, seed=seed))
 runs = common.train_all(step.training, trainings)
 cnn = runs["cnn_mel"]
-step.text("""
+step.text(f"""
 The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate,
 cross-entropy, dropout before the output layer, and the epoch with the highest validation macro-F1
-among the last 20%, which is an optimistic estimate. Besides, the parts in the table are used;
-`--recipe lab` trains without them and keeps the best of all epochs. For the CNN the shifted bands
-had no measurable effect. They lower the log loss of the LSTM, and both networks should be trained
-in the same way.
+among {step.searched}, which is an optimistic estimate. The default recipe has the parts in the
+table besides; `--recipe lab` trains without them and keeps the best of all epochs. For the CNN the
+shifted bands had no measurable effect. They lower the log loss of the LSTM, and both networks
+should be trained in the same way.
 """)
 step.table(*tables.parts_table("cnn"))
 step.table(tables.training_table(runs, "macro-F1"))

@@ -68,10 +68,10 @@ step.text(f"""
     The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
 
     Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
-    smaller. We keep the epoch with the highest validation Spearman among the last 20%, as in step
-    5. The validation clips are few, so this score is noisy, and as the highest of several it is
-    optimistic. The clips of 8e play no part in this choice. CNN and LSTM also differ in the number
-    of examples and in the length of a crop, not in architecture alone.
+    smaller. We keep the epoch with the highest validation Spearman among {step.searched}, as
+    in step 5. The validation clips are few, so this score is noisy, and as the highest of several
+    it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM also differ in the
+    number of examples and in the length of a crop, not in architecture alone.
 """)
 step.show_source(common.make_regressor, common.Regressor.forward, common.regression_loss)
 

@@ -100,6 +100,7 @@ if leak := find_emotion_leak(step.source, data.held_out):
 # explain the metric and the set. If steps 5 and 7 have not trained it, it is trained here.
 step.heading("9c. Genre training, and the epoch that is kept")
 genre = common.genre_models(step.training, [genre_name])[genre_name]
+saved = "those of that epoch" if step.args.recipe == "lab" else "the running average of step 5"
 step.text(f"""
 {genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs were trained. We transfer
 the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
@@ -108,8 +109,8 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
 - *The metric is macro-F1.* It counts every genre equally. A network that ignores the rare genres
   can still have a high accuracy. The loss also depends on how confident the network is, which the
   lab's scores do not measure.
-- *The epoch is one of the last 20%*, because the best of all is often an early one, by chance. The
-  saved weights are the running average of step 5. (`--recipe lab`: the best of all epochs.)
+- *The epoch is the best among {step.searched}.* The best of all is often an early one, by
+  chance, so the default recipe searches the last 20% only. The saved weights are {saved}.
 - *The set is the validation set.* On training clips, later epochs look better even if the network
   overfits. On test clips, the choice would make the test score optimistic.
 """)

@@ -138,7 +138,7 @@ step.text(f"""
     - `multitask_lstm` is the LSTM on mel and chroma, with random weights and three heads.
 
     All three are trained as in step 8. We keep the epoch with the highest mean Spearman on the
-    {facts["multitask"]["n_val"]} validation clips, among the last 20% of the epochs.
+    {facts["multitask"]["n_val"]} validation clips, among {step.searched}.
 """)
 caption = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(tables.training_table(runs, "mean Spearman"), caption)

@@ -51,6 +51,8 @@ class Step:
         self.out = output_folder(self.args.out_dir)
         if self.args.recipe == "lab":  # its networks must not replace the others
             self.out /= "recipe_lab"
+        lab = self.args.recipe == "lab"
+        self.searched = "all epochs" if lab else "the last 20% of the epochs"  # for the best one
         self.folder = self.out / name
         if self.args.overfit_batch:  # a check must not replace the results of a full run
             self.folder = self.folder / "overfit_batch"

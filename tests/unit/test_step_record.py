@@ -62,6 +62,8 @@ def test_the_labs_recipe_replaces_no_network_and_no_result(tiny_data, tmp_path, 
     step = make_step(tiny_data, tmp_path, "--recipe", "lab")
     assert step.out == tmp_path / "recipe_lab" == step.training.out
     assert step.folder == tmp_path / "recipe_lab" / "step06_eval" == step.training.folder
+    assert step.searched == "all epochs"
+    assert make_step(tiny_data, tmp_path).searched == "the last 20% of the epochs"
 
 
 @pytest.mark.parametrize(
