@@ -276,7 +276,7 @@ class LSTMBackbone(Backbone):
     n_bands : int, F, bands of a frame
     hidden_size : int, H, units of one direction
     frames_per_step : int
-        Frames described by one step, see `frame_statistics`. 1,293 steps are slow and the
+        Frames described by one step, see `frame_statistics`. 1,292 steps are slow and the
         gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
         frames as they are.
     projection : int, units of a dense layer with layer normalisation before the LSTM; 0: none

@@ -142,7 +142,9 @@ finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 d
   that of {titles[1]} is {second["centroid_hz"]:.0f} Hz.
 - **Share of energy below 200 Hz**: bass and bass drum. It is {first["share_below_200_hz"]:.1%} in
   the first clip and {second["share_below_200_hz"]:.1%} in the second.
-- **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness.
+- **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness. It is
+  {first["dynamic_range_db"]:.1f} dB in the first clip and {second["dynamic_range_db"]:.1f} dB in
+  the second.
 - **Onset rate**: how often the bands suddenly get louder, as notes and drum hits start. The first
   clip has {first["onsets_per_s"]:.2f} onsets per second, the second {second["onsets_per_s"]:.2f}.
 """)
@@ -174,9 +176,9 @@ ax.set_yticks(range(len(mean)), mean.index)
 ax.set(xlabel="Frequency (Hz, mel scale)", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Level minus the mean\nof all genres (dB)")
 caption = (
-    "Time-averaged spectrum of each genre (without each clip's mean level) minus the mean of all "
-    f"genres, over at most {per_genre} clips of a genre; the genre with the highest mean spectral "
-    "centroid is on top. A sharp edge at high frequencies may be the recordings' bandwidth"
+    f"Mean spectrum of each genre (at most {per_genre} clips), compared with the mean of all "
+    "genres. Each clip's mean level is subtracted first. The genre with the highest spectral "
+    "centroid is on top. A sharp edge at high frequencies may come from the recordings"
 )
 step.figure(fig, "genre_spectra", caption)
 share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measures}
@@ -186,7 +188,7 @@ step.table(table, f"Mean over each genre's drawn clips, at most {per_genre} of a
 most, least = max(share, key=share.get), min(share, key=share.get)
 step.text(f"""
 "Explained by genre" is the share of a measure's variance over clips that lies between the genres
-(epsilon squared; if a measure does not depend on genre, it is 0 on average and may be negative).
+(epsilon squared). If a measure has nothing to do with genre, it is near 0 and may be negative.
 It is largest for the {most}, {share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}.
 The rest of the variance lies between clips of the same genre.
 """)

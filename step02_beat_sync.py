@@ -71,6 +71,8 @@ fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 ax.loglog(counts, list(seconds.values()), color=COLORS[0], marker="o")
 ax.set(xlabel="Time steps", ylabel=f"Time of a training pass (s, {n_batch} clips)")
 ax.set_xticks([n for n in (20, 50, 100, 200, 500, 1000) if counts[0] <= n <= counts[-1]])
+round_seconds = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)]
+ax.set_yticks([s for s in round_seconds if seconds[counts[0]] <= s <= seconds[counts[-1]]])
 ax.grid(alpha=0.3)
 threads = f" (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else ""
 caption = (
@@ -95,7 +97,7 @@ fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 for form, step_s, color in zip(arrays, (FRAME_S, beat_s), COLORS, strict=False):
     seed_everything(step.args.seed)
     norms = lstm_gradient(*batches[form])
-    label = f"{FORMS[form]} ({len(norms)} steps of {step_s:.2f} s)"
+    label = f"{FORMS[form]} ({len(norms)} steps of {step_s:.3f} s)"
     ax.semilogy(np.arange(len(norms)) * step_s, norms, color=color, label=label)
     far = gradient_reach(norms)
     reach[form] = {"steps": far, "of_steps": len(norms), "seconds": far * step_s}
@@ -111,8 +113,8 @@ ax.set(xlabel="Time before the end of the clip (s)", ylabel="Gradient norm, last
 ax.set(xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-30), 10))
 ax.legend(fontsize="small")
 caption = (
-    "Gradient of the last output with respect to the input of each time step, before training, "
-    f"averaged over those of {n_batch} clips that have this many steps; cut off at 1e-30"
+    "Gradient of the last output with respect to the input of each time step, before training. "
+    f"Mean over {n_batch} clips (over fewer where some are shorter). Below 1e-30 nothing is shown"
 )
 step.figure(fig, "lstm_gradient", caption)
 caption = "How far back the gradient of the last output stays above 1% of the last step's"
@@ -142,11 +144,18 @@ caption = f"Full and beat-synchronised mel spectrograms: {titles[0]} and {titles
 step.figure(plot_panels(panels, 2), "two_clips", caption)
 measures = pd.DataFrame([mel_measures(mels[form][i], beat=True) for i, form in cells], names)
 step.table(measure_table(measures, "clip"), "The two clips, measured in both forms")
-step.text("""
+full, on_beats = measures[::2].to_dict("records"), measures[1::2].to_dict("records")
+step.text(f"""
 In a beat-synchronised spectrogram one column is the median of the frames between two beats. What
 lasts for more than half of a beat, such as a held note, remains; a drum hit is shorter and mostly
 disappears, so there are fewer vertical lines. The time axis counts beats, not seconds: clips of
 different tempo become comparable, but clips of 30 s now have different numbers of columns.
+
+On beats the spectral centroid of the two clips is {on_beats[0]["centroid_hz"]:.0f} Hz and
+{on_beats[1]["centroid_hz"]:.0f} Hz (full: {full[0]["centroid_hz"]:.0f} Hz and
+{full[1]["centroid_hz"]:.0f} Hz). Their dynamic range is {on_beats[0]["dynamic_range_db"]:.1f} dB
+and {on_beats[1]["dynamic_range_db"]:.1f} dB (full: {full[0]["dynamic_range_db"]:.1f} dB and
+{full[1]["dynamic_range_db"]:.1f} dB).
 """)
 
 # %% 2b. What the synchronisation changes, in numbers
@@ -169,7 +178,8 @@ step.text(f"""
   column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
-  so it is quieter than the loudest frame, and all other values rise.
+  so it is mostly quieter than the loudest cell of the full array, and the other values mostly rise.
+  A median also removes short loud sounds, so the mean level of some clips falls.
 """)
 
 # %% The numbers for metrics.json

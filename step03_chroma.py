@@ -57,7 +57,10 @@ arrays = {"full": [clip.full for clip in clips], "beat-synced": [clip.beat for c
 chroma = {form: [array[BANDS["chroma"]] for array in some] for form, some in arrays.items()}
 cells = [(i, form) for i in (0, 1) for form in chroma]  # the two clips, in both forms
 names = [f"{titles[i]}, {FORMS[form]}" for i, form in cells]
-step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
+step.text(f"""
+Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}. A chromagram is rows 128 to 139 of a
+clip's array, one row per pitch class.
+""")
 
 # %% 3, as 1c. What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ. Full and
@@ -98,12 +101,13 @@ profiles = [np.roll(profile, -profile.argmax()) / profile.sum() for profile in p
 by_interval = pd.DataFrame(profiles).groupby(genres).mean()  # (genres, 12)
 size = (7, 0.32 * len(by_interval) + 1.6)
 fig, ax = plt.subplots(figsize=size, layout="constrained")
-image = ax.imshow(by_interval, interpolation="nearest", aspect="auto")
+highest = by_interval.iloc[:, 1:].to_numpy().max()  # the strongest pitch class is above all others
+image = ax.imshow(by_interval, vmax=highest, interpolation="nearest", aspect="auto")
 ax.set_xticks(range(N_CHROMA))
 ax.set_yticks(range(len(by_interval)), by_interval.index)
 ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre")
-fig.colorbar(image, ax=ax, label="Share of the clip's chroma")
-caption = "Mean chroma of each genre's drawn clips, relative to each clip's strongest pitch class"
+fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
+caption = "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0"
 step.figure(fig, "genre_chroma", caption)
 
 full = measures["full"]
@@ -117,7 +121,7 @@ step.table(table, "Mean over each genre's drawn clips")
 most = max(share, key=share.get)
 step.text(f"""
 Of these measures, "{most}" depends most on genre: {share[most]:.0%} of its variance lies between
-the genres. For a measure that is unrelated to genre the share is 0 on average and may be negative.
+the genres. If a measure has nothing to do with genre, this share is near 0 and may be negative.
 """)
 
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
@@ -146,9 +150,9 @@ for kind in ("chroma", "mel"):
 table = pd.DataFrame(lstm).T.rename(lambda name: name.replace("synced", "synchronised"))
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int}).rename_axis("input")
 caption = (
-    f"One training pass of an LSTM of 128 units over {n_batch} clips (wall-clock time, the fastest "
-    "of 8), and how far back the gradient of its last output stays above 1% of the last step's, "
-    "before training"
+    f"LSTM of 128 units, {n_batch} clips: wall-clock time of a training pass (the fastest of 8), "
+    "and for how many steps back the gradient stays above 1% of its value at the last step, before "
+    "training"
 )
 step.table(table, caption)
 full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced", "mel, full"))

@@ -71,7 +71,7 @@ OPERATIONS = {
     ),
     "length": (
         "remembers each clip's length; `max_length` is the longest one or the given one",
-        "the same lengths; training on full spectrograms takes a random crop, otherwise a batch is "
+        "the same lengths; in training a random crop of each clip is taken, otherwise a batch is "
         "as long as its longest clip",
         "no padding to the longest clip of all; a crop is a new example each time",
     ),
@@ -82,8 +82,10 @@ OPERATIONS = {
     ),
     "item": (
         "pads with zeros to `max_length`, or cuts; returns (array, label, length)",
-        "standardises every band, then pads with zeros; returns (spectrogram, target, length)",
-        "in dB, 0 is the loudest value possible; after standardising, 0 is the band's mean",
+        "standardises every band by its mean and standard deviation over the training clips, then "
+        "pads with zeros; returns (spectrogram, target, length)",
+        "in dB a zero means the loudest sound, so padding looks loud; after standardising, a zero "
+        "is the band's mean",
     ),
     "split": (
         "a random fifth for validation, not stratified, after `np.random.seed(420)`; two loaders "
@@ -124,7 +126,7 @@ def follow(beat) -> dict[str, str]:
         "id, file": f"`{entry.clip_id}`, `{entry.path.parent.name}/{entry.path.name}`",
         "array": f"{array.shape[0]} x {array.shape[1]} {array.dtype}, mel {mel.min():.1f} to "
         f"{mel.max():.1f} dB, chroma {chroma.min():.2f} to {chroma.max():.2f}",
-        "class number": f"{entry.label} -> {int(target)} of {len(data.names)}",
+        "class number": f"{entry.label} -> {int(target)} (numbers 0 to {len(data.names) - 1})",
         "stored": f"{kept.shape[0]} x {kept.shape[1]} {kept.dtype}, "
         f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off (dB, chroma)",
         "Subsets": f"{len(data.train)} training and {len(data.val)} validation clips",
@@ -146,7 +148,7 @@ step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
 # %% 4b. Similar classes merged, some left out
 # The lab: similar classes are merged and those with very few samples removed, by the table of the
 # helper code. The counts are those of this data set.
-step.heading("4b. Similar classes merged, some left out")
+step.heading("4b. Similar classes are merged, small ones left out")
 counts = {
     when: {
         split: Counter(entry.label for entry in read_entries(root, "genre", split, merge=how))
@@ -161,12 +163,16 @@ before, after = (
 becomes = {name: MERGE.get(name) or "left out" for name in before.index} if merge else {}
 step.table(before.assign(becomes=pd.Series(becomes or dict.fromkeys(before.index, "itself"))))
 train, kept = before["train"], after["train"].sum()
+parts = Counter(becomes.values())
+merged = [name for name, to in becomes.items() if to != "left out" and parts[to] > 1]
+left_out = train[[becomes.get(name) == "left out" for name in before.index]]
 step.text(f"""
 Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
 {train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
 training clips. The lab merges similar classes and removes those with very few samples: similar
 genres have no clear border, and a few clips do not suffice to learn a class or to measure its
-score. Its table is fixed and does not look at the counts, so a class left out may be large here.
+score. In these data {len(merged)} classes are merged with others, and {len(left_out)} classes with
+{left_out.sum()} training clips are left out.
 """)
 
 # %% 4c. Number of samples per class, before and after
@@ -174,8 +180,8 @@ score. Its table is fixed and does not look at the counts, so a class left out m
 # hardly shows errors in the small ones (step 6).
 step.heading("4c. Number of samples per class, before and after")
 fig, axes = plt.subplots(1, 2, figsize=(12, 0.3 * len(before) + 1.5), layout="constrained")
-merged = "After the merge" if merge else "Not merged (--no-merge)"
-for ax, when, frame in ((axes[0], "Before the merge", before), (axes[1], merged, after)):
+title = "After" if merge else "Not merged (--no-merge)"
+for ax, when, frame in ((axes[0], "Before", before), (axes[1], title, after)):
     frame = frame.loc[frame.sum(axis=1).sort_values(kind="stable").index]
     ax.barh(frame.index, frame["train"], color=COLORS[0], label="train")
     ax.barh(frame.index, frame["test"], left=frame["train"], color=COLORS[1], label="test")
@@ -185,9 +191,9 @@ for ax, when, frame in ((axes[0], "Before the merge", before), (axes[1], merged,
     ax.set_title(f"{when}: {len(frame)} classes, {frame.to_numpy().sum()} samples")
     ax.margins(x=0.15)
     ax.legend(loc="lower right")
-step.figure(fig, "classes", "Number of samples per class, before and after the merge")
+step.figure(fig, "classes", "Number of samples per class, before and after 4b")
 share = (after["train"] / kept).map("{:.1%}".format)
-step.table(after.assign(**{"share of train": share}), merged)
+step.table(after.assign(**{"share of train": share}), f"{title}: samples per class")
 largest, smallest = after["train"].idxmax(), after["train"].idxmin()
 baseline = after.loc[largest, "test"] / max(after["test"].sum(), 1)
 step.text(f"""

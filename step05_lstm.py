@@ -56,7 +56,8 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
    one frame of 23 ms says little. In beat-synchronised input, one beat is one time step.
 2. The features of a step are standardised, because deviations and changes have other sizes than
-   means (`StepNorm`). Then a dense layer with layer normalisation comes before the LSTM (`stem`).
+   means (`StepNorm`); a step of one beat has none. Then a dense layer with layer normalisation
+   comes before the LSTM (`stem`).
 3. One layer reads the clip in both directions (`blocks`), instead of two layers in one direction.
 4. The class is predicted from the mean and the maximum of the LSTM's outputs over all time steps of
    the clip (`masked_mean_max`), because every part of a clip tells something about its genre.
@@ -109,8 +110,8 @@ runs = common.train_all(step.training, trainings)
 facts = runs[names[0]].facts
 step.text(f"""
     The labelled clips are split at random, class by class (in `load_data`): {facts["n_train"]} for
-    training, {facts["n_val"]} for validation. Each part is a `torch.utils.data.Subset`, as is the
-    part of N clips that `--subset N` trains on, for quick trials.
+    training, {facts["n_val"]} for validation. Each part is a `torch.utils.data.Subset`. For quick
+    trials, `--subset N` trains on a Subset of N clips.
 
     - *Optimiser*: Adam with a constant learning rate of {facts["lr"]:g}.
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
@@ -147,8 +148,8 @@ lines = [
 step.text(f"""
     The epoch with the lowest validation loss: {", ".join(lines)}. Where the validation loss rises
     after that epoch while the training loss still falls, the network overfits: it becomes too
-    confident on clips that it has not seen. Its predictions can still become better, so the epoch
-    is chosen by macro-F1.
+    confident on clips that it has not seen. The predicted classes can still become better, so the
+    epoch is chosen by macro-F1.
 """)
 
 # %% Test scores

@@ -77,7 +77,7 @@ step.text(f"""
     clip. Their C and class weights are chosen by cross-validation. With `--ensemble`,
     `lstm_ensemble` is the mean of the log-probabilities of all LSTMs, each on its own input.
 """)
-step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Scores before testing")
+step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Validation scores")
 step.text(f"""
     The best LSTM by validation macro-F1 is `{best}`. This choice is noisy, because there are only
     {n_val} validation clips. The SVMs' scores are from cross-validation on training and validation
@@ -161,7 +161,9 @@ for (name, set_name), table in predictions.items():
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
-caption = "The best LSTM. The numbers are clips, the colour is the share of the true class"
+caption = (
+    "Confusion matrix of the best LSTM. Number: clips. Colour: share of the clips of a true class"
+)
 step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "confusion", caption)
 
 # %% 6c. Macro averages
@@ -234,8 +236,10 @@ accuracy is near 1.
 
 **When do micro and macro F1 differ much?** Micro-F1 equals accuracy here, so they differ in the
 same case: the classes have unequal sizes (from {support.min():.0f} to {support.max():.0f} test
-clips) and the F1 depends on the class. Micro minus macro F1 is
-{one["micro_f1"] - one["macro_f1"]:+.3f}.
+clips) and F1 is not the same for all classes. A micro-F1 far above the macro-F1 means that the
+small classes are recognised worse than the large ones, a micro-F1 below it the opposite. Micro
+minus macro F1 is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()},
+has an F1 of {per_class.loc[support.idxmin(), "f1"]:.3f}.
 
 **Are there tasks where we care more about precision than recall, or the opposite? Is a good
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre

@@ -196,15 +196,19 @@ for epoch, model in digit_models.items():
     columns[f"epoch {epoch}: test accuracy {accuracy[epoch]:.3f}"] = maps, chances
 caption = (
     "One test digit through the network. Rows: the layers. Columns: before, early in and after "
-    "training. Red is positive, blue negative; ± under a layer is the value of the darkest colour"
+    "training. Red is positive, blue negative; ± under a name is the value of the darkest colour"
 )
-step.figure(plots.plot_activations(columns, int(digits[3][0])), "digit_activations", caption)
-step.text("""
+true_digit = int(digits[3][0])
+step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
+before, early, after = (float(chances[true_digit]) for _, chances in columns.values())
+step.text(f"""
 The map of a filter of the first convolution is red where the image looks like its 3 x 3 weights,
 for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). Batch normalisation shifts
 and scales each map, ReLU removes what is negative, and max pooling keeps the strongest response in
 each 2 x 2 square. The second block does the same with the maps of the first. The output layer turns
-its maps into probabilities.
+its maps into probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before
+training, {early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation
+changes nothing: it still has mean 0 and variance 1.
 """)
 
 # %% 7b. The network
@@ -245,7 +249,8 @@ shifted bands had no measurable effect. They lower the log loss of the LSTM, and
 should be trained in the same way.
 """)
 step.table(*tables.parts_table("cnn"))
-step.table(tables.training_table(runs, "macro-F1"))
+caption = "The training. Wall-clock time"
+step.table(tables.training_table(runs, "macro-F1"), caption)
 caption = (
     "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept. Only the "
     "training loss is measured with augmentation and dropout"
@@ -307,14 +312,14 @@ image = common.average_frames(x, lengths, backbone.frames_per_step)[0].unsqueeze
 maps = {name: output for (_, name), output in activations(backbone.blocks[:1], image).items()}
 channel = int(maps["ReLU"][0].flatten(1).std(1).argmax())  # the one that varies most in a clip
 caption = (
-    "The operations of block 1, left to right. Above: one channel of the same clip (bands x "
-    f"columns; red positive, blue negative). Below: all values of all channels and {len(x)} clips"
+    "The operations of block 1, from left to right. Above: one channel of a clip (red positive, "
+    "blue negative; a column is 46 ms, after pooling 186 ms). Below: all values of all channels "
+    f"and {len(x)} clips"
 )
 step.figure(plots.plot_operations(maps, channel, n_frames * HOP / SR), "block_operations", caption)
 
 # %% 7c. The four operations in words
-learned = [f"{name} {facts['test accuracy']}" for name, facts in left_out.items()]
-step.text(f"""
+step.text("""
 **Convolution** takes a weighted sum over a small neighbourhood in time and frequency and over all
 input channels, with the same weights at every place. So a pattern is found wherever it occurs, and
 few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbours.
@@ -331,8 +336,8 @@ It makes the network non-linear. Convolutions in a row without it are only one l
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
 and each of them sees more of the clip. Where exactly a pattern was is lost.
 
-On the digits the test accuracies are: {", ".join(learned)}. A difference smaller than the standard
-deviations (after ±) shows nothing. Leaving out pooling or ReLU may cost nothing here: in small
+The table of the digits shows what each operation is worth there. A difference smaller than the
+standard deviations (after ±) shows nothing. Leaving out pooling or ReLU may cost nothing: in small
 images (scikit-learn's have 8 x 8 cells) pooling has little to summarise, and without it the output
 layer has more weights. Without ReLU, max pooling still makes the network non-linear.
 """)
@@ -368,9 +373,9 @@ facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
 caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text("""
-Both saw about as many examples (table). They differ in more than the network: the CNN is trained on
-crops of 6 s, the LSTM on crops of 15 s. (An LSTM of beats has a test set of its own, of the same
-clips.)
+The table gives the number of training examples. The models differ in more than the network: the
+CNN is trained on crops of 6 s, the LSTM on crops of 15 s. (An LSTM of beats has a test set of its
+own, of the same clips.)
 """)
 seed_spread = {}
 if step.args.ensemble:
@@ -389,14 +394,17 @@ paired = {}
 for name in lstms:
     paired[name] = paired_difference(true["cnn_mel"], predicted["cnn_mel"], predicted[name])
     step.text(f"""
-    {tables.difference_line("cnn_mel", name, paired[name])}. Only `cnn_mel` is right on
-    {paired[name]["only_first"]} clips, only `{name}` on {paired[name]["only_second"]}.
+    {tables.difference_line("cnn_mel", name, paired[name])}.
+    {paired[name]["only_first"]} clips are classified correctly by `cnn_mel` alone,
+    {paired[name]["only_second"]} by `{name}` alone.
     """)
 
 shown = {name: scores[name] for name in ("cnn_mel", *lstms)}
 caption = "F1 per class, CNN and LSTM; in a class of few test clips, one clip moves the bar a lot"
 step.figure(plots.plot_per_class(shown), "per_class", caption)
-caption = "Confusion matrices on the test set: colour is the share of the true class, numbers clips"
+caption = (
+    "Confusion matrices. Number: clips of the test set. Colour: share of those of a true class"
+)
 step.figure(plots.plot_confusions(shown, data.names), "confusion", caption)
 
 # %% What later steps and the report read

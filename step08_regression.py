@@ -17,6 +17,7 @@ clips without labels.
 
 # %% Setup. In a notebook, flags go here: Step(..., flags="--folds 5 --epochs 20").
 import itertools
+import math
 
 import pandas as pd
 import torch
@@ -48,11 +49,11 @@ lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].
 networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
 if len(lstms):
     step.table(lstms, "The LSTMs that step 5 has saved for these clips")
+why = "the LSTM with the highest validation macro-F1" if len(lstms) else "as step 5 has saved none"
 step.text(f"""
-    We use the LSTM with the highest validation macro-F1 (`mel`, if step 5 has saved none), here
-    `{networks["lstm"]}`, and the CNN of step 7. Both start from random weights. The layers up to
-    the head stay the same, see steps 5 and 7. The head gives one number per clip, in the unit of
-    the labels, instead of one number per class.
+    We use `{networks["lstm"]}`, {why}, and the CNN of step 7. Both start from random weights. The
+    layers up to the head stay the same, see steps 5 and 7. The head gives one number per clip, on
+    the scale of the labels (0 to 1), instead of one number per class.
 
     Cross-entropy treats every wrong class as equally wrong. Here the labels are real numbers, so
     the loss must grow with the distance between prediction and label. We replace cross-entropy by
@@ -65,7 +66,8 @@ step.text(f"""
       have no useful gradient, so this score cannot be a loss. Pearson's correlation of the values
       has one, and it too rewards predictions that rise with the labels.
 
-    The loss refuses unequal shapes: PyTorch would broadcast (B, 1) and (B,) to B x B differences.
+    If outputs and labels have different shapes, the loss stops with an error. Otherwise PyTorch
+    would compute B x B differences without a warning.
 
     Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
     smaller. We keep the epoch with the highest validation Spearman among {step.searched}, as
@@ -95,6 +97,11 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
     run, network = f"{kind}_{emotion}", GENRE_NETWORKS[name]
     trainings.append(common.Experiment(run, network, target=emotion, **recipe))
 runs = common.train_all(step.training, trainings)
+n_val = runs["cnn_valence"].facts["n_val"]
+fold = " in the first fold" if step.args.folds > 1 else ""
+error = (
+    f"standard error of the score: about {1 / math.sqrt(n_val - 1):.1f}"  # of a correlation near 0
+)
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
@@ -103,9 +110,9 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.figure(
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and validation score against the epoch (of several folds: "
-        "the first one). The dot marks the epoch that is kept. Only the training loss is measured "
-        "with augmentation and dropout.",
+        f"{emotion.capitalize()}: loss and score by epoch{fold}, on {n_val} validation clips "
+        f"({error}). The dot marks the epoch that is kept. Only the training loss is measured with "
+        "augmentation and dropout.",
     )
 
 # %% 8e. Spearman's correlation on the held-out clips
@@ -129,12 +136,12 @@ step.text("""
     Spearman's correlation compares ranks. It is 1 if the predictions put the clips into the right
     order, and about 0 if their order has nothing to do with the labels. A constant has no order and
     counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
-    rank the clips well and still predict values too close to the mean. Predictions of several folds
-    are ranked together. This tends to lower the score, because each fold's network has its own
-    mean. If clips of one artist are among the training and the held-out clips, the scores are
-    higher than they would be for new artists.
+    rank the clips well and still predict values too close to the mean. With `--folds`, the
+    predictions of all folds are ranked together, which tends to lower the score, because each
+    fold's network has its own mean. If clips of one artist are among the training and the held-out
+    clips, the scores are higher than they would be for new artists.
 
-    The differences are of the mean over the three axes, on the same clips. The intervals show how
+    Below, the means over the three axes are compared, on the same clips. The intervals show how
     much depends on the choice of the held-out clips, but not on the seed of the training.
 """)
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))

@@ -62,8 +62,9 @@ a network for the other half, and then froze or fine-tuned them. They conclude:
    task has much data.
 
 This step compares fine-tuning with training from scratch (4). With `--compare-depths` it also
-compares numbers of frozen blocks, but it cannot tell the two reasons of (2) apart. The paper does
-so with networks that are copied to their *own* task.
+compares numbers of frozen blocks, but it cannot tell the two reasons of (2) apart. The paper tells
+them apart by copying layers into a network for the *same* task: there only the cut can lower the
+score.
 """)
 
 # %% 9b. The model that is transferred
@@ -77,11 +78,12 @@ network = GENRE_NETWORKS[genre_name]
 n_blocks = len(common.make_backbone(network).blocks)
 if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
+why = "the network with the highest validation macro-F1" if len(val) else "as none is saved yet"
 step.text(f"""
-    We transfer `{genre_name}`, the network with the highest validation macro-F1 (`cnn_mel`, if
-    steps 5 and 7 have saved none). We expect that features that recognise the genre of new clips
-    also help with emotions. The score of so few validation clips is noisy, so a difference of a few
-    hundredths can be due to chance. Test clips play no part in the choice.
+    We transfer `{genre_name}`, {why}. We expect that features that recognise the genre of new clips
+    also help with emotions. The lab trains this network on fma_genre_spectrograms, so the networks
+    on beats are not candidates. The score of so few validation clips is noisy, so a difference of a
+    few hundredths can be due to chance. Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
@@ -133,8 +135,10 @@ The fine-tuning has two phases:
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
 An epoch takes as many crops of each clip as in a training from scratch (*examples* in the table
-below). Both phases use step 8's recipe, learning rate included, so that `transfer` and `scratch`
-differ in the weights that they start from and not in the recipe. Nothing was tuned for them.
+below). Both phases use step 8's recipe, learning rate included, and nothing was tuned for them. So
+`transfer` and `scratch` differ in the weights that they start from, in the first phase, and in how
+the input is standardised. In the second phase all weights change, so its first epochs may score
+lower than the first phase.
 """)
 
 
@@ -230,9 +234,11 @@ step.table(
 )
 step.text(f"{step8.note} {BASELINES if step8.predictions else ''}")
 full = next(name for name in shown if name.startswith("scratch_full"))
+planned = make_recipe(network, data, step.training)
+n_full = planned.epochs * planned.crops * len(data.train)
 questions = {
     "scratch": "Do the genre weights help, if both networks are trained for equally many epochs?",
-    full: "Is the short fine-tuning as good as a whole training from scratch?",
+    full: f"Is the short fine-tuning as good as a training from scratch on {n_full:,} examples?",
 }
 for name, question in questions.items():
     step.text(f"{question}\n\n{tables.difference_lines(true, shown, [('transfer', name)])}")

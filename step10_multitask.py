@@ -55,8 +55,8 @@ several fields: convolutions, attention and a mixture of experts. The authors co
 3. A building block that seems unnecessary for a task does not harm it. In most cases it helps.
 
 The second conclusion is about data that other tasks bring. In this step the three tasks have the
-same clips, so joint training adds labels, but no music. It can help only because one backbone must
-serve three labels of each clip.
+same clips, so joint training adds labels, but no music. It can help only because the backbone must
+learn features that are useful for all three labels.
 """)
 
 
@@ -140,13 +140,13 @@ step.text(f"""
     All three are trained as in step 8. We keep the epoch with the highest mean Spearman on the
     {facts["multitask"]["n_val"]} validation clips, among {step.searched}.
 """)
+fold = " in the first fold" if step.args.folds > 1 else ""
 caption = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(tables.training_table(runs, "mean Spearman"), caption)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
     "learning_curves",
-    "Loss and validation score against the epoch (of several folds: the first one). The dot marks "
-    "the epoch that is kept.",
+    f"Loss and validation score against the epoch{fold}. The dot marks the epoch that is kept",
 )
 
 # %% 10d. All models on the same clips
@@ -194,18 +194,19 @@ elif "cnn" in single:
     step.text(f"""
         The intervals show how much depends on the choice of the held-out clips, but not on the seed
         of the training. The multitask network has {facts["multitask"]["weights"]:,} weights, the
-        three networks of step 8 together {step8.runs["cnn"]["weights"]:,}. The three tasks also
-        share one checkpoint and one set of examples. In step 8 each of the three models saw as many
-        examples as the one model here.
+        three networks of step 8 together {step8.runs["cnn"]["weights"]:,}. For all three tasks the
+        same epoch is kept, and they are trained on the same crops. In step 8 each of the three
+        models saw as many examples as the one model here.
     """)
 step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
-    `multitask_lstm`. These two were chosen earlier, by cross-validation on the small data set of
-    docs/results.md, so the score of the average on that set is optimistic. `lstm (step 8)` may have
-    another input than `multitask_lstm`, so their difference may come from the input.
+    `multitask_lstm`. These two were chosen by cross-validation on the small data set of
+    docs/results.md. On that data set the score of the average is optimistic.
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
+if alike and step8.runs["lstm"]["network"] == "fused":  # the same input
+    pairs.append(("multitask_lstm", "lstm (step 8)"))
 pairs += [("multitask_average", name) for name in (*averaged, "svr")]
 step.text(tables.difference_lines(true, shown, pairs))
 caption = "Spearman's correlation on the held-out clips, with 95% intervals"

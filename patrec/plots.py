@@ -102,7 +102,8 @@ def plot_operations(outputs, channel, seconds):
         upper.set_title(f"{name}, channel {channel}\n{size}")
         mel_ticks(upper.yaxis)
         lower.hist(values.ravel(), bins=60, color=COLORS[0], log=True)
-        facts = f"mean {values.mean():.2f}, sd {values.std():.2f}, zeros {np.mean(values == 0):.0%}"
+        mean, zeros = values.mean().round(2) + 0, np.mean(values == 0)  # + 0: no -0.00
+        facts = f"mean {mean:.2f}, sd {values.std():.2f}, zeros {zeros:.0%}"
         lower.set(xlabel=f"Value after {name}", ylabel="Cells (log scale)", title=facts)
     return fig
 
@@ -128,7 +129,8 @@ def plot_history(ax, history, title, score_name):
     right.set_ylabel(f"Validation {score_name}")
     settled = history.query("settled == 1")["epoch"]
     if 0 < len(settled) < len(history):  # the best of them is kept; a run cut short may have none
-        ax.axvspan(settled.min() - 0.5, settled.max() + 0.5, color="0.92", zorder=0)
+        span, look = (settled.min() - 0.5, settled.max() + 0.5), {"color": "0.92", "zorder": 0}
+        ax.axvspan(*span, **look, label="epochs of which the best is kept")
     best = history.query("kept == 1").iloc[-1]  # each one kept replaces the one before
     right.plot(best["epoch"], best["val_score"], "o", color=green)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -142,8 +144,8 @@ def plot_histories(histories, score_name):
     for ax, (name, history) in zip(axes, histories.items(), strict=True):
         right = plot_history(ax, history, run_title(name), score_name)
         right.set_ylim(lowest, 1)
-    lines = [*axes[0].get_lines(), right.get_lines()[0]]
-    columns = min(3, len(histories) + 1)  # a single panel is narrow
+    lines = [*axes[0].get_legend_handles_labels()[0], right.get_lines()[0]]
+    columns = 2 if len(histories) == 1 else 4  # a single panel is narrow
     fig.legend(handles=lines, loc="outside lower center", ncols=columns)
     return fig
 

@@ -68,7 +68,8 @@ class Recipe:
 # cross-validation (docs/experiments.md), of the LSTM and of the CNN on mel.
 PARTS = {
     "averaged weights": (
-        "A running average is scored and saved, because the weights keep moving around a minimum.",
+        "A running average is scored and saved, because the weights keep moving around a minimum. "
+        "In the first epochs the average still holds early weights, so its scores lag behind.",
         {"lstm": "+.06 ± .03, +.02 ± .03", "cnn": "+.25 ± .06, -.03 ± .02"},
     ),
     "shifted bands": (

@@ -95,7 +95,7 @@ class Step:
         for axis in [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]:
             if axis.get_scale() == "log":  # matplotlib's own labels are formulas, see plots.py
                 low, high = axis.get_view_interval()  # :g alone would mix 0.001 and 1e-05
-                axis.set_major_formatter("{x:g}" if low >= 1e-4 and high < 1e6 else "{x:.0e}")
+                axis.set_major_formatter("{x:g}" if low >= 1e-4 and high < 1e5 else "{x:.0e}")
                 axis.set_minor_formatter(NullFormatter())
         png = {"format": "png", "dpi": 120}
         write_bytes(self.folder / f"{name}.png", lambda file: fig.savefig(file, **png))

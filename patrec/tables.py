@@ -25,7 +25,7 @@ def parts_table(kind) -> tuple[pd.DataFrame, str]:
     columns = ["what is done, and why", "log loss, macro-F1 without it"]
     caption = (
         f"Parts of the training. Last column: the change of the {kind.upper()}'s scores on mel "
-        "without the part, in cross-validation on clips of other music (docs/experiments.md). A "
+        "without the part, in cross-validation on the small data set of docs/experiments.md. A "
         "higher log loss is worse, a lower macro-F1 too. After ±: one standard error"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
@@ -60,13 +60,13 @@ def earlier_predictions(training, owner, clips, folds=None) -> EarlierPrediction
         others = set(table["clip"]) != set(clips)
         if found != wanted or others or (folds is not None and (fold_of[clips] != folds).any()):
             reason = "was run with other labels, held-out clips, folds, seed or --smoke"
-            note = f"`{owner}` in {folder.parent.name} {reason}, so it is not compared here."
+            note = f"`{folder.parent.name}/{owner}` {reason}, so it is not compared here."
             continue
         predictions = {}
         for model, rows in table.groupby("model"):
             frame = rows.pivot(index="clip", columns="target", values="prediction").loc[clips]
             predictions[model] = frame[[name for name in EMOTIONS if name in frame]]
-        note = f"The predictions of `{owner}` are read from {folder.parent.name}."
+        note = f"The predictions of `{owner}` are read from `{folder.parent.name}/{owner}`."
         return EarlierPredictions(predictions, metrics["runs"], note)
     return EarlierPredictions({}, {}, note)
 

@@ -134,6 +134,24 @@ def test_differences_in_the_report_have_the_sign_that_their_names_say(runs):
     assert any(float(gain) for *_, gain in lines), "the test cannot tell"
 
 
+def test_the_answers_name_the_classes_and_scores_of_the_best_lstm(runs):
+    folder = runs.spoiled.out / STEP
+    scores = read_metrics(folder)["runs"]["chroma"]["test"]  # the best by validation
+    text = " ".join((folder / "summary.md").read_text().split())
+    classes = pd.DataFrame(scores["per_class"]).T
+    name, lowest = re.search(r"(\S+) has the lowest F1: ([\d.]+)\.", text).groups()
+    assert classes.loc[name, "f1"] == classes["f1"].min() < classes["f1"].max()
+    assert float(lowest) == pytest.approx(classes["f1"].min(), abs=6e-4)
+    pattern = r"differ most for (\S+): precision ([\d.]+), recall ([\d.]+), F1 ([\d.]+)\."
+    name, *written = re.search(pattern, text).groups()
+    gaps = (classes["precision"] - classes["recall"]).abs()
+    assert gaps[name] == gaps.max() > gaps.min()
+    row = classes.loc[name, ["precision", "recall", "f1"]]
+    assert [float(number) for number in written] == pytest.approx(list(row), abs=6e-4)
+    gap = scores["micro_f1"] - scores["macro_f1"]
+    assert f"Micro minus macro F1 is {gap:+.3f}; the smallest" in text
+
+
 def svm_features(data_dir, split, beat):
     """(features, classes) of a split, in the order of its label file: statistics of each band."""
     rows, truth = [], labels_of(data_dir, split=split, beat=beat)

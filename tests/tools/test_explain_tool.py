@@ -98,16 +98,28 @@ def mel_db(path):
     return stack_rows(*mel_and_chroma(waveform))[:128]
 
 
-def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged):
+def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged, data):
     folder, (table, true) = outputs / "explain", judged["test"]
     assert {path.stem for path in folder.glob("*.png")} == {"what_decides"}
-    links = re.findall(r"\[(\w+), (\S+), (training split|test set), predicted: (\S+) .*?\]"
+    links = re.findall(r"\[(\w+), (\S+), (training split|test set), predicted: (\S+) \((\S+)\).*?\]"
                        r"\((clip_\d_\w+\.mp3)\)", (folder / "summary.md").read_text())  # fmt: skip
     mistakes = table[table.idxmax(axis=1) != true].max(axis=1).sort_values(ascending=False)
     surest = list(mistakes.index[:2])
     assert len(links) == 2 * (2 + len(surest))  # each as it is, and what decides
     assert [clip for clip, _, split, *_ in links[::2] if split == "test set"] == surest
     assert all(true[clip] == genre for clip, genre, split, *_ in links if split == "test set")
+    model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    temperature = read_metrics(outputs / "explain")["calibration"]["temperature"]
+    test = common.load_test(Source(data), checkpoint["settings"])
+    for clip, _, _, predicted, probability, _ in links[-4::2]:  # shorter than a window
+        x, _, length = test[table.index.get_loc(clip)]
+        size = min(int(length), 300)  # --smoke
+        with torch.no_grad():
+            logits = model(x[None, :size], torch.tensor([size]))[0]
+        right = (logits / temperature).softmax(0).max()
+        assert predicted == table.columns[int(logits.argmax())]
+        assert float(probability) == pytest.approx(float(right), abs=0.006)
+        assert abs(float(logits.softmax(0).max() - right)) > 0.02, "cannot tell"
     quieter = []
     for *_, name in links[1::2]:  # most of the cells are 30 dB lower there
         whole, rest = mel_db(folder / name.replace("deciding", "all")), mel_db(folder / name)

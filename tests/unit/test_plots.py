@@ -122,6 +122,7 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
     (shade,) = ax.patches
+    assert shade.get_label() in texts_of(ax.figure.legends[0].get_texts())
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
 
 
