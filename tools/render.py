@@ -123,15 +123,14 @@ LATEX = r"""
   BoldItalicFont=*-BoldItalic,Scale=0.9]
 \setmonofont{DejaVuSansMono}[Path=FIGURES/,Extension=.ttf,BoldFont=*-Bold,ItalicFont=*-Oblique,
   Scale=0.8]
-\usepackage{float,etoolbox,framed}
+\usepackage{float,etoolbox,framed,needspace}
 \floatplacement{figure}{H}
 \AtBeginDocument{\raggedright
   \renewcommand{\figurename}{@figure@}\renewcommand{\tablename}{@table@}}
+% A heading stays with the heading or the table of some ten rows below it.
 \makeatletter
-\newcommand{\stay}{\if@nobreak\else
-  \vskip 0pt plus 8\baselineskip\penalty-200\vskip 0pt plus -8\baselineskip\fi}
+\newcommand{\stay}{\if@nobreak\else\Needspace*{16\baselineskip}\fi}
 \makeatother
-% A heading stays with the heading or the table below it.
 \pretocmd{\section}{\stay}{}{}\pretocmd{\subsection}{\stay}{}{}
 \AtBeginEnvironment{longtable}{\scriptsize\setlength{\tabcolsep}{3pt}}
 \RecustomVerbatimEnvironment{Highlighting}{Verbatim}{commandchars=\\\{\},fontsize=\footnotesize}
