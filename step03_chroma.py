@@ -178,8 +178,6 @@ step.text(f"""
 - A pitch class changes by {full["change"]:.3f} from one frame to the next, by {beat["change"]:.3f}
   from one beat to the next. Beats are about {frames_per_beat:.0f} times as far apart as frames, so
   the harmony has more time to change between them.
-- On average {full["strong"]:.1f} pitch classes of a frame are strong and {beat["strong"]:.1f} of a
-  beat.
 """)
 
 # %% The numbers for metrics.json

@@ -161,9 +161,7 @@ for (name, set_name), table in predictions.items():
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
-caption = (
-    "Confusion matrix of the best LSTM. Number: clips. Colour: share of the clips of a true class"
-)
+caption = "Confusion matrix of the best LSTM. Number: clips. Colour: share of the true class"
 step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "confusion", caption)
 
 # %% 6c. Macro averages

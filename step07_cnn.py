@@ -402,9 +402,7 @@ for name in lstms:
 shown = {name: scores[name] for name in ("cnn_mel", *lstms)}
 caption = "F1 per class, CNN and LSTM; in a class of few test clips, one clip moves the bar a lot"
 step.figure(plots.plot_per_class(shown), "per_class", caption)
-caption = (
-    "Confusion matrices. Number: clips of the test set. Colour: share of those of a true class"
-)
+caption = "Confusion matrices of the test set. Number: clips. Colour: share of the true class"
 step.figure(plots.plot_confusions(shown, data.names), "confusion", caption)
 
 # %% What later steps and the report read
