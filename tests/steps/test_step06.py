@@ -15,6 +15,7 @@ from genre_runs import (
     assert_learned,
     assert_predictions,
     assert_scores,
+    folder_of,
     is_beat,
     read_clip,
     set_of,
@@ -24,6 +25,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from common import band_statistics, load_model, load_test, predict_clips
+from patrec.clips import load_clips
+from patrec.flags import Source
+from patrec.labels import read_entries
 from patrec.tables import with_interval
 
 pytestmark = pytest.mark.slow
@@ -75,6 +80,23 @@ def test_a_prediction_follows_its_array_and_a_truth_its_label(runs):
         told_apart = (said != other.to_numpy()).sum() >= 5
         # The baselines may answer one class throughout.
         assert told_apart or model not in LSTMS, "the test cannot tell the two sets apart"
+
+
+def test_an_lstm_of_beats_gets_whole_clips_of_frames_in_steps_of_a_beat(runs):
+    """Not in windows, which would be 32 frames; standardised by the training clips' frames."""
+    run, name = runs.learned, "beat_chroma"
+    model, checkpoint = load_model(folder_of(run.out, name) / "best.pt")
+    settings = checkpoint["settings"] | {"window": None}
+    entries = [read_entries(run.data, "genre", "train", beat, merge=True) for beat in (0, 1)]
+    frames, beats = map(load_clips, entries)
+    length = frames.lengths.float().median() / beats.lengths.float().median()
+    model.backbone.frames_per_step = round(float(length))
+    stats = band_statistics(frames, range(len(frames.entries)), settings["features"])
+    test = load_test(Source(run.data), settings, beat=False).variant(stats=stats)
+    expected = predict_clips(model, test, settings).idxmax(axis=1)
+    table = genre_predictions(run.out / STEP).query("model == @name and test_set == @FULL")
+    said = table.set_index("clip")["prediction"]
+    assert (said != expected[said.index]).sum() <= 1  # a near tie
 
 
 def test_scores_are_those_of_the_predictions_on_each_test_set(runs):

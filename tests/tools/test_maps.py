@@ -15,7 +15,7 @@ from conftest import assert_clean_error, labels_of, run_forked, write_data_set
 
 from patrec.features import HOP, SR
 from patrec.labels import fingerprint
-from tools.maps import read_step11, sound_of
+from tools.maps import read_sounds, read_step11, sound_of
 
 pytestmark = pytest.mark.slow
 TOOL, METHODS = "tools/maps.py", ("PCA", "t-SNE")
@@ -49,6 +49,12 @@ def outputs(small_data, tmp_path_factory):
 def maps_of(outputs, data):
     """What the page is made of: {map: its clips}."""
     return read_step11(SimpleNamespace(out=outputs, source=SimpleNamespace(root=data)))
+
+
+def mel_of(data, clip):
+    """(128, T) of a test clip, in half precision as it is kept."""
+    path = data / "fma_genre_spectrograms" / "test" / f"{clip}.fused.full.npy"
+    return np.load(path)[:128].astype(np.float16).astype(np.float32)
 
 
 def sounds_of(outputs):
@@ -90,10 +96,18 @@ def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
     assert sound.duration == pytest.approx(1, abs=0.2)  # five seconds without --smoke
     assert len(sounds) == len(ids) and len(set(sounds)) > 0.9 * len(ids)
     for i in (0, 7):
-        path = small_data / "fma_genre_spectrograms" / "test" / f"{ids[i]}.fused.full.npy"
-        mel = np.load(path)[:128].astype(np.float16).astype(np.float32)
+        mel = mel_of(small_data, ids[i])
         first = (mel.shape[1] - n_frames) // 2
         assert sounds[i] == sound_of(mel[:, first : first + n_frames])
+
+
+def test_a_clip_shorter_than_that_is_heard_alone(own_data):
+    """Nothing of the clip that comes next in memory."""
+    step = SimpleNamespace(args=SimpleNamespace(smoke=True), source=SimpleNamespace(root=own_data))
+    ids = sorted(labels_of(own_data, split="test"))[:2]
+    mels = [mel_of(own_data, clip) for clip in ids]
+    assert max(mel.shape[1] for mel in mels) < round(SR / HOP)
+    assert read_sounds(step, ids) == list(map(sound_of, mels))
 
 
 def test_a_name_of_a_class_does_not_end_the_script(outputs, small_data, tmp_path):

@@ -210,6 +210,8 @@ def test_a_subset_has_every_class_and_no_validation_clip(data_dir):
     assert not set(data.train.indices) & set(data.val.indices)
     assert len(data.train) == 30
     assert {int(data.train.dataset.targets[i]) for i in data.train.indices} == set(range(10))
+    fewest = load_data(Source(data_dir, seed=1, subset=3), beat=True).train  # one of each class
+    assert sorted(int(target) for _, target, _ in fewest) == list(range(10))
     assert len(load_data(Source(data_dir, subset=9), target="emotion").train) == 9
 
 

@@ -110,3 +110,5 @@ def test_calibration_error_by_hand():
     targets = torch.tensor([0, 1] * 4 + [0, 0])
     expected = 0.8 * abs(0.75 - 0.5) + 0.2 * abs(0.95 - 1)
     assert calibration_error(logits, targets) == pytest.approx(expected, abs=1e-6)
+    certain = torch.tensor([[100.0, 0.0]] * 4)  # a probability of 1; three of four are right
+    assert calibration_error(certain, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)

@@ -26,6 +26,7 @@ def write(path, text):
         (GENRE + "104085.fused.full.npy.gz\tPsych-Folk\n", [("104085", "Psych-Folk")]),
         ("Genre\tId\nRock\t1.x\n", [("1", "Rock")]),
         (EMOTION + "123212738,0.153,0.961,0.013\n", [("123212738", (0.153, 0.961, 0.013))]),
+        (EMOTION + "1,0,1,0.0\n", [("1", (0.0, 1.0, 0.0))]),  # the ends of the scale
         # Bug 2: fixed column numbers loaded valence as energy, or ids as labels.
         ("Id,danceability,valence,energy\n7,0.3,0.1,0.2\n", [("7", (0.1, 0.2, 0.3))]),
         # What pandas would take for a missing value, a number or the begin of a quotation.

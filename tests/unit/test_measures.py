@@ -60,6 +60,13 @@ def test_lstm_gradient_follows_each_clips_own_end():
     torch.manual_seed(0)
     torch.randn(3, 60, 5)
     np.testing.assert_allclose(lstm_gradient(x, lengths), norms)
+    lengths = torch.tensor([60, 40, 20])  # the shortest says nothing of steps before its beginning
+    found = []
+    for n in (2, 3):
+        torch.manual_seed(0)
+        found.append(lstm_gradient(x[:n], lengths[:n]))
+    np.testing.assert_allclose(found[0][20:], found[1][20:])
+    assert not np.allclose(found[0][:20], found[1][:20])
     # It reaches back to the first step below 1%, or to the clip's beginning.
     assert gradient_reach(np.array([1, 0.5, 0.02, 0.009, 0.3])) == 3
     assert gradient_reach(np.array([1, 0.5, 0.02])) == 3

@@ -121,9 +121,13 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     ax, right = plot_histories({"mel": history}, "macro-F1").axes
     (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
+    assert right.get_ylim() == (0, 1)
     (shade,) = ax.patches
     assert shade.get_label() in texts_of(ax.figure.legends[0].get_texts())
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
+    history["val_score"] -= 0.5  # Spearman's correlation may be below 0
+    *_, right = plot_histories({"cnn_valence": history}, "Spearman").axes
+    assert right.get_ylim() == (-0.4, 1)
 
 
 def test_bands_are_labelled_with_their_frequencies(ax):

@@ -9,7 +9,7 @@ from conftest import patch_everywhere
 from patrec.recipes import GENRE_NETWORKS, Budget, Network, make_recipe, window_size
 
 
-def plan(monkeypatch, n_clips, examples, most_passes, part="genre", **flags):
+def plan(monkeypatch, n_clips, examples, most_passes, part="genre", plain=False, **flags):
     """The recipe of an LSTM for so many clips; the budget of the other part is 1."""
     budget = {"genre": 1, "emotion": 1} | {part: examples}
     budgets = {"lstm": Budget(crop=640, **budget, most_passes=most_passes)}
@@ -17,7 +17,7 @@ def plan(monkeypatch, n_clips, examples, most_passes, part="genre", **flags):
     args = {"epochs": None, "smoke": False, "demo": False, "recipe": "full"}
     args |= {"lr": 0.003, "batch_size": 7} | flags
     data = types.SimpleNamespace(train=range(n_clips), settings={"part": part}, names=["a"])
-    return make_recipe(Network("lstm", "mel"), data, types.SimpleNamespace(**args))
+    return make_recipe(Network("lstm", "mel", plain=plain), data, types.SimpleNamespace(**args))
 
 
 @pytest.mark.parametrize("part", ["genre", "emotion"])
@@ -49,6 +49,8 @@ def test_the_labs_recipe_has_no_augmentation_no_averaged_weights_and_the_best_ep
     full, lab = (plan(monkeypatch, 400, 30_000, 80, recipe=name) for name in ("full", "lab"))
     assert full.shift == 2 and full.ema == 0.99
     assert lab == dataclasses.replace(full, shift=0, ema=0.0, settled=1.0)
+    textbook = plan(monkeypatch, 400, 30_000, 80, plain=True)  # on whole clips
+    assert textbook == dataclasses.replace(full, shift=0, ema=0.0, window=None)
 
 
 @pytest.mark.parametrize("name", GENRE_NETWORKS)

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import patch_everywhere
@@ -16,7 +17,7 @@ import common
 from common import Classifier, LSTMBackbone
 from patrec.errors import InputError, StepFailed
 from patrec.machine import seed_everything
-from patrec.recipes import Recipe
+from patrec.recipes import GENRE_NETWORKS, Recipe
 
 
 def clips(n=24, n_frames=12, n_bands=6, n_classes=3, seed=0):
@@ -98,6 +99,8 @@ def test_an_early_peak_does_not_win_against_the_last_epochs(tmp_path, scored):
     key = "head.1.weight"
     assert torch.equal(model.state_dict()[key], best["state"][key])
     assert not torch.equal(best["state"][key], last["average"][f"module.{key}"])
+    scored([0.9, 0.1])  # of a few epochs a fifth is less than one: the last epoch is kept
+    assert train(tmp_path / "short", epochs=2)[1].facts["best_epoch"] == 2
 
 
 def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
@@ -119,6 +122,20 @@ def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_
     assert (tmp_path / "run" / "best.pt").exists() and val_score(result) == -5.0
     assert result.facts["epochs"] == 1 and result.facts["planned_epochs"] == 50
     assert "time is up" in capsys.readouterr().out
+
+
+def test_no_epoch_begins_that_would_end_after_the_time_limit(tmp_path, monkeypatch):
+    """Epochs of 10 s: of 25 s, two are used."""
+    seconds = itertools.count(0, 10)
+    clock = SimpleNamespace(now=next(seconds), monotonic=lambda: clock.now)
+
+    def score(*_):
+        clock.now = next(seconds)
+        return 0.5
+
+    monkeypatch.setattr(common, "time", clock)
+    patch_everywhere(monkeypatch, "validation_score", score)
+    assert train(tmp_path / "run", max_seconds=25)[1].facts["epochs"] == 2
 
 
 def test_best_checkpoint_rebuilds_the_model_with_the_averaged_weights(tmp_path):
@@ -327,8 +344,10 @@ def test_overfit_learns_four_batches_of_training_clips_by_heart_without_regulari
     model = Classifier(LSTMBackbone(6, hidden_size=8), 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
-    _, check = train(None, 300, model, watched, optimizer=optimizer, overfit_batch=True)
+    data = toy_data(watched, train=list(range(60)))
+    _, check = train(None, 300, model, data, optimizer=optimizer, overfit_batch=True)
     assert 32 <= len(set(watched.shown)) <= 40  # 4 batches, and one that the loader had begun
+    assert max(watched.shown) < 60  # the other clips validate or are held out
     assert check.learned and check.facts["loss"] < 0.01 and check.facts["accuracy"] == 1
     assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
     assert not shifts
@@ -345,6 +364,21 @@ def test_overfit_fails_where_nothing_can_be_learned():
     same = TensorDataset(torch.ones(16, 12, 6), torch.arange(16) % 3, torch.full((16,), 12))
     _, check = train(None, 15, data=same, overfit_batch=True)
     assert not check.learned and check.facts["passes"] == 15 and check.facts["loss"] > 0.3
+
+
+def test_all_regressors_must_learn_their_batches_by_heart(
+    tiny_data, tmp_path, make_step, monkeypatch
+):
+    """In steps 8 and 10 there are two, of which the first may fail."""
+    facts, history = {"passes": 1, "loss": 0.5}, pd.DataFrame({"pass": [1], "loss": [0.5]})
+    checks = (common.OverfitCheck(learned, facts, history) for learned in (False, True))
+    data = SimpleNamespace(names=["valence"], mean=[0.5], std=[0.2])
+    patch_everywhere(monkeypatch, "load_data", lambda *args, **options: data)
+    patch_everywhere(monkeypatch, "train", lambda *args, **options: next(checks))
+    step = make_step(tiny_data, tmp_path, "--overfit-batch")
+    runs = {name: (GENRE_NETWORKS[name], "valence") for name in ("mel", "cnn_mel")}
+    with pytest.raises(StepFailed, match="not learned by heart"):
+        common.overfit_emotions(step, runs)
 
 
 class Scaler(torch.amp.GradScaler):
@@ -444,3 +478,11 @@ def test_the_validation_score_is_macro_f1():
     logits = torch.tensor([[1.0, 0.9], [3.0, 0.0], [3.0, 0.0], [3.0, 0.0]])
     score = common.validation_score(logits, torch.tensor([0, 0, 0, 1]), GENRE)
     assert score == pytest.approx((6 / 7 + 0) / 2)
+
+
+def test_the_validation_score_of_emotions_is_the_mean_of_their_own_correlations():
+    """One in the right order, one reversed and far higher: taken together both would look right."""
+    targets = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
+    outputs = torch.tensor([[0.1, 0.7], [0.2, 0.8], [0.3, 0.9]])
+    settings = {"part": "emotion", "names": ["valence", "energy"]}
+    assert common.validation_score(outputs, targets, settings) == pytest.approx(0)
