@@ -84,7 +84,7 @@ def test_a_prediction_follows_its_array_and_a_truth_its_label(runs):
 
 def test_an_lstm_of_beats_gets_whole_clips_of_frames_in_steps_of_a_beat(runs):
     """Not in windows, which would be 32 frames; standardised by the training clips' frames."""
-    run, name = runs.learned, "beat_chroma"
+    run, name = runs.learned, "beat_mel"
     model, checkpoint = load_model(folder_of(run.out, name) / "best.pt")
     settings = checkpoint["settings"] | {"window": None}
     entries = [read_entries(run.data, "genre", "train", beat, merge=True) for beat in (0, 1)]

@@ -45,17 +45,6 @@ def test_a_folder_without_data_is_named_with_the_cure(own_data):
             find_data(own_data / name)
 
 
-def test_a_demo_set_of_one_part_gets_the_other_when_a_step_needs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(patrec.files, "PROJECT", tmp_path)
-    demo = tmp_path / "data" / "demo"
-    (demo / "fma_genre_spectrograms").mkdir(parents=True)
-    asked = []
-    monkeypatch.setattr(patrec.files, "write_demo", lambda *args: asked.append(args) or demo)
-    assert find_data(parts=("genre",)) == demo and not asked
-    assert find_data(parts=("genre", "emotion")) == demo
-    assert asked == [(demo, ("genre", "emotion"))]
-
-
 def test_folders_that_cannot_be_made_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
