@@ -409,9 +409,9 @@ class CNNBackbone(Backbone):
         Frames averaged into one column of the image: 2 are 46 ms, half of what the lab's
         FFT window spans anyway.
     first_pool : int
-        Columns that the first block pools in time; bands, and all else later, are pooled
-        by 2. So the first block sees events of 46 ms, and the later, costlier blocks work on
-        a quarter of the columns.
+        The first block pools this many columns in time. Bands, and time in the later blocks,
+        are pooled by 2. So the first block sees events of 46 ms, and the later, costlier
+        blocks work on a quarter of the columns.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ step.heading("2b. What the synchronisation changes, in numbers")
 level = {form: np.array([mel.mean(dtype=float) for mel in mels[form]]) for form in mels}
 changes = pd.DataFrame(
     {
-        "frames per beat": n_steps["full"] / n_steps["beat-synced"],
+        "frames per step": n_steps["full"] / n_steps["beat-synced"],
         "beats per minute": 60 * (n_steps["beat-synced"] - 1) / (n_steps["full"] * FRAME_S),
         "level change (dB)": level["beat-synced"] - level["full"],
     }
@@ -173,8 +173,9 @@ rows = pd.concat([changes[:2], changes.agg(["min", "median", "mean", "max"])])
 caption = f"What the synchronisation changes: the two clips, and all {len(clips)} drawn clips"
 step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""
-- One beat-synchronised step stands for {changes["frames per beat"].median():.0f} frames (median),
-  {beat_s:.2f} s. librosa's beat tracker drops weak beats at both ends, so the first and the last
+- One beat-synchronised step stands for {changes["frames per step"].median():.0f} frames (median),
+  {beat_s:.2f} s. Between n steps there are n - 1 beats, which the clip's length turns into beats
+  per minute. librosa's beat tracker drops weak beats at both ends, so the first and the last
   column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,

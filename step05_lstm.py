@@ -56,8 +56,8 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
    one frame of 23 ms says little. In beat-synchronised input, one beat is one time step.
 2. The features of a step are standardised, because deviations and changes have other sizes than
-   means (`StepNorm`); a step of one beat has none. Then a dense layer with layer normalisation
-   comes before the LSTM (`stem`).
+   means (`StepNorm`); a step of one beat has no deviations and changes. Then a dense layer with
+   layer normalisation comes before the LSTM (`stem`).
 3. One layer reads the clip in both directions (`blocks`), instead of two layers in one direction.
 4. The class is predicted from the mean and the maximum of the LSTM's outputs over all time steps of
    the clip (`masked_mean_max`), because every part of a clip tells something about its genre.
@@ -120,9 +120,9 @@ step.text(f"""
       cross-validation, choosing it lowered the macro-F1 of the LSTM on mel by .08 on new clips
       (docs/experiments.md). The best of several epochs is an optimistic estimate.
 
-    The default recipe has these parts besides. `--recipe lab` trains without them, with Adam,
-    cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure the
-    difference on your clips. `--plain` does without them too. They are kept because of the log
+    The default recipe also has the parts in the table. `--recipe lab` trains without them, with
+    Adam, cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure
+    the difference on your clips. `--plain` does without them too. They are kept because of the log
     loss. For the macro-F1 of the LSTM no effect was shown.
 """)
 step.table(*parts_table("lstm"))
@@ -131,8 +131,8 @@ step.table(training_table(runs, "macro-F1"), caption)
 step.text(f"""
     `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f.
     They are trained on random crops: of {window_size(GENRE_NETWORKS["mel"])} frames (15 s), or of
-    {window_size(GENRE_NETWORKS["beat_mel"])} beats. (`plain_mel`: on whole clips, with one frame
-    per time step.)
+    {window_size(GENRE_NETWORKS["beat_mel"])} beats. (`--plain` trains `plain_mel` on whole clips,
+    with one frame per time step.)
 """)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),

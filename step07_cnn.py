@@ -195,8 +195,8 @@ for epoch, model in digit_models.items():
     chances = model(digit)[0].softmax(0).detach()
     columns[f"epoch {epoch}: test accuracy {accuracy[epoch]:.3f}"] = maps, chances
 caption = (
-    "One test digit through the network. Rows: the layers. Columns: before, early in and after "
-    "training. Red is positive, blue negative; ± under a name is the value of the darkest colour"
+    "One test digit through the network. Rows: the layers. Columns: before training, after one "
+    "epoch, at the end. Red: positive, blue: negative, ±: the value of the darkest colour"
 )
 true_digit = int(digits[3][0])
 step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
@@ -243,10 +243,10 @@ cnn = runs["cnn_mel"]
 step.text(f"""
 The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate,
 cross-entropy, dropout before the output layer, and the epoch with the highest validation macro-F1
-among {step.searched}, which is an optimistic estimate. The default recipe has the parts in the
-table besides; `--recipe lab` trains without them and keeps the best of all epochs. For the CNN the
-shifted bands had no measurable effect. They lower the log loss of the LSTM, and both networks
-should be trained in the same way.
+among {step.searched}. The score of this epoch is an optimistic estimate. The default recipe also
+has the parts in the table; `--recipe lab` trains without them and keeps the best of all epochs. For
+the CNN the shifted bands had no measurable effect. They lower the log loss of the LSTM, and both
+networks should be trained in the same way.
 """)
 step.table(*tables.parts_table("cnn"))
 caption = "The training. Wall-clock time"
@@ -374,8 +374,8 @@ caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text("""
 The table gives the number of training examples. The models differ in more than the network: the
-CNN is trained on crops of 6 s, the LSTM on crops of 15 s. (An LSTM of beats has a test set of its
-own, of the same clips.)
+CNN is trained on crops of 6 s, the LSTM on crops of 15 s. (If the best LSTM reads beats, it has a
+test set of its own, of the same clips.)
 """)
 seed_spread = {}
 if step.args.ensemble:

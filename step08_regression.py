@@ -48,7 +48,7 @@ genre_val = common.genre_val_scores(step.training)
 lstms = genre_val.loc[[name for name in genre_val.index if GENRE_NETWORKS[name].kind == "lstm"]]
 networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
 if len(lstms):
-    step.table(lstms, "The LSTMs that step 5 has saved for these clips")
+    step.table(lstms, "The LSTMs of step 5, with their scores for genre")
 why = "the LSTM with the highest validation macro-F1" if len(lstms) else "as step 5 has saved none"
 step.text(f"""
     We use `{networks["lstm"]}`, {why}, and the CNN of step 7. Both start from random weights. The
@@ -99,9 +99,7 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
 runs = common.train_all(step.training, trainings)
 n_val = runs["cnn_valence"].facts["n_val"]
 fold = " in the first fold" if step.args.folds > 1 else ""
-error = (
-    f"standard error of the score: about {1 / math.sqrt(n_val - 1):.1f}"  # of a correlation near 0
-)
+error = f"a correlation near 0 would have a standard error of {1 / math.sqrt(n_val - 1):.1f}"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}

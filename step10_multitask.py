@@ -89,11 +89,12 @@ step.table(
     f"sum of the three: {total:.3f}",
 )
 step.text(f"""
-    Without weights, an emotion whose labels vary more would count more. The weights bring the mean
-    of the three squared errors from {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f},
-    the order of magnitude of the correlation term, which lies between 0 and 1. The largest of the
-    three is {ratio["raw"]:.2f} times the smallest without weights, {ratio["weighted"]:.2f} times
-    with them. A network that always predicts the mean label has a weighted squared error of 1.
+    The lab's *arousal* is the label *energy*. Without weights, an emotion whose labels vary more
+    would count more. The weights bring the mean of the three squared errors from
+    {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f}, the order of magnitude of the
+    correlation term, which lies between 0 and 1. The largest of the three is {ratio["raw"]:.2f}
+    times the smallest without weights, {ratio["weighted"]:.2f} times with them. A network that
+    always predicts the mean label has a weighted squared error of 1.
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
@@ -134,7 +135,7 @@ step.text(f"""
       step 8, where each emotion has such a CNN of its own.
     - `multitask_from_genre` starts from the weights of the genre network `cnn_mel`
       ({genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs). Its input is
-      standardised as in genre training. In all else it is trained as `multitask` is.
+      standardised as in genre training. Otherwise it is trained like `multitask`.
     - `multitask_lstm` is the LSTM on mel and chroma, with random weights and three heads.
 
     All three are trained as in step 8. We keep the epoch with the highest mean Spearman on the
