@@ -174,9 +174,9 @@ caption = f"What the synchronisation changes: the two clips, and all {len(clips)
 step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""
 - One beat-synchronised step stands for {changes["frames per step"].median():.0f} frames (median),
-  {beat_s:.2f} s. Between n steps there are n - 1 beats, which the clip's length turns into beats
-  per minute. librosa's beat tracker drops weak beats at both ends, so the first and the last
-  column may cover more than one beat.
+  {beat_s:.2f} s. Between n steps there are n - 1 beats. The beats per minute are their number,
+  divided by the clip's length. librosa's beat tracker drops weak beats at both ends, so the first
+  and the last column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
   so it is mostly quieter than the loudest cell of the full array, and the other values mostly rise.

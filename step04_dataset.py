@@ -145,7 +145,7 @@ followed = {"full": follow(beat=False), "beat-synchronised": follow(beat=True)}
 caption = "One training clip (mel rows) after each of our operations"
 step.table(pd.DataFrame(followed).rename_axis("operation"), caption)
 
-# %% 4b. Similar classes merged, some left out
+# %% 4b. Similar classes are merged, small ones left out
 # The lab: similar classes are merged and those with very few samples removed, by the table of the
 # helper code. The counts are those of this data set.
 step.heading("4b. Similar classes are merged, small ones left out")

@@ -137,8 +137,8 @@ The fine-tuning has two phases:
 An epoch takes as many crops of each clip as in a training from scratch (*examples* in the table
 below). Both phases use step 8's recipe, learning rate included, and nothing was tuned for them. So
 `transfer` and `scratch` differ in the weights that they start from, in the first phase, and in how
-the input is standardised. In the second phase all weights change, so its first epochs may score
-lower than the first phase.
+the input is standardised. In the second phase more weights change than the head's, so its first
+epochs may score lower than the first phase.
 """)
 
 
@@ -153,8 +153,7 @@ def copied(network, data, frozen, head=None):
 
 def is_twin(kind):
     """Whether step 8's model is this network, trained from scratch on the whole budget."""
-    recipe = make_recipe(network, data, step.training)
-    wanted = [recipe.epochs, recipe.epochs, recipe.lr, recipe.batch_size, len(data.train)]
+    wanted = [planned.epochs, planned.epochs, planned.lr, planned.batch_size, len(data.train)]
     keys = ("planned_epochs", "epochs", "lr", "batch_size", "n_train")
     parts = [step8.runs.get(f"{kind}_{emotion}", {}) for emotion in emotions]
     same_recipe = all([part.get(key) for key in keys] == wanted for part in parts)
@@ -163,6 +162,7 @@ def is_twin(kind):
 
 # Two trainings from scratch to compare with: `scratch` has at most as many epochs as both phases,
 # `scratch_full` those of step 8. If step 8 has trained this network, it is not trained again.
+planned = make_recipe(network, data, step.training)
 step8 = tables.earlier_predictions(step.training, "step08_regression", true.index)
 twin = next(filter(is_twin, step8.predictions), None)
 depths = range(n_blocks + 1) if step.args.compare_depths else [step.args.freeze]
@@ -234,7 +234,6 @@ step.table(
 )
 step.text(f"{step8.note} {BASELINES if step8.predictions else ''}")
 full = next(name for name in shown if name.startswith("scratch_full"))
-planned = make_recipe(network, data, step.training)
 n_full = planned.epochs * planned.crops * len(data.train)
 questions = {
     "scratch": "Do the genre weights help, if both networks are trained for equally many epochs?",

@@ -206,11 +206,15 @@ per_class = pd.DataFrame(per_class).rename_axis("class")
 
 
 def knn_difference(first, second):
-    """5-NN accuracy in the full space, one model minus another on the same clips, as a line."""
+    """5-NN accuracy in the full space, one model minus another on the same clips.
+
+    Returns a line about it, and whether the interval shows a difference.
+    """
     gain = (hits[first] - hits[second]).dropna().to_numpy()  # pandas subtracts by id
-    interval = bootstrap(lambda i: gain[i].mean(), len(gain))
-    facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": interval}
-    return f"5-NN in the full space, {difference_line(first, second, facts)}."
+    low, high = bootstrap(lambda i: gain[i].mean(), len(gain))
+    facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": (low, high)}
+    line = f"5-NN in the full space, {difference_line(first, second, facts)}."
+    return line, low > 0 or high < 0
 
 
 panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
@@ -218,7 +222,7 @@ step.figure(plot_maps(panels, 2), "pca", "The test clips by genre on the first t
 commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
 shown = [titles[best], titles["cnn_mel"]]
 lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
-knn = np.array([[kept[n][s]["knn_accuracy"] for s in SPACES] for n in (best, "cnn_mel", worst)])
+knn = {n: [f"{kept[n][space]['knn_accuracy']:.3f}" for space in SPACES] for n in titles}
 step.table(measures[shown], "Separation of the genres, and the plane's share")
 step.text(f"""
 *5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
@@ -235,10 +239,10 @@ classes overlap). The 5-NN accuracy there is {lstm["knn_accuracy"]:.3f} and
 {cnn["knn_accuracy"]:.3f}. The plane keeps {kept[best]["pca_variance_2d"]:.0%} and
 {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance. The output layer uses all dimensions, so a
 model can have the higher test accuracy although its classes overlap more in the plane. In the full
-space training changes the 5-NN accuracy from {knn[0, 1]:.3f} to {knn[0, 0]:.3f} (LSTM) and from
-{knn[1, 1]:.3f} to {knn[1, 0]:.3f} (CNN).
+space training changes the 5-NN accuracy from {knn[best][1]} to {knn[best][0]} (LSTM) and from
+{knn["cnn_mel"][1]} to {knn["cnn_mel"][0]} (CNN).
 """)
-step.text(knn_difference("cnn_mel", best))
+step.text(knn_difference("cnn_mel", best)[0])
 class_caption = "5-NN accuracy by class, in the full space"
 step.table(per_class[shown], class_caption)
 
@@ -256,15 +260,15 @@ caption = (
 step.figure(plot_maps(panels, 3), "pca_worst", caption)
 shown = [titles[best], titles[worst]]
 step.table(measures[shown], "Separation of the genres, best and worst LSTM")
-line = knn_difference(best, worst)
+line, differs = knn_difference(best, worst)
 step.text(line)
 step.table(per_class[shown], class_caption)
 gap = (per_class[titles[best]] - per_class[titles[worst]]).idxmax()
-answer = "No difference is shown" if "no difference" in line else "Yes"
+answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
 **Is there a qualitative difference?** {answer}, by the 5-NN accuracy in the full space (see the
-line above the table): {knn[0, 0]:.3f} for the best LSTM, {knn[2, 0]:.3f} for the worst. Before
-training it was {knn[0, 1]:.3f} and {knn[2, 1]:.3f}. The best LSTM is furthest ahead in {gap}:
+line above the table): {knn[best][0]} for the best LSTM, {knn[worst][0]} for the worst. Before
+training it was {knn[best][1]} and {knn[worst][1]}. The best LSTM is furthest ahead in {gap}:
 {per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}. Look in the picture
 for classes that lie apart.
 """)

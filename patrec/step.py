@@ -49,9 +49,8 @@ class Step:
         self.source = source_from(self.args, parts)
         self.device = self.source.device
         self.out = output_folder(self.args.out_dir)
-        if self.args.recipe == "lab":  # its networks must not replace the others
+        if lab := self.args.recipe == "lab":  # its networks must not replace the others
             self.out /= "recipe_lab"
-        lab = self.args.recipe == "lab"
         self.searched = "all epochs" if lab else "the last 20% of the epochs"  # for the best one
         self.folder = self.out / name
         if self.args.overfit_batch:  # a check must not replace the results of a full run
@@ -64,7 +63,7 @@ class Step:
                 > **Made-up demo data.** These numbers show that the pipeline runs. They say
                 > nothing about music. Trainings are only as long as it takes to learn these data.
             """)
-        if self.args.recipe == "lab":
+        if lab:
             self.text(
                 "> **`--recipe lab`**: Adam, cross-entropy and dropout alone; best of all epochs."
             )
