@@ -27,6 +27,7 @@ from sklearn.manifold import TSNE, Isomap, trustworthiness
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from torch.utils.data import DataLoader
 
 import common
@@ -316,7 +317,9 @@ tables = {key: {} for key in CRITERIA}
 for name, title in titles.items():
     panels, points = [], {}
     for method, estimators in methods.items():
-        maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
+        # For a few hundred points the threads of t-SNE wait for each other longer than they work.
+        with threadpool_limits(1, "openmp"):
+            maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
         points[method] = maps[0]
         axes = (f"{method} axis 1", f"{method} axis 2")
         panels.append((f"{title}: {method}", axes, name, maps[0]))

@@ -30,7 +30,8 @@ GENRE_NETWORKS = {  # trained in steps 5 and 7, used again in steps 6 and 8 to 1
 }
 
 LSTM_NAMES = [name for name, net in GENRE_NETWORKS.items() if net.kind == "lstm" and not net.plain]
-DEMO_EXAMPLES = 2_700  # over all epochs: enough to learn the made-up demo set in a short time
+# Over all epochs: enough to learn the made-up demo set in a short time.
+DEMO_EXAMPLES = {"genre": 2_700, "emotion": 1_500}
 BEAT_CROP = 32  # beats of a crop, in most music about 15 s
 OVERFIT_PASSES = 300  # at most, over the four batches of the overfit check
 
@@ -85,13 +86,12 @@ def make_recipe(network, data, training) -> Recipe:
     The budget gives at least 20 and at most `most_passes` passes over the clips. If they are more
     than 60, an epoch takes several crops of each clip, because validation takes time too.
     """
-    budget, n_clips = BUDGETS[network.kind], len(data.train)
-    genre = data.settings["part"] == "genre"
+    budget, n_clips, part = BUDGETS[network.kind], len(data.train), data.settings["part"]
     if epochs := training.epochs or (2 if training.smoke else 0):
         passes, crops = epochs, 1
     else:
-        examples = budget.genre if genre else budget.emotion
-        examples = min(examples, DEMO_EXAMPLES) if training.demo else examples
+        examples = getattr(budget, part)
+        examples = min(examples, DEMO_EXAMPLES[part]) if training.demo else examples
         passes = min(max(examples / n_clips, 20), budget.most_passes)
         crops = math.ceil(passes / 60)
     epochs, lab = max(round(passes / crops), 1), training.recipe == "lab"

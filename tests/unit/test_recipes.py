@@ -42,6 +42,7 @@ def test_what_was_asked_for_is_done(monkeypatch, flags, epochs):
 def test_the_demo_set_is_trained_on_as_long_as_it_takes_to_learn_it(monkeypatch):
     recipe = plan(monkeypatch, 100, 30_000, 80, demo=True)
     assert (recipe.epochs, recipe.crops) == (27, 1)  # 2,700 examples
+    assert plan(monkeypatch, 60, 10_000, 80, "emotion", demo=True).epochs == 25  # 1,500
     assert plan(monkeypatch, 100, 2_500, 80, demo=True).epochs == 25  # never longer than real music
 
 
