@@ -144,9 +144,10 @@ def plot_histories(histories, score_name):
     for ax, (name, history) in zip(axes, histories.items(), strict=True):
         right = plot_history(ax, history, run_title(name), score_name)
         right.set_ylim(lowest, 1)
-    lines = [*axes[0].get_legend_handles_labels()[0], right.get_lines()[0]]
+    shown = [one for ax in axes for one in ax.get_legend_handles_labels()[0]]
+    by_label = {one.get_label(): one for one in (*shown, right.get_lines()[0])}
     columns = 2 if len(histories) == 1 else 4  # a single panel is narrow
-    fig.legend(handles=lines, loc="outside lower center", ncols=columns)
+    fig.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns)
     return fig
 
 

@@ -126,8 +126,10 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     assert shade.get_label() in texts_of(ax.figure.legends[0].get_texts())
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
     history["val_score"] -= 0.5  # Spearman's correlation may be below 0
-    *_, right = plot_histories({"cnn_valence": history}, "Spearman").axes
+    cut_short = history[:5].assign(settled=0)  # its time was up: the other panel explains the grey
+    *_, right = plot_histories({"mel": cut_short, "cnn_valence": history}, "Spearman").axes
     assert right.get_ylim() == (-0.4, 1)
+    assert shade.get_label() in texts_of(right.figure.legends[0].get_texts())
 
 
 def test_bands_are_labelled_with_their_frequencies(ax):
