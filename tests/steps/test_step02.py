@@ -44,6 +44,10 @@ def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
         quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
         title = {"beat-synced": "beat-synchronised"}.get(form, form)
         assert table.loc[title].tolist() == quantiles.tolist()
+    for clip in clips[:2]:  # between n columns there are n - 1 beats; a frame is 512 samples
+        minutes, n_beats = clip.full.shape[1] * 512 / 22_050 / 60, clip.beat.shape[1] - 1
+        change = metrics["differences"]["pair"][f"{clip.genre} ({clip.clip_id})"]
+        assert change["beats per minute"] == pytest.approx(n_beats / minutes)
 
 
 def test_cost_and_reach_are_measured(run):

@@ -87,6 +87,7 @@ def test_what_is_named_first_decides_more_than_a_random_order(outputs):
         row = facts[way]
         assert 0 < row["by attribution"] < 1 and 0 < row["in random order"] < 1
         gains.append(sign * (row["by attribution"] - row["in random order"]))
+        assert float(row["better by"].split()[0]) == pytest.approx(gains[-1], abs=6e-4)
     assert sum(gains) > 0  # small: two epochs of training
     mean, (low, high) = facts["randomised_weights"]["mean"], facts["randomised_weights"]["ci95"]
     assert -1 <= low <= mean <= high < 0.95  # other weights name other cells

@@ -248,6 +248,9 @@ def test_a_training_clip_is_nearest_to_itself(data, outputs, listened):
     assert found[0] == {"clip": known[1].index[5], "genre": known[1].iloc[5], "distance": 0}
     distances = [clip["distance"] for clip in found]
     assert len(found) == 5 and distances == sorted(distances)
+    units = np.geomspace(1, 100, known[0].shape[1])  # of the dimensions: they do not matter
+    again = listen.nearest(known[0][5] * units, (known[0] * units, known[1]))
+    assert [clip["clip"] for clip in again] == [clip["clip"] for clip in found]
     assert len(listened[1]["clip.wav"]["nearest"]) == 5
 
 

@@ -306,6 +306,13 @@ def test_a_clip_of_a_dropped_class_is_a_leak_where_classes_are_not_merged(own_da
         find_emotion_leak(Source(own_data, merge=False), held_out)
 
 
+def test_only_held_out_clips_must_be_new_to_the_genre_network(own_data):
+    data = load_data(Source(own_data), target="emotion", n_folds=2)
+    taught = data.train.dataset.store.entries[data.train.indices[0]]
+    shutil.copy(taught.path, read_entries(own_data, "genre", "train", merge=True)[0].path)
+    assert find_emotion_leak(Source(own_data), data.held_out) is None
+
+
 def test_sampled_clips_are_their_own_in_both_forms(own_data):
     labels = {e.clip_id: e for e in read_entries(own_data, "genre", "train")}
     beats = {e.clip_id: e for e in read_entries(own_data, "genre", "train", beat=True)}

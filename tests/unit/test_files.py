@@ -12,6 +12,7 @@ from conftest import Payload
 import patrec.files
 from patrec.errors import InputError
 from patrec.files import (
+    KAGGLE_NAME,
     cache_dir,
     find_data,
     load_torch,
@@ -43,6 +44,15 @@ def test_a_folder_without_data_is_named_with_the_cure(own_data):
             InputError, match=f"no fma_genre_.* folder in {own_data / name}.*--data"
         ):
             find_data(own_data / name)
+
+
+def test_on_kaggle_the_labs_own_data_come_before_other_inputs(tmp_path, monkeypatch):
+    monkeypatch.delenv("PATREC_DATA", raising=False)
+    monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "working").mkdir()
+    for name in ("a set of my own", KAGGLE_NAME, "songs"):
+        (tmp_path / "input" / name / "fma_genre_spectrograms").mkdir(parents=True)
+    assert find_data() == (tmp_path / "input" / KAGGLE_NAME).resolve()
 
 
 def test_folders_that_cannot_be_made_are_named(tmp_path, monkeypatch):
