@@ -91,11 +91,11 @@ frames, beats = (trained[set_name].lengths.float().median() for set_name in SETS
 frames_per_beat = round(float(frames / beats))
 tests, true, predictions = {}, {}, {}
 for name, model in models.items():
-    backbone = model.model.backbone
-    usual = backbone.frames_per_step
+    backbone, usual = model.model.backbone, model.model.backbone.frames_per_step
     for set_name, beat in SETS.items():
         test = tests[set_name] = load_test(step.source, model.settings, beat=beat)
         true[set_name], settings = true_labels(test, model.settings), model.settings
+        backbone.frames_per_step = usual
         if set_name != own_set[name]:
             backbone.frames_per_step = 1 if beat else frames_per_beat
             settings = settings | {"window": None}
@@ -103,7 +103,6 @@ for name, model in models.items():
             stats = band_statistics(store, range(len(store.entries)), settings["features"])
             test = test.variant(stats=stats)
         predictions[name, set_name] = predict_clips(model.model, test, settings, step.device)
-        backbone.frames_per_step = usual
 for set_name, svm in SVMS.items():  # as a network's: a score per class, 1 for the predicted one
     ids, predicted = true[set_name].index, svms[svm].predict(band_features(tests[set_name].store))
     always = np.full(len(ids), classes.index(commonest))

@@ -340,7 +340,7 @@ def test_overfit_learns_four_batches_of_training_clips_by_heart_without_regulari
 ):
     """Bug 9: the check was run on the whole set."""
     watched, shifts, rates = Watched(*clips(80).tensors), [], []
-    patch_everywhere(monkeypatch, "shift_bands", lambda x, furthest: shifts.append(furthest) or x)
+    patch_everywhere(monkeypatch, "change_pitch", lambda x, furthest: shifts.append(furthest) or x)
     model = Classifier(LSTMBackbone(6, hidden_size=8), 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
