@@ -173,10 +173,10 @@ def plot_maps(panels, n_columns):
 
 def pca_panel(title, run, vectors):
     """A panel of `plot_maps`, its axes named with their share of the variance."""
-    pca = PCA(n_components=2, svd_solver="full").fit(vectors)
-    shares = pca.explained_variance_ratio_
+    pca = PCA(n_components=2, svd_solver="full")
+    points, shares = pca.fit_transform(vectors), pca.explained_variance_ratio_
     axes = [f"PCA axis {i} ({share:.0%} of variance)" for i, share in enumerate(shares, start=1)]
-    return title, axes, run, pca.transform(vectors)
+    return title, axes, run, points
 
 
 # %% 11b. The pictures and the numbers

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 from conftest import (
@@ -14,6 +15,9 @@ from conftest import (
     run_forked,
 )
 from scipy.io import wavfile
+
+from patrec.clips import sample_clips
+from patrec.measures import genre_share, mel_measures
 
 STEP = "step01_spectrograms"
 pytestmark = pytest.mark.slow
@@ -73,16 +77,35 @@ def test_two_clips_of_different_classes_are_read_and_measured(run, small_data):
         assert float(row["mean (dB)"]) == pytest.approx(array[:128].mean(), abs=0.06)
         assert f"of {clip['genre']} ({clip['id']}) is {clip['centroid_hz']:.0f} Hz" in summary
     assert soundfile.info(folder / "clip_1.mp3").samplerate == 22_050
+    said = (
+        "{:.1%} in .* clip and {:.1%} in",
+        "{:.1f} dB in .* and {:.1f} dB",
+        "{:.2f} on.* {:.2f}\\.",
+    )
+    for form, key in zip(said, list(first)[1:4], strict=True):
+        assert re.search(form.format(first[key], second[key]), " ".join(summary.split())), key
 
 
-def test_measures_rise_with_the_genres_frequency(run):
+def test_measures_rise_with_the_genres_frequency(run, small_data):
     """Clips of Blues are loudest at the low end of the mel axis, of Trip-Hop near the high one."""
     assert genre_level("Blues") == 0 < 0.9 < genre_level("Trip-Hop")
-    _, metrics = run
+    folder, metrics = run
     assert set(metrics["genres"]) == set(FEW_GENRES)
     low, high = metrics["genres"]["Blues"], metrics["genres"]["Trip-Hop"]
     assert high["centroid_hz"] > 3 * low["centroid_hz"]
     assert low["share_below_200_hz"] > 0.3 > 0.05 > high["share_below_200_hz"]
+    clips = sample_clips(small_data, 2, 42)
+    found, genres = (
+        pd.DataFrame([mel_measures(c.full[:128]) for c in clips]),
+        [c.genre for c in clips],
+    )
+    means = found.groupby(genres).mean().sort_values("centroid_hz", ascending=False)
+    pd.testing.assert_frame_equal(pd.DataFrame(metrics["genres"]).T, means)  # the highest on top
+    shares = [round(100 * genre_share(found[key], genres)) for key in found]
+    row = read_table(folder, "Mean over each genre's").loc["explained by genre"]
+    assert row.tolist() == [f"{share}%" for share in shares]
+    most = rf"largest for the .* {max(shares)}%, and .* {min(shares)}%\."
+    assert re.search(most, (folder / "summary.md").read_text())
 
 
 def test_a_file_of_ones_own_is_measured(run):

@@ -44,6 +44,13 @@ def test_the_strongest_note_is_named(run, small_data):
             assert row[form]["strongest"] == note
             assert row[form]["strong"] == pytest.approx(1.3, abs=0.3)  # noise lifts a few to .5
     assert metrics["sync"]["same_strongest"] == 1
+    clips, changes = sample_clips(small_data, 2, 42), []
+    for clip in clips:
+        notes = [array[128:].astype(float) for array in (clip.full, clip.beat)]
+        changes.append([np.abs(x[:, 1:] - x[:, :-1]).mean() for x in notes])
+    assert list(metrics["sync"]["change"].values()) == pytest.approx(np.mean(changes, axis=0))
+    own = [values for clip, values in zip(clips, changes, strict=True) if clip.genre == "Rock"]
+    assert list(metrics["genres"]["Rock"].values())[1:] == pytest.approx(np.mean(own, axis=0))
 
 
 def test_the_strongest_note_of_each_genre_is_row_0(run):
@@ -53,13 +60,18 @@ def test_the_strongest_note_of_each_genre_is_row_0(run):
     assert (shares[:, 0] > 2 * shares[:, 1:].max(1)).all()
 
 
-def test_whether_an_lstm_is_efficient_is_answered_with_what_was_measured(run):
+def test_whether_an_lstm_is_efficient_is_answered_with_what_was_measured(run, small_data):
     folder, metrics = run
     lstm, summary = metrics["lstm"], " ".join((folder / "summary.md").read_text().split())
     assert set(lstm) == {f"{k}, {f}" for k in ("chroma", "mel") for f in ("full", "beat-synced")}
     full, beat = lstm["chroma, full"], lstm["chroma, beat-synced"]
     assert full["rows"] == 12 and full["steps"] > 10 * beat["steps"]
     assert f"They have 12 rows instead of {lstm['mel, full']['rows']}" in summary
-    assert f"a pass takes {full['pass (s)']:.3f} s" in summary
-    assert f"above 1% for {full['steps above 1%']} of {full['steps']} steps" in summary
+    passes = [row["pass (s)"] for row in (full, lstm["mel, full"], beat)]
+    said = "a pass takes {:.3f} s, compared with {:.3f} s on mel and {:.3f} s on"
+    assert said.format(*passes) in summary
+    ratios = [c.full.shape[1] / c.beat.shape[1] for c in sample_clips(small_data, 2, 42)]
+    for row, frames in ((full, 1), (beat, np.median(ratios))):
+        seconds = row["steps above 1%"] * frames * 512 / 22_050
+        assert f" {row['steps above 1%']} of {row['steps']} steps, {seconds:.1f} s." in summary
     assert " nan" not in summary.lower() and "{" not in summary

@@ -1,6 +1,8 @@
 """Step 4: the classes before and after the merge, and what the audit finds."""
 
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +38,14 @@ def test_both_forms_of_a_clip_are_followed_from_line_to_batch(run, data_dir):
         assert table.loc["array", form].startswith(f"140 x {array.shape[1]} float32")
         assert table.loc["stored", form].startswith(f"{array.shape[1]} x 140 float16")
         lines = (data_dir / part / "train_labels.txt").read_text().splitlines()
-        assert table.loc["label line", form].strip("`").replace("<TAB>", "\t") in lines
+        line = table.loc["label line", form].strip("`").replace("<TAB>", "\t")
+        label = MERGED[line.split("\t")[1]]
+        assert line in lines and line.split(".")[0] == clip
+        assert table.loc["class number", form].startswith(f"{label} -> {CLASSES.index(label)} ")
+        text = table.loc["standardised", form]
+        band, x, mean, sd, z = map(float, re.findall(r"-?\d+\.?\d*", text))
+        assert x == pytest.approx(array[:128].max(), abs=0.06) == array[int(band)].max()
+        assert z == pytest.approx((x - mean) / sd, abs=0.02)
 
 
 def test_sound_data_are_counted_before_and_after_the_merge_and_have_no_problem(run, data_dir):
@@ -49,9 +58,20 @@ def test_sound_data_are_counted_before_and_after_the_merge_and_have_no_problem(r
             for name in CLASSES
         }
     test = list(labels_of(data_dir, split="test").values())
-    share, summary = test.count("Rock") / len(test), (folder / "summary.md").read_text()
-    said = f"predicts Rock has an accuracy of {share:.3f} on the test set"
-    assert said in " ".join(summary.split())
+    share = test.count("Rock") / len(test)
+    summary = " ".join((folder / "summary.md").read_text().split())
+    assert f"predicts Rock has an accuracy of {share:.3f} on the test set" in summary
+    sizes, kept = before["train"], after["train"]
+    assert f" {kept['Rock'] / min(kept.values()):.1f} times as many as Trip-Hop" in summary
+    table = read_table(folder, "After: samples per class")
+    assert table.loc["Rock", "share of train"] == f"{kept['Rock'] / sum(kept.values()):.1%}"
+    dropped = [n for genre, n in sizes.items() if genre not in MERGED]
+    merged = [to for to in MERGED.values() if list(MERGED.values()).count(to) > 1]
+    said = [len(sizes), min(sizes.values()), max(sizes.values()), np.median(list(sizes.values()))]
+    said += [len(CLASSES), sum(kept.values()), sum(sizes.values())]
+    said += [len(merged), len(dropped), sum(dropped)]
+    text = re.search(r"Before, \d+ classes .*? left out\.", summary)[0]
+    assert [int(number) for number in re.findall(r"\d+", text)] == said
     assert metrics["problems"] == [] and "\n0 problems in" in (folder / "summary.md").read_text()
 
 
@@ -98,7 +118,10 @@ def audit(tmp_path_factory):
 
 def test_audit_finds_each_planted_fault_once_and_counts_every_array(audit):
     metrics, clips = audit
-    folders = metrics["audit"]["folders"]
+    folders, where = metrics["audit"]["folders"], "fma_genre_spectrograms_beat/test"
+    paths = (Path(metrics["data"]["root"]) / where).glob("*.npy")
+    n = sorted(np.load(path).shape[1] for path in paths)
+    assert folders[where]["steps"] == f"{n[0]} / {np.median(n):.0f} / {n[-1]}"
     for kind in (*KINDS, "no label"):
         where = f"fma_genre_spectrograms/{'test' if kind == 'no label' else 'train'}"
         (row,) = (row for row in metrics["problems"] if row["problem"] == kind)

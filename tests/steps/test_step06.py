@@ -10,6 +10,7 @@ from genre_runs import (
     BEAT,
     FULL,
     LSTMS,
+    VAL_SCORES,
     GenreRuns,
     assert_average,
     assert_learned,
@@ -82,19 +83,21 @@ def test_a_prediction_follows_its_array_and_a_truth_its_label(runs):
         assert told_apart or model not in LSTMS, "the test cannot tell the two sets apart"
 
 
-def test_an_lstm_of_beats_gets_whole_clips_of_frames_in_steps_of_a_beat(runs):
-    """Not in windows, which would be 32 frames; standardised by the training clips' frames."""
-    run, name = runs.learned, "beat_mel"
+@pytest.mark.parametrize("name", ["beat_mel", "mel"])
+def test_an_lstm_gets_whole_clips_of_the_other_form_in_steps_of_a_beat(runs, name):
+    """Not in windows; standardised by the training clips of that form."""
+    run, beat = runs.learned, not is_beat(name)
     model, checkpoint = load_model(folder_of(run.out, name) / "best.pt")
     settings = checkpoint["settings"] | {"window": None}
-    entries = [read_entries(run.data, "genre", "train", beat, merge=True) for beat in (0, 1)]
-    frames, beats = map(load_clips, entries)
-    length = frames.lengths.float().median() / beats.lengths.float().median()
-    model.backbone.frames_per_step = round(float(length))
-    stats = band_statistics(frames, range(len(frames.entries)), settings["features"])
-    test = load_test(Source(run.data), settings, beat=False).variant(stats=stats)
+    entries = [read_entries(run.data, "genre", "train", form, merge=True) for form in (0, 1)]
+    stores = [load_clips(some) for some in entries]
+    frames, beats = (store.lengths.float().median() for store in stores)
+    model.backbone.frames_per_step = 1 if beat else round(float(frames / beats))
+    stats = band_statistics(stores[beat], range(len(entries[beat])), settings["features"])
+    test = load_test(Source(run.data), settings, beat=beat).variant(stats=stats)
     expected = predict_clips(model, test, settings).idxmax(axis=1)
-    table = genre_predictions(run.out / STEP).query("model == @name and test_set == @FULL")
+    table = genre_predictions(run.out / STEP).query("model == @name")
+    table = table[table["test_set"] == (BEAT if beat else FULL)]
     said = table.set_index("clip")["prediction"]
     assert (said != expected[said.index]).sum() <= 1  # a near tie
 
@@ -107,6 +110,7 @@ def test_scores_are_those_of_the_predictions_on_each_test_set(runs):
     assert set(metrics["other_test_set"]) == set(LSTMS)
     for name, scores in metrics["other_test_set"].items():
         assert_scores(scores, table.query("model == @name").drop(own_rows(table, name).index))
+    assert {n: metrics["runs"][n]["val"]["macro_f1"] for n in LSTMS} == VAL_SCORES
     test = {name: metrics["runs"][name]["test"]["macro_f1"] for name in LSTMS}
     assert metrics["best_by_validation"] == "chroma"
     assert max(test, key=test.get) != "chroma", "the test score would choose the same"
@@ -172,6 +176,17 @@ def test_the_answers_name_the_classes_and_scores_of_the_best_lstm(runs):
     assert [float(number) for number in written] == pytest.approx(list(row), abs=6e-4)
     gap = scores["micro_f1"] - scores["macro_f1"]
     assert f"Micro minus macro F1 is {gap:+.3f}; the smallest" in text
+    small = classes.loc[classes["support"].idxmin()]
+    assert f"has an F1 of {small['f1']:.3f}." in text
+    assert f"from {small['support']:.0f} to {classes['support'].max():.0f} test clips" in text
+    always = read_metrics(folder)["runs"]["majority"]["test"]
+    assert f"accuracy {always['accuracy']:.3f} and macro-F1 {always['macro_f1']:.3f}" in text
+    for key in (
+        "classified correctly: {accuracy:",
+        "macro-F1 is {macro_f1:",
+        "micro-F1 is {micro_f1:",
+    ):
+        assert (key + ".3f}").format(**scores) in text
 
 
 def svm_features(data_dir, split, beat):

@@ -63,7 +63,17 @@ def test_every_test_clip_is_predicted_once_and_scores_are_those_of_the_predictio
         assert_learned(rows, name)
         assert_scores((metrics["runs"] | metrics["compared_with"])[name]["test"], rows)
     assert_own_predictions(learned, "cnn_mel")
-    assert metrics["digits"]["accuracy"][-1] > 0.5 > metrics["digits"]["accuracy"][0]
+    accuracy, facts = metrics["digits"]["accuracy"], metrics["runs"] | metrics["compared_with"]
+    assert accuracy[-1] > 0.5 > accuracy[0]
+    said = "on 1437 images .* on 360 others: {0:.3f} .*, {1:.3f} after one .*, {3:.3f} after 3"
+    summary = " ".join((learned.out / STEP / "summary.md").read_text().split())
+    assert re.search(said.format(*accuracy), summary)
+    mean, sd = metrics["digits"]["left_out"]["all four operations"]["test accuracy"].split(" ± ")
+    # Of this run and one more.
+    assert abs(accuracy[-1] - float(mean)) == pytest.approx(float(sd) / 2**0.5, abs=2e-3)
+    for run in (facts["cnn_mel"], facts["mel"]):
+        n_examples = run["epochs"] * run["examples_per_epoch"]
+        assert f" | {n_examples} | {run['weights']} |" in summary.partition("## 7e")[2]
     assert metrics["overfit"]["cnn_mel"]["accuracy"] == 1
 
 

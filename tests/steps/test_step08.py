@@ -98,6 +98,7 @@ def test_held_out_clips_change_nothing_but_their_own_predictions(runs, tmp_path)
     second = run_step(STEP8, data, tmp_path, *RECIPE)
     test = {name: second.runs[name]["test"]["mean_spearman"] for name in val}
     assert test[chosen] < test[other] - 0.1
+    assert f"the predictions of `{chosen}` for" in (run.folder / "summary.md").read_text()
     before, after = training_results(run.folder), training_results(second.folder)
     for name in NETWORKS:
         first, spoiled = run.checkpoint(name), second.checkpoint(name)

@@ -36,6 +36,9 @@ def test_each_axis_is_predicted_learned_and_scored_by_its_own_labels(runs):
     assert assert_scores(run) == 3 * (2 + len(DEPTHS))
     assert set(run.table["clip"]) == set(runs.regression.table["clip"])
     assert not list(run.folder.glob("scratch_full*"))
+    twin = runs.regression.runs["cnn_valence"]
+    said = f"scratch on {twin['epochs'] * twin['examples_per_epoch']:,} examples?"
+    assert said in (run.folder / "summary.md").read_text()
     for model in ("transfer", "transfer_frozen0"):
         assert_follows_its_axis(run, model)
 

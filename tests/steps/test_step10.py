@@ -1,5 +1,7 @@
 """Step 10: one network for three emotions, from the files that the step leaves."""
 
+import re
+
 import numpy as np
 import pytest
 from conftest import EMOTIONS, read_metrics, read_table, submission
@@ -51,6 +53,12 @@ def test_the_loss_before_training_is_that_of_a_batch(runs):
         assert weight == pytest.approx(1 / sd**2) and weighted == pytest.approx(raw * weight)
         assert term == pytest.approx(weighted + order) and 0 <= order <= 1
         assert 0.2 < weighted < 5 and weighted != 1  # near the mean label, measured on a batch
+    raw, weighted, terms = (list(losses[key].values()) for key in ("raw", "weighted", "term"))
+    numbers = (np.mean(raw), np.mean(weighted), max(raw) / min(raw), max(weighted) / min(weighted))
+    said = "from {:.3f} to {:.3f},.* is {:.2f} times the .* without weights, {:.2f} times with"
+    summary = (runs.multitask.folder / "summary.md").read_text()
+    assert re.search(said.format(*numbers), " ".join(summary.split()))
+    assert f"sum of the three: {sum(terms):.3f}**" in summary
 
 
 def test_it_is_compared_with_step_8_only_where_the_recipe_is_the_same(runs, tmp_path):
@@ -60,6 +68,10 @@ def test_it_is_compared_with_step_8_only_where_the_recipe_is_the_same(runs, tmp_
     minus = "`multitask` minus `cnn (step 8)`"
     assert summary.count(minus) == 4 and summary.index(minus) < summary.index("`svr`")
     assert "`multitask_lstm` minus `lstm (step 8)`" not in summary  # that one reads beats
+    gains = re.findall(rf"(\w+): {re.escape(minus)}.* Spearman (\S+) \[", summary)
+    for axis, gain in gains[1:]:
+        scores = (run["test"][axis] for run in (facts, runs.regression.runs["cnn"]))
+        assert float(gain) == pytest.approx(next(scores) - next(scores), abs=6e-4)
     for weights in (facts["weights"], runs.regression.runs["cnn"]["weights"]):
         assert f"{weights:,}" in summary
     table = read_table(run.folder, "Spearman's correlation on 13 held-out clips")

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import (
@@ -16,9 +17,11 @@ from conftest import (
     run_forked,
 )
 from genre_runs import GenreRuns, copy_data, folder_of, set_of
+from sklearn.manifold import trustworthiness
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 from common import load_model
 from patrec.tables import with_interval
@@ -71,7 +74,12 @@ def test_best_lstm_is_of_full_clips_and_worst_is_of_all(folder):
     assert read_metrics(folder)["roles"] == roles
     table = read_table(folder, "One vector per clip")
     for name, title in TITLES.items():
-        assert table.loc[title, "test set"] == set_of(name)
+        test, shape = (
+            read_metrics(folder)["runs"][name]["test"],
+            latent(folder, name)["vectors"].shape,
+        )
+        cells = [set_of(name), *map(str, shape), with_interval(test, "accuracy")]
+        assert table.loc[title].tolist() == cells
     summary = (folder / "summary.md").read_text()
     assert "the worst LSTM, on its own test set (fma_genre_spectrograms_beat)" in summary
 
@@ -121,20 +129,26 @@ def test_methods_are_judged_by_three_criteria(folder):
     assert metrics["criteria"] == list(CRITERIA)
     tables = {key: read_table(folder, caption) for key, caption in CRITERIA.items()}
     for name, title in TITLES.items():
-        clips = latent(folder, name)
+        clips, means = latent(folder, name), {}
+        scaled = StandardScaler().fit_transform(clips["vectors"])
         with np.load(folder / f"maps_{name}.npz") as maps:
             for method in ("PCA", "Isomap", "t-SNE", "UMAP"):
                 facts, points = metrics["separation"][name][method], maps[method]
                 assert points.shape == (len(clips["ids"]), 2) and points.std(0).min() > 0
-                assert 0 < facts["trustworthiness"] <= 1
+                trust = trustworthiness(scaled, points, n_neighbors=5)
+                assert facts["trustworthiness"] == pytest.approx(trust, abs=0.01)
                 silhouette = silhouette_score(points, clips["labels"])
                 assert facts["silhouette"] == pytest.approx(silhouette, abs=1e-4)
                 for key, table in tables.items():
                     values = facts[f"{key} of all seeds"]
                     assert len(values) == (2 if method in ("t-SNE", "UMAP") else 1)
                     assert values[0] == facts[key]
-                    cell = table.loc[method, title].split(" ")[0]
-                    assert float(cell) == pytest.approx(np.mean(values), abs=6e-4)
+                    means.setdefault(method, []).append(np.mean(values))
+                    cell = [np.mean(values), min(values), max(values)][: 2 * len(values) - 1]
+                    found = re.findall(r"-?\d\.\d+", table.loc[method, title])
+                    assert [float(number) for number in found] == pytest.approx(cell, abs=6e-4)
+        best = read_table(folder, "Best method").loc[title].tolist()
+        assert best == pd.DataFrame(means).T.idxmax().tolist()
 
 
 @pytest.mark.slow
@@ -161,6 +175,17 @@ def test_the_tables_of_step_11_say_what_metrics_json_says(folder):
     summary = (folder / "summary.md").read_text()
     lines = re.findall(r"`(\w+)` minus `(\w+)`, \d+ clips: accuracy ([-+.\d]+) \[", summary)
     assert [pair[:2] for pair in lines] == [("cnn_mel", "chroma"), ("chroma", "beat_chroma")]
+    (low, high), *_ = re.findall(r"`beat_chroma`,.* accuracy \S+ \[(.+), (.+)\]", summary)
+    answer = "Yes" if float(low) > 0 or float(high) < 0 else "No difference is shown"
+    assert f"qualitative difference?** {answer}" in summary
+    text, rows = " ".join(summary.split()), r"\| (\S+) \| ([\d.]+) \| ([\d.]+) \|"
+    rows = re.findall(rows, summary.partition("## 11c")[2])
+    ahead = max(rows, key=lambda row: float(row[1]) - float(row[2]))
+    assert "ahead in {}: {} against {}.".format(*ahead) in text
+    for name, kind in (("chroma", "LSTM"), ("cnn_mel", "CNN")):
+        full, before = (kept[name][f"full space{end}"] for end in ("", ", untrained"))
+        said = f"from {before['knn_accuracy']:.3f} to {full['knn_accuracy']:.3f} ({kind})"
+        assert said in text
     for *names, gain in lines:
         one, other = (kept[name]["full space"]["knn_accuracy"] for name in names)
         assert float(gain) == pytest.approx(one - other, abs=6e-4)
@@ -191,6 +216,8 @@ def test_the_planes_share_and_the_neighbours_are_those_of_standardised_vectors(f
             assert np.ptp(shares) > 0.3, "cannot tell"
         few = 2.5 / len(scaled)
         assert found["full space"]["knn_accuracy"] == pytest.approx(accuracy, abs=few)
+        silhouette = silhouette_score(scaled, clips["labels"])
+        assert found["full space"]["silhouette"] == pytest.approx(silhouette, abs=2e-3)
 
 
 def test_separation_is_leave_one_out():
