@@ -10,6 +10,8 @@ import torch
 from conftest import FEW_GENRES, assert_clean_error, read_metrics, run_forked
 
 import common
+from patrec import explain
+from patrec.clips import sample_clips
 from patrec.explain import calibration_error, fit_temperature
 from patrec.features import mel_and_chroma, stack_rows
 from patrec.flags import Source, TrainingOptions
@@ -71,6 +73,7 @@ def test_the_temperature_is_fitted_on_the_validation_clips(outputs, judged):
     assert abs(np.log(temperature / fit_temperature(*pairs["test"]))) > 0.05, "cannot tell"
     for split, (z, targets) in pairs.items():
         row = found[f"{split} ({len(targets)} clips)"]
+        assert row["accuracy"] == pytest.approx(float((z.argmax(1) == targets).float().mean()))
         for key, scale in (("calibration error", 1), ("calibration error, scaled", temperature)):
             assert row[key] == pytest.approx(calibration_error(z / scale, targets), abs=0.02)
         for key, scale in (("mean confidence", 1), ("confidence, scaled", temperature)):
@@ -80,7 +83,7 @@ def test_the_temperature_is_fitted_on_the_validation_clips(outputs, judged):
     assert listen.temperature_of(outputs / "elsewhere") == 1
 
 
-def test_what_is_named_first_decides_more_than_a_random_order(outputs):
+def test_what_is_named_first_decides_more_than_a_random_order(outputs, data):
     """Put back, it raises the probability sooner; taken away, it lowers it sooner."""
     facts, gains = read_metrics(outputs / "explain")["faithfulness"], []
     for way, sign in (("insertion", 1), ("deletion", -1)):
@@ -91,6 +94,19 @@ def test_what_is_named_first_decides_more_than_a_random_order(outputs):
     assert sum(gains) > 0  # small: two epochs of training
     mean, (low, high) = facts["randomised_weights"]["mean"], facts["randomised_weights"]["ci95"]
     assert -1 <= low <= mean <= high < 0.95  # other weights name other cells
+    model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
+    test, model, areas = common.load_test(Source(data), checkpoint["settings"]), model.eval(), []
+    for index in np.random.default_rng(42).permutation(len(test))[:4].tolist():  # --smoke
+        clip, _, n = test[index]
+        size = min(int(n), checkpoint["settings"]["window"])
+        x, lengths = clip[(int(n) - size) // 2 :][:size], torch.tensor([size])  # of the middle
+        with torch.no_grad():
+            label = model(x[None], lengths).argmax(1)
+        named = explain.integrated_gradients(model, x[None], lengths, label, 4)[0]
+        case = model, x, explain.cell_ranks(explain.patches(named)), int(label)
+        areas.append([float(explain.probability_curve(*case, w).mean()) for w in (True, False)])
+    found = [facts[way]["by attribution"] for way in ("insertion", "deletion")]
+    assert found == pytest.approx(np.mean(areas, axis=0), abs=1e-3)
 
 
 def mel_db(path):
@@ -108,11 +124,13 @@ def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged, 
     surest = list(mistakes.index[:2])
     assert len(links) == 2 * (2 + len(surest))  # each as it is, and what decides
     assert [clip for clip, _, split, *_ in links[::2] if split == "test set"] == surest
+    drawn = [(clip.clip_id, clip.genre) for clip in sample_clips(data, 1, 42, beat=False)[:2]]
+    assert [(clip, genre) for clip, genre, *_ in links[:4:2]] == drawn
     assert all(true[clip] == genre for clip, genre, split, *_ in links if split == "test set")
     model, checkpoint = common.load_model(outputs / "step07_cnn" / "cnn_mel" / "best.pt")
     temperature = read_metrics(outputs / "explain")["calibration"]["temperature"]
     test = common.load_test(Source(data), checkpoint["settings"])
-    for clip, _, _, predicted, probability, _ in links[-4::2]:  # shorter than a window
+    for clip, _, _, predicted, probability, name in links[-4::2]:  # shorter than a window
         x, _, length = test[table.index.get_loc(clip)]
         size = min(int(length), 300)  # --smoke
         with torch.no_grad():
@@ -121,6 +139,11 @@ def test_the_clips_to_hear_are_step_1s_and_the_surest_mistakes(outputs, judged, 
         assert predicted == table.columns[int(logits.argmax())]
         assert float(probability) == pytest.approx(float(right), abs=0.006)
         assert abs(float(logits.softmax(0).max() - right)) > 0.02, "cannot tell"
+        window = checkpoint["settings"]["window"]
+        named = explain.clip_attributions(model, x[:size], window, int(logits.argmax()))
+        kept = (explain.cell_ranks(explain.patches(named)) < 0.2).T.numpy()  # as loud as before
+        drop = mel_db(folder / name) - mel_db(folder / name.replace("all", "deciding"))
+        assert np.median(drop[~kept]) - np.median(drop[kept]) > 10
     quieter = []
     for *_, name in links[1::2]:  # most of the cells are 30 dB lower there
         whole, rest = mel_db(folder / name.replace("deciding", "all")), mel_db(folder / name)

@@ -127,6 +127,8 @@ def test_an_item_shows_the_table_and_the_figure_that_answer_it_and_no_more(outpu
     assert "not_asked_for" not in text  # source code in 5b
     lstms = [re.findall(r"\| 0\.60(\d) \|", section(text, f"5{letter}")) for letter in "cdef"]
     assert lstms == [["1"], ["2"], ["3", "4"], ["5"]]
+    found = {"2a": "![a](b.png)\n\n![c](lstm_cost.png)\n"}  # the second figure answers 2a
+    assert handin.answer("2a", found, "x") == ["![c](<x/lstm_cost.png>)\n\n*c*"]
 
 
 def test_draft_says_what_is_missing_and_what_is_no_result(outputs):
@@ -197,7 +199,7 @@ def test_latex_draft_has_its_figures_and_fonts_beside_it(outputs):
     (size, name) = re.findall(r"includegraphics\[(.*?)\]\{(.+?)\}", text)[0]
     assert name == "report_files/outputs/step06_eval/scores.png"
     assert Path(name).read_bytes() == (outputs / "step06_eval/scores.png").read_bytes()
-    assert float(re.search(r"width=([\d.]+)cm", size)[1]) < 6  # so that the tall figure fits
+    assert float(re.search(r"width=([\d.]+)cm", size)[1]) == 5.2  # so that it is 13 cm high
     assert Path("report_files/DejaVuSerif.ttf").is_file() and "Path=report_files/" in text
     assert text.count(r"\begin{ownwords}") >= BOXES and r"\tableofcontents" in text
     widths = re.findall(r"\\real\{([\d.]+)\}", text)  # of the wide table's ten columns

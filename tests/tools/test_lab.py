@@ -1,5 +1,6 @@
 """tools.lab with stand-ins for the steps: what is run, with which flags, what a failure does."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -76,7 +77,11 @@ def run_lab(processes, data, *flags):
     return steps
 
 
-def test_all_steps_run_once_in_order_and_the_report_is_drafted(processes, data, capsys):
+def test_all_steps_run_once_in_order_and_the_report_is_drafted(
+    processes, data, capsys, monkeypatch
+):
+    clock = SimpleNamespace(monotonic=itertools.count(3, 7).__next__)  # 7 s later at each look
+    monkeypatch.setattr(lab, "time", clock)
     flags = ("--epochs", "3", "--no-merge", "--seed", "7")
     assert run_lab(processes, data, *flags) == NAMES
     for name, words in processes.calls[:-1]:  # --epochs is for those that train
@@ -85,7 +90,8 @@ def test_all_steps_run_once_in_order_and_the_report_is_drafted(processes, data, 
         assert sorted(words) == sorted(given)
     assert processes.calls[-1][1] == ["tools.handin", "draft", "--out-dir", "outputs"]
     table = capsys.readouterr().out.partition("seconds")[2]
-    assert all(f"{name:22}" in table for name in NAMES)
+    assert all(f"{name:22}7\n" in table for name in NAMES)
+    assert f"{'all, with the draft':22}{7 * (2 * len(NAMES) + 1)}\n" in table
 
     no_effect = ("--workers", 2, "--resume", "--max-minutes", 9, "--device", "cpu")
     assert run_lab(processes, data, *flags, *no_effect) == []

@@ -18,6 +18,7 @@ from conftest import assert_clean_error, patch_everywhere, run_forked, write_dat
 
 import common
 from patrec.batches import cut_windows
+from patrec.explain import clip_attributions, patches
 from patrec.features import BANDS, HOP, SR, extract_features
 from patrec.flags import Source
 from patrec.labels import EMOTIONS, read_entries
@@ -108,10 +109,10 @@ def listened(data, outputs, folder):
     )
 
 
-def prediction_of(network, rows, starts=None):
+def prediction_of(network, rows, starts=None, part=None):
     """Outputs of a network: for windows of 6 s from `starts` on, or for as few as cover the rows.
 
-    Computed here once more, from the lab's own extractor.
+    Computed here once more, from the lab's own extractor. `part`: of its backbone, say.
     """
     settings = network.settings
     mean, std = settings["stats"]
@@ -123,10 +124,10 @@ def prediction_of(network, rows, starts=None):
         windows = torch.stack([x[s : s + 256] for s in starts])
         lengths = torch.full((len(windows),), 256)
     with torch.no_grad():
-        return network.model(windows, lengths)
+        return (part or network.model)(windows, lengths)
 
 
-def test_predictions_are_those_of_the_networks_for_the_windows(listened, outputs, folder):
+def test_predictions_are_those_of_the_networks_for_the_windows(listened, outputs, folder, data):
     """Emotions are the mean of both networks, and the LSTM names a genre too."""
     song, networks = listened[1]["clip.wav"], networks_of(outputs)
     rows, _ = extract_features(soundfile.read(folder / "clip.wav", dtype="float32")[0])
@@ -138,7 +139,10 @@ def test_predictions_are_those_of_the_networks_for_the_windows(listened, outputs
     assert torch.allclose(found, logits.softmax(1).T, atol=2e-3)
     middles = [(s + 128) * HOP / SR for s in starts]
     assert song["times_s"] == pytest.approx(middles, abs=0.01)
-    emotion = prediction_of(networks["emotion"], rows, starts).mean(0)
+    emotion = prediction_of(networks["emotion"], rows, starts)
+    found = torch.tensor(song["emotion_over_time"])
+    assert torch.allclose(found, emotion.clamp(0, 1).T, atol=2e-3)
+    emotion, cnn = emotion.mean(0), networks["cnn"]
     emotion_lstm = prediction_of(networks["emotion_lstm"], rows).mean(0)
     assert (emotion - emotion_lstm).abs().max() > 0.01  # or one would do
     for key, keys, values in (
@@ -147,6 +151,13 @@ def test_predictions_are_those_of_the_networks_for_the_windows(listened, outputs
         ("emotion", networks["emotion"].settings["names"], (emotion + emotion_lstm) / 2),
     ):
         assert song[key] == pytest.approx(dict(zip(keys, values.tolist(), strict=True)), abs=2e-3)
+    known = listen.training_vectors(cnn, data)
+    path = data / "fma_genre_spectrograms" / "train" / f"{known[1].index[5]}.fused.full.npy"
+    vector = prediction_of(cnn, np.load(path), part=cnn.model.backbone).mean(0)
+    np.testing.assert_allclose(known[0][5], vector, atol=0.02)
+    x = (torch.tensor(rows[:128]).float().T - cnn.settings["stats"][0]) / cnn.settings["stats"][1]
+    expected = patches(clip_attributions(cnn.model, x, 256, 3)).T
+    np.testing.assert_allclose(listen.attributions(cnn, rows[:128], 3), expected, atol=1e-4)
 
 
 def test_only_finished_networks_are_taken(outputs, tmp_path):
@@ -202,7 +213,7 @@ def test_attributions_are_for_the_class_predicted_for_the_whole_song(outputs, fo
 def test_the_picture_loses_nothing_loud_and_tells_curves_apart(monkeypatch):
     """A picture of an hour has fewer columns than the hour has frames."""
     mel, parts = np.full((128, 42_000), -80, np.int8), np.zeros((128, 42_000), np.float32)
-    mel[5, 1000], mel[100, 30_000] = 0, -20
+    mel[5, 1000], mel[100, 30_000], parts[7, 9] = 0, -20, 3
     classes = [f"class {k}" for k in range(8)]
     genres = pd.DataFrame([np.arange(8) / 40, np.arange(8) / 20], [100.0, 900.0], classes)
     emotions = pd.DataFrame(0.5, [100.0, 900.0], EMOTIONS)
@@ -213,6 +224,11 @@ def test_the_picture_loses_nothing_loud_and_tells_curves_apart(monkeypatch):
     bands, columns = np.nonzero(image.get_array() > -80)
     assert image.origin == "lower" and image.get_array().shape == (128, 1400)
     assert bands.tolist() == [5, 100] and columns.tolist() == [1000 // 30, 30_000 // 30]
+    image = fig.axes[1].images[0]
+    assert (image.get_array() == parts).all() and image.cmap(1.0)[0] > image.cmap(1.0)[2]  # red
+    assert fig.axes[1].get_xlim() == (0, 975.3) and image.get_extent() == [0, 975.3, 0, 128]
+    assert fig.axes[3].xaxis.get_major_formatter()(125, 0) == "2:05"
+    assert lines[0][0].get_xydata().tolist() == [[100, 7 / 40], [900, 7 / 20]]
     # Of the genres the six likeliest over time.
     for drawn, names in zip(lines, (classes[:1:-1], EMOTIONS), strict=True):
         assert [line.get_label() for line in drawn] == list(names)
@@ -228,8 +244,8 @@ def test_networks_of_the_demo_set_are_named_on_the_page(outputs, tmp_path):
         (tmp_path / "step10_multitask").mkdir(exist_ok=True)
         facts = {"data": {"demo": demo}}
         (tmp_path / "step10_multitask" / "metrics.json").write_text(json.dumps(facts))
-        limits = listen.limits_of(tmp_path, networks_of(outputs), 1.0)
-        assert ("demo music" in limits) is demo
+        limits = listen.limits_of(tmp_path, networks_of(outputs), 1.5 if demo else 1.0)
+        assert ("demo music" in limits) is demo and ("not calibrated" in limits) is not demo
 
 
 def test_a_song_of_any_length_is_covered(listened):
@@ -309,6 +325,15 @@ def test_every_song_has_a_page_of_its_own_whatever_its_name(listened):
     lines = [line for line in listened[0].stdout.splitlines() if "clip.wav" in line]
     assert len(lines) == 2 and len({line.split()[-1] for line in lines}) == 2
     assert all(" 0:29 " in line for line in lines) and " 0:02 " in listened[0].stdout
+    song = listened[1]["clip.wav"]
+    best = [f"{n} {v:.0%}" for n, v in sorted(song["genre"].items(), key=lambda pair: -pair[1])]
+    emotions = [f"{value:.2f}" for value in song["emotion"].values()]
+    nearest = [clip["genre"] for clip in song["nearest"]]
+    said = f"{', '.join(best[:3])} {' '.join(emotions)} {', '.join(nearest[:3])}"
+    assert all(said in " ".join(line.split()) for line in lines)
+    rows = re.findall(r"<th>(.*)</th>\s*<td>(.*)</td>", Path(song["page"]).read_text())
+    assert [" ".join(row) for row in rows[: len(best)]] == best
+    assert [cell for _, cell in rows[len(best) :]] == emotions + nearest
 
 
 @pytest.mark.parametrize("width", [400, 1400])

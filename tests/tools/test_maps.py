@@ -15,7 +15,7 @@ from conftest import assert_clean_error, labels_of, run_forked, write_data_set
 
 from patrec.features import HOP, SR
 from patrec.labels import fingerprint
-from tools.maps import read_sounds, read_step11, sound_of
+from tools.maps import draw, read_sounds, read_step11, sound_of
 
 pytestmark = pytest.mark.slow
 TOOL, METHODS = "tools/maps.py", ("PCA", "t-SNE")
@@ -87,13 +87,19 @@ def test_the_maps_hold_every_clip_that_all_models_have(outputs, small_data):
                 assert table[column].tolist() == clips["classes"][clips[key][rows]].tolist()
             np.testing.assert_allclose(table["probability"], clips["probability"][rows])
     assert len(table) == len(np.load(folder / "latent_beat_chroma.npz")["ids"])
+    for trace in draw(found)[0]["data"]:  # open marks are mistakes
+        assert (trace["marker"]["symbol"] >= 100) == trace["name"].endswith(", wrong")
 
 
 def test_a_click_lets_hear_the_middle_of_the_clip(outputs, small_data):
     sounds, n_frames = sounds_of(outputs), round(SR / HOP)
     ids = next(iter(maps_of(outputs, small_data).values())).index
     sound = soundfile.info(io.BytesIO(base64.b64decode(sounds[0])))
-    assert sound.duration == pytest.approx(1, abs=0.2)  # five seconds without --smoke
+    assert sound.duration == pytest.approx(1, abs=0.2)
+    source, args = SimpleNamespace(root=small_data), SimpleNamespace(smoke=False)
+    (sound,) = read_sounds(SimpleNamespace(args=args, source=source), ids[:1])
+    sound = soundfile.info(io.BytesIO(base64.b64decode(sound)))
+    assert sound.duration == pytest.approx(5, abs=0.2)
     assert len(sounds) == len(ids) and len(set(sounds)) > 0.9 * len(ids)
     for i in (0, 7):
         mel = mel_of(small_data, ids[i])

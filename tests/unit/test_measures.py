@@ -1,15 +1,18 @@
 """What steps 1 to 3 measure of spectrograms, against known sounds; sound made from spectrograms."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from patrec.features import DB_FLOOR, HOP, N_MELS, SR, extract_features, mel_to_waveform
 from patrec.measures import (
+    array_facts,
     genre_share,
     gradient_reach,
     lstm_batch,
     lstm_gradient,
+    measure_table,
     mel_measures,
 )
 
@@ -27,6 +30,12 @@ def test_mel_measures_of_known_sounds():
     # From the 10th to the 95th percentile: the extremes of a ramp over 60 dB do not count.
     ramp = np.tile(np.linspace(-60, 0, 101), (N_MELS, 1))
     assert mel_measures(ramp)["dynamic_range_db"] == pytest.approx(0.85 * 60, abs=0.1)
+    ramp[20, :50] = 40  # in less than half of the steps: the median is of the others
+    assert mel_measures(ramp)["centroid_hz"] == pytest.approx(SR / 4, rel=0.02)
+    table = measure_table(pd.DataFrame([noise]), "clip")
+    assert table.iloc[0].tolist() == ["5446 Hz", "1.7%", "0.0 dB", "0.00 per s"]
+    facts = array_facts(np.vstack([ramp, np.full((12, 101), 90)]))
+    assert list(facts.values()) == ["140 x 101", "128 x 101", "-60.0", f"{ramp.mean():.1f}", "40.0"]
     # Silence and a single step give numbers too.
     for silent in (np.full((N_MELS, 50), DB_FLOOR), np.full((N_MELS, 1), DB_FLOOR)):
         values = mel_measures(silent, beat=silent.shape[1] == 1).values()

@@ -1,22 +1,30 @@
 """Figures that several steps share: every number stands under its own name."""
 
+from types import SimpleNamespace
+
 import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 
-from patrec.features import N_MELS, SR
+from patrec.features import HOP, N_MELS, SR
 from patrec.labels import EMOTIONS
 from patrec.plots import (
+    COLORS,
     mel_ticks,
+    plot_activations,
     plot_confusion,
     plot_confusions,
     plot_emotion_scores,
     plot_histories,
+    plot_operations,
+    plot_overfit,
     plot_panels,
     plot_per_class,
     plot_scores,
+    plot_spectrogram,
 )
 
 
@@ -122,6 +130,8 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)
     assert right.get_ylim() == (0, 1)
+    drawn = {line.get_label(): line.get_ydata()[0] for line in (*ax.lines, right.lines[0])}
+    assert drawn == {"training loss": 1, "validation loss": 2, "validation macro-F1": 0.1}
     (shade,) = ax.patches
     assert shade.get_label() in texts_of(ax.figure.legends[0].get_texts())
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
@@ -149,5 +159,35 @@ def test_panels_show_their_own_arrays_over_seconds_or_beats():
     for ax, array in zip(fig.axes, arrays, strict=False):
         assert (ax.collections[0].get_array() == array.flat[0]).all()
         assert ax.collections[0].get_clim() == (-80, 0)
+        unit = 1 if ax.get_xlabel() == "Time (beats)" else HOP / SR
+        assert np.ptp(ax.collections[0].get_coordinates()[0, :, 0]) == array.shape[1] * unit
         labels[ax.get_title()] = ax.get_xlabel()
     assert labels == {"one": "Time (s)", "two": "Time (beats)"}
+    assert plot_spectrogram(fig.axes[0], np.ones((12, 5)), "chroma").get_clim() == (0, 1)
+
+
+def test_the_curve_of_the_check_and_its_goal():
+    history = pd.DataFrame({"pass": [1, 11], "loss": [0.7, 0.002]})
+    curve, goal = plot_overfit({"mel": SimpleNamespace(history=history)}).axes[0].lines
+    assert curve.get_xydata().tolist() == [[1, 0.7], [11, 0.002]] and goal.get_ydata()[0] == 0.01
+
+
+def test_what_a_digit_becomes_layer_by_layer():
+    maps, chances = {"first": np.ones((2, 3, 3)), "last": -np.ones((4, 2, 2))}, np.eye(10)[7] / 2
+    fig = plot_activations({"untrained": (maps, chances), "trained": (maps, 2 * chances)}, 4)
+    for column, height in ((fig.axes[::2], 0.5), (fig.axes[1::2], 1)):
+        shown = [np.nansum(ax.images[0].get_array()) for ax in column[:2]]
+        assert shown == [18, -16]  # positive is red, on a scale symmetric about 0
+        heights = [bar.get_height() for bar in column[2].patches]
+        assert heights == [height * (k == 7) for k in range(10)]
+        orange = [bar.get_facecolor() == to_rgba(COLORS[1]) for bar in column[2].patches]
+        assert orange == [k == 4 for k in range(10)]
+
+
+def test_operations_show_one_channel_of_one_clip_and_count_all_values():
+    values = np.random.default_rng(0).standard_normal((3, 2, 5, 8)).clip(0)
+    _, upper, _, lower, *_ = plot_operations({"conv": -values, "relu": values}, 1, 2.5).axes
+    (image,) = upper.images
+    assert (image.get_array() == values[0, 1].T).all() and image.origin == "lower"
+    facts = f"mean {values.mean():.2f}, sd {values.std():.2f}, zeros {(values == 0).mean():.0%}"
+    assert lower.get_title() == facts and image.get_extent() == [0, 2.5, 0, N_MELS]

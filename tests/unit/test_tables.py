@@ -9,11 +9,14 @@ import pytest
 
 from patrec.errors import InputError
 from patrec.labels import EMOTIONS, fingerprint
+from patrec.recipes import PARTS
 from patrec.tables import (
     difference_line,
     earlier_predictions,
+    genre_table,
     held_out_rows,
     markdown_table,
+    parts_table,
     prediction_rows,
     training_table,
     write_predictions,
@@ -84,6 +87,19 @@ def test_a_training_in_a_row():
         "training clips": 20, "trained weights": 7, "examples": 120, "epochs (kept)": "3 (2)",
         "seconds": 5, "validation Spearman": 0.25,
     }  # fmt: skip
+
+
+def test_scores_in_a_row_and_what_the_parts_are_worth_to_each_kind():
+    row = {
+        "accuracy": 0.4,
+        "accuracy_ci95": [0.3, 0.7],
+        "macro_f1": 0.3,
+        "macro_f1_ci95": [0.2, 0.6],
+    }
+    shown = [5, "0.400 [0.300, 0.700]", "0.300 [0.200, 0.600]"]
+    assert genre_table({"a": row | {"n_clips": 5}}).loc["a"].tolist() == shown
+    for kind in ("lstm", "cnn"):
+        assert list(parts_table(kind)[0].iloc[:, 1]) == [part[1][kind] for part in PARTS.values()]
 
 
 IDS = ["7", "010", "9"]  # as text: 010 is not 10, and 9 comes last
