@@ -363,8 +363,8 @@ def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
 def frame_statistics(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """Describe every n frames: (B, T, F) -> (B, ceil(T / n), 3 F).
 
-    Mean, standard deviation and mean absolute change from frame to frame of each band,
-    which are also the input of the SVM baseline, there of a whole clip (`band_features`).
+    Mean, standard deviation and mean absolute change from frame to frame of each band, which
+    the SVM baseline has too, there of a whole clip (`band_features`).
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)

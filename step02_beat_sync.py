@@ -83,9 +83,9 @@ step.figure(fig, "lstm_cost", caption)
 step.text(f"""
 An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
 parallel on any device. The {n_batch} timed clips have {n_full} frames or {n_beat} beats (medians).
-Full clips are cut to each number of steps: a training pass takes {seconds[n_full]:.3f} s at
-{n_full} steps, {ratio:.0f} times the {seconds[n_beat]:.3f} s at {n_beat}. Fitted to all lengths,
-time grows like the number of steps to the power {exponent:.2f}.
+To time fewer steps, the full clips are cut. A training pass takes {seconds[n_full]:.3f} s at
+{n_full} steps, {ratio:.0f} times the {seconds[n_beat]:.3f} s at {n_beat}. A line fitted to the
+figure has the slope {exponent:.2f}; with a slope of 1, twice as many steps take twice as long.
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
@@ -129,9 +129,9 @@ norms of these matrices are below 1, the product vanishes exponentially (Hochrei
 al., 1994). The forget gate of an LSTM can preserve the gradient, if training has brought the gate
 close to 1. The numbers are from one random start.
 
-Step 5 therefore changes four things (5a): eight frames make one time step, a dense layer comes
-before the LSTM, it reads the clip in both directions, and the class is predicted from its outputs
-at all steps. So the gradient enters at every step. Training on full clips takes crops of 15 s.
+Step 5 therefore changes the LSTM (5a): eight frames of a full clip make one time step, a dense
+layer comes before the LSTM, it reads the clip in both directions, and the class is predicted from
+its outputs at all steps. So the gradient enters at every step. Training takes crops of the clips.
 """)
 
 # %% 2b. Step 1 on beat-synchronised spectrograms
@@ -179,7 +179,7 @@ step.text(f"""
   and the last column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
-  so it is mostly quieter than the loudest cell of the full array, and the other values mostly rise.
+  so it is never louder than the loudest cell of the full array, and the other values mostly rise.
   A median also removes short loud sounds, so the mean level of some clips falls.
 """)
 

@@ -71,10 +71,10 @@ caption = f"Full and beat-synchronised chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
 step.text("""
 A chromagram adds up how strong each note is over all octaves. It keeps the harmony and loses the
-octave and most of the timbre. Overtones appear in other rows (the third harmonic of C is a G). A
-horizontal line is a held note, and a column with three strong rows is often a triad; in noise or a
-drum hit most rows are strong. In a full chromagram each frame that is not silent is scaled so that
-its strongest pitch class is 1. So quiet and loud frames count alike.
+octave and most of the timbre. Some overtones appear in other rows (the third harmonic of C is a G).
+A horizontal line is a held note, and a column with three strong rows is often a triad; in noise or
+a drum hit most rows are strong. In a full chromagram each frame that is not silent is scaled so
+that its strongest pitch class is 1. So quiet and loud frames count alike.
 
 - **Strongest pitch class**: the highest mean over time.
 - **Strong pitch classes**: how many are above .5 in a step, on average.
@@ -85,10 +85,11 @@ rows = pd.DataFrame([measures[form].iloc[i] for i, form in cells], names).rename
 step.table(rows.rename(columns=COLUMNS), "The two clips, measured")
 first, second = (measures["full"].iloc[i] for i in (0, 1))
 step.text(f"""
-In {titles[0]} the strongest pitch class is {first["strongest"]}, in {titles[1]} it is
-{second["strongest"]}. On average {first["strong"]:.1f} pitch classes of a frame are strong in the
-first clip and {second["strong"]:.1f} in the second; from frame to frame a pitch class changes by
-{first["change"]:.3f} and {second["change"]:.3f}.
+In the full chromagram of {titles[0]} the strongest pitch class is {first["strongest"]}, in that of
+{titles[1]} it is {second["strongest"]}. On average {first["strong"]:.1f} pitch classes of a frame
+are strong in the first clip and {second["strong"]:.1f} in the second. From frame to frame a pitch
+class changes by {first["change"]:.3f} in the first clip and by {second["change"]:.3f} in the
+second.
 """)
 
 # %% 3, as 1c. Two clips or two genres?

@@ -55,9 +55,9 @@ from its output at the last time step. `--plain` trains such an LSTM. Here four 
 1. Eight frames make one time step. It holds the mean, the standard deviation and the mean absolute
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
    one frame of 23 ms says little. In beat-synchronised input, one beat is one time step.
-2. The features of a step are standardised, because deviations and changes have other sizes than
-   means (`StepNorm`); a step of one beat has no deviations and changes. Then a dense layer with
-   layer normalisation comes before the LSTM (`stem`).
+2. Means, deviations and changes have different sizes, so each of these features is standardised
+   (`StepNorm`). Beats do not need this, because a step of one beat is the beat itself. Then a dense
+   layer with layer normalisation comes before the LSTM (`stem`).
 3. One layer reads the clip in both directions (`blocks`), instead of two layers in one direction.
 4. The class is predicted from the mean and the maximum of the LSTM's outputs over all time steps of
    the clip (`masked_mean_max`), because every part of a clip tells something about its genre.
@@ -117,13 +117,13 @@ step.text(f"""
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
     - *Epoch*: we keep the epoch with the highest validation macro-F1 among {step.searched}. The
       best of all epochs is often an early one, by chance, because the validation clips are few. In
-      cross-validation, choosing it lowered the macro-F1 of the LSTM on mel by .08 on new clips
-      (docs/experiments.md). The best of several epochs is an optimistic estimate.
+      cross-validation, this choice gave the LSTM on mel a macro-F1 that was lower by .08 on new
+      clips (docs/experiments.md). The best of several epochs is an optimistic estimate.
 
     The default recipe also has the parts in the table. `--recipe lab` trains without them, with
     Adam, cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure
-    the difference on your clips. `--plain` does without them too. They are kept because of the log
-    loss. For the macro-F1 of the LSTM no effect was shown.
+    the difference on your clips. `--plain` does without them too. They lower the log loss of the
+    LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
 caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
@@ -146,10 +146,11 @@ lines = [
     f"`{name}` {row['epoch']:.0f} of {len(runs[name].history)}" for name, row in lowest.items()
 ]
 step.text(f"""
-    The epoch with the lowest validation loss: {", ".join(lines)}. Where the validation loss rises
+    The epoch with the lowest validation loss: {", ".join(lines)}. If the validation loss rises
     after that epoch while the training loss still falls, the network overfits: it becomes too
     confident on clips that it has not seen. The predicted classes can still become better, so the
-    epoch is chosen by macro-F1.
+    epoch is chosen by macro-F1. If the lowest loss is that of the last epochs, more epochs may
+    help.
 """)
 
 # %% Test scores

@@ -220,29 +220,29 @@ Precision and recall differ most for {unequal}: precision {row["precision"]:.3f}
 {per_class.loc[hardest, "f1"]:.3f}.
 
 **What information do micro and macro averages give?** The macro average is the mean over the
-classes, so a small class counts as much as a large one: macro-F1 is {one["macro_f1"]:.3f}. The
-micro average counts every clip the same. With one label per clip it equals the accuracy: micro-F1
-is {one["micro_f1"]:.3f}.
+classes, so a small class counts as much as a large one: precision {one["macro_precision"]:.3f},
+recall {one["macro_recall"]:.3f}, F1 {one["macro_f1"]:.3f}. The micro average counts every clip the
+same. With one label per clip all three equal the accuracy: micro-F1 is {one["micro_f1"]:.3f}.
 
 **When do accuracy and F1 differ much?** They differ when a model recognises large classes and
-misses small ones. Missing the small classes hardly lowers the accuracy, but it lowers macro-F1. An
+misses small ones. Then the accuracy tells mainly how well the large classes are recognised. An
 extreme case is a model that always predicts {commonest}: accuracy {lowest["accuracy"]:.3f} and
 macro-F1 {lowest["macro_f1"]:.3f}. A macro-F1 above the accuracy often means that small classes are
 recognised better than large ones. In a task with one rare class, its F1 can be near 0 while the
 accuracy is near 1.
 
-**When do micro and macro F1 differ much?** Micro-F1 equals accuracy here, so they differ in the
-same case: the classes have unequal sizes (from {support.min():.0f} to {support.max():.0f} test
-clips) and F1 is not the same for all classes. A micro-F1 far above the macro-F1 means that the
-small classes are recognised worse than the large ones, a micro-F1 below it the opposite. Micro
-minus macro F1 is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()},
-has an F1 of {per_class.loc[support.idxmin(), "f1"]:.3f}.
+**When do micro and macro F1 differ much?** They differ much if some classes are recognised much
+better than others, most often if the classes also have unequal sizes (here from {support.min():.0f}
+to {support.max():.0f} test clips). A micro-F1 far above the macro-F1 means that some classes are
+recognised badly, usually the small ones. Below it, usually the large ones are. Micro minus macro F1
+is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()}, has an F1 of
+{per_class.loc[support.idxmin(), "f1"]:.3f}.
 
 **Are there tasks where we care more about precision than recall, or the opposite? Is a good
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre
 needs precision: a metal song among lullabies is worse than a missing lullaby. A search for an
-illness needs recall: a missed case does the harm. Accuracy and F1 do not tell these errors apart.
-We then require, for example, a recall of at least .9 and compare the precision.
+illness needs recall: a missed case is worse than a false alarm. Accuracy and F1 do not tell these
+errors apart. For the search we can require a recall of at least .9 and compare the precision.
 
 **Which one for this task?** We choose by macro-F1. All genres matter equally, but their sizes
 differ, and macro-F1 shows when a model recognises only the frequent classes.

@@ -202,13 +202,14 @@ true_digit = int(digits[3][0])
 step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
 before, early, after = (float(chances[true_digit]) for _, chances in columns.values())
 step.text(f"""
-The map of a filter of the first convolution is red where the image looks like its 3 x 3 weights,
-for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). Batch normalisation shifts
-and scales each map, ReLU removes what is negative, and max pooling keeps the strongest response in
-each 2 x 2 square. The second block does the same with the maps of the first. The output layer turns
-its maps into probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before
-training, {early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation
-changes nothing: it still has mean 0 and variance 1.
+The map of a filter of the first convolution is reddest where the image looks like its 3 x 3
+weights, for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). The filter's bias
+is added everywhere, also where the image is empty. Batch normalisation shifts and scales each map,
+ReLU removes what is negative, and max pooling keeps the strongest response in each 2 x 2 square.
+The second block does the same with the maps of the first. The output layer turns its maps into
+probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before training,
+{early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation changes
+nothing in evaluation mode, because its stored mean is still 0 and its variance 1.
 """)
 
 # %% 7b. The network
@@ -285,8 +286,8 @@ step.table(tables.genre_table(scores), "Scores on the test set, with 95% interva
 # (the convolution reduced to 1 x 1), and in the trained genre network.
 step.heading("7c. What the four operations do")
 step.text("""
-What does each operation do? First the digit network of 7a is trained again without it. Then the
-figure shows the four operations in the trained genre network.
+What does each operation do? The digit network of 7a is trained again, each time without one of the
+operations. Then the figure shows the four operations in the trained genre network.
 """)
 left_out = {}
 variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
@@ -298,7 +299,7 @@ for label, without in variants.items():
         "test accuracy": f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}",
         "weights": str(common.count_weights(twins[0][0][0])),
     }
-caption = f"Digits, {n_epochs} epochs: one operation left out, mean ± sd of {n_seeds} seeds"
+caption = f"Digits, {n_epochs} epochs: one operation changed, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
 
 # %% 7c. The trained genre network at work
@@ -326,15 +327,15 @@ few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbour
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
 all places, then scales and shifts it by two learned numbers. In the figure the standard deviation
-is not exactly 1: the trained network uses mean and deviation of its training, not of these clips,
-and scales the result. The activations keep a steady size, which allows higher learning rates (Ioffe
-& Szegedy, 2015). Why it works is still debated (Santurkar et al., 2018).
+is not exactly 1, because the trained network uses the mean and deviation that it has stored in
+training, and then scales the result. The activations keep a steady size, which allows higher
+learning rates (Ioffe & Szegedy, 2015). Why it works is still debated (Santurkar et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
 It makes the network non-linear. Convolutions in a row without it are only one linear map.
 
 **Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
-and each of them sees more of the clip. Where exactly a pattern was is lost.
+and each of them sees more of the clip. The exact place of a pattern is lost.
 
 The table of the digits shows what each operation is worth there. A difference smaller than the
 standard deviations (after ±) shows nothing. Leaving out pooling or ReLU may cost nothing: in small

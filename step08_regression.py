@@ -66,8 +66,8 @@ step.text(f"""
       have no useful gradient, so this score cannot be a loss. Pearson's correlation of the values
       has one, and it too rewards predictions that rise with the labels.
 
-    If outputs and labels have different shapes, the loss stops with an error. Otherwise PyTorch
-    would compute B x B differences without a warning.
+    If outputs and labels have different shapes, the loss stops with an error. Without this check,
+    PyTorch would subtract every label from every prediction (B x B differences) and not warn.
 
     Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
     smaller. We keep the epoch with the highest validation Spearman among {step.searched}, as
@@ -159,12 +159,13 @@ for kind, name in networks.items():
 facts |= {name: {"val": {}, "test": scores[name]} for name in scores if name not in networks}
 val = {kind: facts[kind]["val"]["mean_spearman"] for kind in networks}
 best = max(val, key=val.get)
+both = ", ".join(f"{kind} {value:.3f}" for kind, value in val.items())
 step.heading("Predictions for the clips without labels")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"""
-    `submission.csv` has the predictions of `{best}` for {len(unlabelled)} clips. It is the network
-    with the higher mean of the three validation scores
-    ({", ".join(f"{kind} {value:.3f}" for kind, value in val.items())}).
+    `submission.csv` has the predictions of `{best}` for {len(unlabelled)} clips. `{best}` has the
+    higher mean of the three validation scores ({both}). The held-out clips of 8e have no part in
+    this choice, so the other network may have the higher score there.
 """)
 if unlabelled:
     chosen = [runs[f"{best}_{emotion}"] for emotion in EMOTIONS]

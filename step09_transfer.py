@@ -111,8 +111,9 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
 - *The metric is macro-F1.* It counts every genre equally. A network that ignores the rare genres
   can still have a high accuracy. The loss also depends on how confident the network is, which the
   lab's scores do not measure.
-- *The epoch is the best among {step.searched}.* The best of all is often an early one, by
-  chance, so the default recipe searches the last 20% only. The saved weights are {saved}.
+- *The epoch is the best among {step.searched}.* The score on few clips is noisy, so the best of all
+  can be an early epoch by chance. The default recipe therefore searches the last 20% only. The
+  saved weights are {saved}.
 - *The set is the validation set.* On training clips, later epochs look better even if the network
   overfits. On test clips, the choice would make the test score optimistic.
 """)
@@ -201,11 +202,12 @@ table = tables.training_table(done)
 table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 seconds = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(table, f"{len(data.train)} training clips. {seconds}")
-step.text("""
-    `head` is the first phase, `transfer` the second one. The others start from random weights:
-    `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If step 8 has
-    trained this network, its predictions are used. The input of the copied network is standardised
-    as in genre training, that of the others by the emotion training clips.
+step.text(f"""
+    `head` is the first phase, `transfer` the second one. {len(data.val)} validation clips are too
+    few to rank these models: 9e compares them on the held-out clips. The others start from random
+    weights: `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If
+    step 8 has trained this network, its predictions are used. The input of the copied network is
+    standardised as in genre training, that of the others by the emotion training clips.
 """)
 shown = ("head", "transfer", "scratch")
 curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}

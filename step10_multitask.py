@@ -55,8 +55,8 @@ several fields: convolutions, attention and a mixture of experts. The authors co
 3. A building block that seems unnecessary for a task does not harm it. In most cases it helps.
 
 The second conclusion is about data that other tasks bring. In this step the three tasks have the
-same clips, so joint training adds labels, but no music. It can help only because the backbone must
-learn features that are useful for all three labels.
+same clips, so joint training adds labels, but no music. It can help if the backbone learns features
+that are useful for all three labels.
 """)
 
 
@@ -94,7 +94,7 @@ step.text(f"""
     {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f}, the order of magnitude of the
     correlation term, which lies between 0 and 1. The largest of the three is {ratio["raw"]:.2f}
     times the smallest without weights, {ratio["weighted"]:.2f} times with them. A network that
-    always predicts the mean label has a weighted squared error of 1.
+    always predicts the mean label has a weighted squared error of 1 over all training clips.
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
@@ -136,7 +136,8 @@ step.text(f"""
     - `multitask_from_genre` starts from the weights of the genre network `cnn_mel`
       ({genre.facts["epochs"]} of {genre.facts["planned_epochs"]} planned epochs). Its input is
       standardised as in genre training. Otherwise it is trained like `multitask`.
-    - `multitask_lstm` is the LSTM on mel and chroma, with random weights and three heads.
+    - `multitask_lstm` is the LSTM on mel and chroma, with random weights and three heads. The
+      chroma is input that the CNN does not have.
 
     All three are trained as in step 8. We keep the epoch with the highest mean Spearman on the
     {facts["multitask"]["n_val"]} validation clips, among {step.searched}.
@@ -193,17 +194,18 @@ elif "cnn" in single:
         lines.append(f"- {title}: {tables.difference_line(*pair, difference)}")
     step.text("\n".join(lines))
     step.text(f"""
-        The intervals show how much depends on the choice of the held-out clips, but not on the seed
-        of the training. The multitask network has {facts["multitask"]["weights"]:,} weights, the
-        three networks of step 8 together {step8.runs["cnn"]["weights"]:,}. For all three tasks the
-        same epoch is kept, and they are trained on the same crops. In step 8 each of the three
-        models saw as many examples as the one model here.
+        The intervals show how much a difference depends on the held-out clips. They do not show how
+        much it depends on the seed of the training. The multitask network has
+        {facts["multitask"]["weights"]:,} weights, the three networks of step 8 together
+        {step8.runs["cnn"]["weights"]:,}. It keeps one epoch for all three emotions, each network of
+        step 8 its own. In step 8 each of the three models saw as many examples as the one model
+        here.
     """)
 step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
-    `multitask_lstm`. These two were chosen by cross-validation on the small data set of
-    docs/results.md. On that data set the score of the average is optimistic.
+    `multitask_lstm`. These two were chosen before this run, by cross-validation on the small data
+    set of docs/results.md. If this is that data set, the score of the average is optimistic.
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
 if alike and step8.runs["lstm"]["network"] == "fused":  # the same input

@@ -230,7 +230,7 @@ step.text(f"""
 nearest other clips (if n classes are equally common, the right one counts 1/n). Always naming the
 most common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
 a is a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same
-network with random weights. The number of dimensions alone changes a silhouette, so compare each
+network with random weights. A silhouette depends on the number of dimensions, so compare each
 model with its untrained network first. 95% intervals are over test clips. They are approximate: the
 clips are not independent, each is also a neighbour of others.
 
@@ -238,10 +238,10 @@ clips are not independent, each is also a neighbour of others.
 {lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; 0 or less: the
 classes overlap). The 5-NN accuracy there is {lstm["knn_accuracy"]:.3f} and
 {cnn["knn_accuracy"]:.3f}. The plane keeps {kept[best]["pca_variance_2d"]:.0%} and
-{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance. The output layer uses all dimensions, so a
-model can have the higher test accuracy although its classes overlap more in the plane. In the full
-space training changes the 5-NN accuracy from {knn[best][1]} to {knn[best][0]} (LSTM) and from
-{knn["cnn_mel"][1]} to {knn["cnn_mel"][0]} (CNN).
+{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance. The output layer uses all dimensions, so
+an overlap in the plane says little about the test accuracy. In the full space training changes the
+5-NN accuracy from {knn[best][1]} to {knn[best][0]} (LSTM) and from {knn["cnn_mel"][1]} to
+{knn["cnn_mel"][0]} (CNN).
 """)
 step.text(knn_difference("cnn_mel", best)[0])
 class_caption = "5-NN accuracy by class, in the full space"
@@ -268,8 +268,10 @@ gap = (per_class[titles[best]] - per_class[titles[worst]]).idxmax()
 answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
 **Is there a qualitative difference?** {answer}, by the 5-NN accuracy in the full space (see the
-line above the table): {knn[best][0]} for the best LSTM, {knn[worst][0]} for the worst. Before
-training it was {knn[best][1]} and {knn[worst][1]}. The best LSTM is furthest ahead in {gap}:
+line above the table): {knn[best][0]} for the best LSTM, {knn[worst][0]} for the worst. Training
+has changed it from {knn[best][1]} and {knn[worst][1]}. In the plane it is
+{kept[best]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}; always naming
+the most common class gives {commonest:.3f}. The best LSTM is furthest ahead in {gap}:
 {per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}. Look in the picture
 for classes that lie apart.
 """)
@@ -283,18 +285,17 @@ n_isomap, n_umap, perplexity = min(10, others), min(15, others), min(30, others 
 seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""
 The three criteria were chosen in advance. *Trustworthiness* (Venna & Kaski, 2001; at best 1) tells
-whether a clip's {N_NEIGHBOURS} neighbours in the map are near it in the full space too. It does
-not use the genres, and it favours methods that keep neighbours. *Silhouette* and *5-NN accuracy*
-tell how well the map separates the genres. If the 5-NN accuracy is higher in the map than in the
-full space, the method has added that separation, not the network. Silhouettes of a map and of the
-full space cannot be compared.
+whether a clip's {N_NEIGHBOURS} neighbours in the map are near it in the full space too. It does not
+use the genres, and it favours methods that keep neighbours. *Silhouette* and *5-NN accuracy* tell
+how well the map separates the genres. They say nothing about the full space: a map can separate the
+genres better than the full space does.
 
-PCA is linear; of all projections onto a plane it keeps the largest share of the squared distances.
-Isomap ({n_isomap} neighbours; Tenenbaum et al., 2000) keeps distances along a graph of neighbours.
-t-SNE (perplexity {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({n_umap} neighbours;
-McInnes et al., 2018) keep neighbours together and do not keep large distances. So look for groups;
-their size and the distances between them mean little. Both draw random numbers, so they run with
-{len(seeds)} seeds, and the pictures show the first.
+PCA is linear: it projects onto the plane with the largest variance. Isomap ({n_isomap} neighbours;
+Tenenbaum et al., 2000) keeps distances along a graph of neighbours. t-SNE (perplexity
+{perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({n_umap} neighbours; McInnes et al.,
+2018) keep neighbours together and do not keep large distances. So look for groups; their size and
+the distances between them mean little. Both draw random numbers, so they run with {len(seeds)}
+seeds, and the pictures show the first.
 """)
 # If the graph of neighbours is in pieces, Isomap joins their nearest points and warns about it.
 warnings.filterwarnings("ignore", "The number of connected components")
@@ -352,9 +353,10 @@ for name, title in titles.items():
     better.append(f"- {title}: {', '.join(won) or 'no method works better than another'}.")
 step.text("""
 We say that one method works better than another only if it is better by all three criteria for the
-same model, and if the ranges over the seeds do not overlap. With a high trustworthiness, neighbours
-in the map are real neighbours. With a high silhouette and 5-NN accuracy, the genres are well
-separated in the map. By this rule:
+same model, and if the ranges over the seeds do not overlap. This rule does not show how much the
+result depends on the choice of test clips. With a high trustworthiness, neighbours in the map are
+real neighbours. With a high silhouette and 5-NN accuracy, the genres are well separated in the map.
+By this rule:
 """)
 step.text("\n".join(better))
 table = pd.DataFrame(best_by).T.rename_axis("model")

@@ -23,11 +23,11 @@ def band_features(store, indices=None) -> np.ndarray:
 
 
 BASELINES = """
-`constant`, `ridge` and `svr` are baselines. `constant` predicts a mean training label for every
-clip. `ridge` is a linear regression and `svr` is support vector regression. Their input is the
-mean, standard deviation, percentiles and mean change from frame to frame of each mel band over the
-clip, so they know little about the order in time. They are fitted on the training and validation
-clips together, so their training set is larger than that of the networks.
+`constant`, `ridge` and `svr` are baselines. `constant` predicts the mean label for every clip.
+`ridge` is a linear regression and `svr` is support vector regression. Their input is the mean,
+standard deviation, percentiles and mean change from frame to frame of each mel band over the clip,
+so they know little about the order in time. They are fitted on the training and validation clips
+together, so their training set is larger than that of the networks.
 """
 
 

@@ -25,8 +25,8 @@ def parts_table(kind) -> tuple[pd.DataFrame, str]:
     columns = ["what is done, and why", "log loss, macro-F1 without it"]
     caption = (
         f"Parts of the training. Last column: the change of the {kind.upper()}'s scores on mel "
-        "without the part, in cross-validation on the small data set of docs/experiments.md. A "
-        "higher log loss is worse, a lower macro-F1 too. After ±: one standard error"
+        "without the part, in cross-validation on the small data set of docs/experiments.md. It is "
+        "worse if the log loss rises or macro-F1 falls. After ±: one standard error"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 
