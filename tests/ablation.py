@@ -82,12 +82,9 @@ def compare(found, base):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "networks", nargs="*", default=list(EXAMPLES), help=f"of: {', '.join(EXAMPLES)}"
-    )
+    raw, names = argparse.RawTextHelpFormatter, list(EXAMPLES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("networks", nargs="*", default=names, help=f"of: {', '.join(names)}")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()

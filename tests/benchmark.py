@@ -121,10 +121,7 @@ def rates(name, train, predict, model, to_predict, device, window=None) -> dict:
 
 
 def loading_times(load, repeats=7) -> tuple:
-    """What the last load gives, and the median seconds of a first and of a second one.
-
-    Each first load finds an empty cache.
-    """
+    """What the last load gives, and the median seconds of a first and of a second one."""
     seconds = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:

@@ -71,9 +71,8 @@ def main():
     for keys in TABLES:
         some = {row: scores for row, scores in rows.items() if keys[0] in scores[0]}
         print(f"\n{next(iter(some.values()))[0]['n_clips']} clips\n")
-        print(
-            "|".join(["", "row", *keys, "printed by", ""]) + "\n" + "| --- " * (len(keys) + 2) + "|"
-        )
+        print("|".join(["", "row", *keys, "printed by", ""]))
+        print("| --- " * (len(keys) + 2) + "|")
         for (name, step), scores in some.items():
             print("|".join(["", name, *(cell(scores, key) for key in keys), f"`{step}.py`", ""]))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import (
     EMOTIONS,
     GENRES,
     INTRO,
-    emotion_predictions,
     emotion_values,
     labels_of,
     make_ids,
@@ -43,14 +43,12 @@ class EmotionRun(NamedTuple):
     folder: Path  # of the step
 
     runs = property(lambda self: read_metrics(self.folder)["runs"])
-    table = property(lambda self: emotion_predictions(self.folder))
+    table = property(lambda self: pd.read_csv(self.folder / "predictions.csv", dtype={"clip": str}))
 
     def predictions(self, model):
         """Predictions of a model (clips, axes), and these clips' labels by the label file."""
-        rows = self.table.query("model == @model").pivot(
-            index="clip", columns="target", values="prediction"
-        )
-        labels = labels_of(self.data, "emotion")
+        rows, labels = self.table.query("model == @model"), labels_of(self.data, "emotion")
+        rows = rows.pivot(index="clip", columns="target", values="prediction")
         return rows[list(EMOTIONS)].to_numpy(), np.array([labels[clip] for clip in rows.index])
 
     def checkpoint(self, name):
@@ -68,9 +66,8 @@ class EmotionRuns:
     def __init__(self, factory):
         root = once(factory, "emotion", make_runs)
         self.data, self.genre = root / "data", root / "genre"
-        self.regression, self.transfer, self.multitask = (
-            EmotionRun(self.data, root / "out" / step) for step in (STEP8, STEP9, STEP10)
-        )
+        steps = (EmotionRun(self.data, root / "out" / step) for step in (STEP8, STEP9, STEP10))
+        self.regression, self.transfer, self.multitask = steps
 
 
 def make_runs(root):

@@ -10,10 +10,7 @@ from filelock import FileLock
 
 
 def once(factory, name, make):
-    """The folder that `make(folder)` fills, for all test files and all test processes.
-
-    No pictures are drawn; other tests look at those.
-    """
+    """The folder that `make(folder)` fills, for all test files and processes; without pictures."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # which the test processes have in common

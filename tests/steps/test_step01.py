@@ -6,14 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import (
-    FEW_GENRES,
-    assert_clean_error,
-    genre_level,
-    read_metrics,
-    read_table,
-    run_forked,
-)
+from conftest import FEW_GENRES, assert_clean_error, genre_level, read_table, run_forked, run_smoke
 from scipy.io import wavfile
 
 from patrec.clips import sample_clips
@@ -35,10 +28,7 @@ def wav(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(small_data, wav, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    where = ("--data-dir", small_data, "--out-dir", out)
-    run_forked(f"{STEP}.py", "--smoke", *where, "--audio", wav)
-    return out / STEP, read_metrics(out / STEP)
+    return run_smoke(STEP, small_data, tmp_path_factory, "--audio", wav)
 
 
 def test_the_report_is_whole_and_the_data_folder_is_counted(run, small_data):

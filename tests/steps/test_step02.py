@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import read_metrics, read_table, run_forked
+from conftest import read_table, run_smoke
 
 from patrec.clips import sample_clips
 from patrec.measures import measure_table, mel_measures
@@ -14,9 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    run_forked(f"{STEP}.py", "--smoke", "--data-dir", small_data, "--out-dir", out)
-    return out / STEP, read_metrics(out / STEP)
+    return run_smoke(STEP, small_data, tmp_path_factory)
 
 
 def test_the_report_is_whole_and_looks_at_the_two_clips_of_the_seed(run, small_data):
@@ -49,11 +47,8 @@ def test_the_time_steps_of_every_drawn_clip_are_counted(run, small_data):
     folder, metrics = run
     table = read_table(folder, "Time steps of 10 drawn clips").astype(int)
     clips = sample_clips(small_data, 2, 42)
-    for form, arrays in (
-        ("full", [c.full for c in clips]),
-        ("beat-synced", [c.beat for c in clips]),
-    ):
-        lengths = [array.shape[1] for array in arrays]
+    for form, kind in (("full", "full"), ("beat-synced", "beat")):
+        lengths = [getattr(clip, kind).shape[1] for clip in clips]
         expected = {"min": min(lengths), "median": np.median(lengths), "max": max(lengths)}
         assert metrics["steps"][form] == expected
         quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)

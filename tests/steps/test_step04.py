@@ -16,6 +16,7 @@ from conftest import (
     read_metrics,
     read_table,
     run_forked,
+    run_smoke,
     write_data_set,
 )
 
@@ -24,9 +25,7 @@ STEP = "step04_dataset"
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    run_forked(f"{STEP}.py", "--smoke", "--data-dir", data_dir, "--out-dir", out)
-    return out / STEP, read_metrics(out / STEP)
+    return run_smoke(STEP, data_dir, tmp_path_factory)
 
 
 def test_both_forms_of_a_clip_are_followed_from_line_to_batch(run, data_dir):
@@ -84,10 +83,7 @@ def audit(tmp_path_factory):
     """What step 4 says of a data set with faults; which clips they are: {fault: id}."""
     tmp_path = tmp_path_factory.mktemp("faulty")
     root = write_data_set(tmp_path / "data", per_class=(5, 2), n_emotion=(8, 3), n_frames=40)
-    genre, beat, emotion = (
-        root / name
-        for name in ("fma_genre_spectrograms", "fma_genre_spectrograms_beat", "multitask_dataset")
-    )
+    genre, beat = (root / f"fma_genre_spectrograms{end}" for end in ("", "_beat"))
     train, test = (sorted((genre / split).glob("*.npy")) for split in ("train", "test"))
     paths = dict(zip(KINDS, train[10:80:10], strict=True))
     array, bands = np.load(train[0]), np.arange(140)[:, None] < 128
@@ -105,15 +101,13 @@ def audit(tmp_path_factory):
     # array and by id, among the multitask training clips.
     paths |= {"leak within": test[0], "leak by array": test[5], "leak by id": test[9]}
     shutil.copy(test[0], train[3])
-    shutil.copy(test[5], min((emotion / "train").glob("*.npy")))
+    shutil.copy(test[5], min((root / "multitask_dataset" / "train").glob("*.npy")))
     labels = root / "multitask_dataset_beat" / "train_labels.txt"
     labels.write_text(labels.read_text() + f"{test[9].name.split('.')[0]},0.5,0.5,0.5\n")
     np.save(labels.parent / "train" / test[9].name, np.load(beat / "test" / test[9].name) * 0.9)
     run_forked(f"{STEP}.py", "--data-dir", root, "--out-dir", tmp_path)
-    return (
-        read_metrics(tmp_path / STEP),
-        {kind: path.name.split(".")[0] for kind, path in paths.items()},
-    )
+    clips = {kind: path.name.split(".")[0] for kind, path in paths.items()}
+    return read_metrics(tmp_path / STEP), clips
 
 
 def test_audit_finds_each_planted_fault_once_and_counts_every_array(audit):

@@ -74,10 +74,8 @@ def test_training_does_not_change_with_validation_and_test_clips(small_data, tmp
         run_forked(f"{STEP}.py", *TWO, "--data-dir", root, "--out-dir", out[key].parent)
     for name in ("mel", "beat_fused"):
         folders = [folder / name for folder in out.values()]
-        first, second = (
-            common.load_checkpoint(folder / "best.pt")["settings"] for folder in folders
-        )
-        assert all(map(np.array_equal, first["stats"], second["stats"]))
+        states = [common.load_checkpoint(folder / "best.pt") for folder in folders]
+        assert all(map(np.array_equal, *(state["settings"]["stats"] for state in states)))
         first, second = (pd.read_csv(folder / "history.csv") for folder in folders)
         assert first["train_loss"].tolist() == second["train_loss"].tolist()
         assert (first["val_loss"] != second["val_loss"]).all()

@@ -69,13 +69,12 @@ def test_the_second_phase_goes_on_from_the_head_that_was_learned_first(runs, tmp
 
     def train_all(training, experiments, to_come=0):
         models = {run.name: run.make_model(run.network, data) for run in experiments}
-        begun.update(
-            {name: model.heads["valence"].weight.clone() for name, model in models.items()}
-        )
+        heads = {name: model.heads["valence"].weight for name, model in models.items()}
+        begun.update({name: weight.clone() for name, weight in heads.items()})
         if "transfer_valence" in models:
             raise KeyboardInterrupt  # all is seen
-        for model in models.values():
-            torch.nn.init.constant_(model.heads["valence"].weight, 7.0)
+        for weight in heads.values():
+            torch.nn.init.constant_(weight, 7.0)
         return {name: SimpleNamespace(model=model) for name, model in models.items()}
 
     monkeypatch.setattr(common, "train_all", train_all)
@@ -97,23 +96,18 @@ def test_what_was_frozen_and_how_much_was_trained(runs):
         trained = [run.runs[name]["trained_weights"] for name in names.values()]
         assert sorted(set(trained), reverse=True) == trained, "each block has weights"
         # Both phases together, and the training from scratch beside them, have one budget.
-        shown = [
-            run.runs[name]["epochs"] * run.runs[name]["examples_per_epoch"]
-            for name in (f"head_{axis}", names[4], f"scratch_{axis}")
-        ]
+        rows = [run.runs[name] for name in (f"head_{axis}", names[4], f"scratch_{axis}")]
+        shown = [row["epochs"] * row["examples_per_epoch"] for row in rows]
         assert abs(sum(shown[:2]) - shown[2]) <= run.runs[f"head_{axis}"]["n_train"]
 
 
 def test_the_genre_model_is_the_best_on_validation_clips_of_those_on_frames(runs, tmp_path):
-    """With next to no learning rate, all weights are still its own; from scratch they are not.
-
-    Step 8's CNN, another network, does not stand in for it, although it was trained alike.
-    """
+    """With next to no learning rate, all weights are still its own; from scratch they are not."""
     copy_data(runs.genre, tmp_path / "step05_lstm")
     copy_data(runs.regression.folder, tmp_path / STEP8)
     path, facts = tmp_path / STEP8 / "metrics.json", read_metrics(tmp_path / STEP8)
     alike = {"planned_epochs": 1, "epochs": 1, "lr": 1e-7, "batch_size": 32}
-    facts["runs"]["cnn_valence"] |= alike
+    facts["runs"]["cnn_valence"] |= alike  # another network, which does not stand in for it
     path.unlink()  # a hard link, see copy_data
     path.write_text(json.dumps(facts))
     run = run_step(STEP9, runs.data, tmp_path, "--epochs", 1, "--lr", 1e-7)

@@ -47,9 +47,8 @@ def test_each_head_predicts_its_axis_and_is_scored_by_its_labels(runs):
 def test_the_loss_before_training_is_that_of_a_batch(runs):
     losses = read_metrics(runs.multitask.folder)["losses"]
     for axis in EMOTIONS:
-        raw, weight, weighted, order, term, sd = (
-            losses[key][axis] for key in ("raw", "weight", "weighted", "order", "term", "sd")
-        )
+        keys = ("raw", "weight", "weighted", "order", "term", "sd")
+        raw, weight, weighted, order, term, sd = (losses[key][axis] for key in keys)
         assert weight == pytest.approx(1 / sd**2) and weighted == pytest.approx(raw * weight)
         assert term == pytest.approx(weighted + order) and 0 <= order <= 1
         assert 0.2 < weighted < 5 and weighted != 1  # near the mean label, measured on a batch

@@ -28,16 +28,10 @@ from patrec.tables import with_interval
 
 STEP = "step11_latent"
 # Best and worst LSTM by VAL_SCORES, and the CNN: {run: how tables name it}.
-TITLES = {
-    "chroma": "best LSTM, chroma",
-    "beat_chroma": "worst LSTM, chroma, beats",
-    "cnn_mel": "CNN, mel",
-}
-CRITERIA = {
-    "trustworthiness": "Trustworthiness",
-    "silhouette": "Silhouette of",
-    "knn_accuracy": "5-NN accuracy of",
-}
+TITLES = {"chroma": "best LSTM, chroma", "beat_chroma": "worst LSTM, chroma, beats"}
+TITLES |= {"cnn_mel": "CNN, mel"}
+CRITERIA = {"trustworthiness": "Trustworthiness", "silhouette": "Silhouette of"}
+CRITERIA |= {"knn_accuracy": "5-NN accuracy of"}
 
 
 @pytest.fixture(scope="module")

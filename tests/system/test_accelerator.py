@@ -25,8 +25,7 @@ from patrec.recipes import GENRE_NETWORKS, Recipe
 
 pytestmark = [
     pytest.mark.slow,
-    # The stand-in does copy.
-    pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter"),
+    pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter"),  # it does copy
 ]
 CARD = torch.device("meta")  # any device that is not the CPU and that every build of torch knows
 
@@ -38,9 +37,8 @@ class OnCard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=CARD
-        )
+        options = {"strides": inner.stride(), "dtype": inner.dtype, "device": CARD}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **options)
         tensor.inner = inner
         return tensor
 
@@ -87,9 +85,8 @@ def compute(func, args, kwargs):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Clips twice as long as a crop here, but not as long as the lab's: the stand-in is slow."""
-    return write_data_set(
-        tmp_path_factory.mktemp("data"), per_class=(4, 1), n_emotion=(40, 1), n_frames=(120, 150)
-    )
+    sizes = {"per_class": (4, 1), "n_emotion": (40, 1), "n_frames": (120, 150)}
+    return write_data_set(tmp_path_factory.mktemp("data"), **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -112,23 +109,18 @@ def card(monkeypatch):
 
 
 def test_the_stand_in_refuses_a_tensor_left_on_the_cpu(card):
-    x = torch.ones(3, device=card)
+    x, here = torch.ones(3, device=card), torch.ones(3)
     assert x.device == card and (x + x).sum().item() == 6
-    assert (x + torch.ones(3).to(card)).cpu().tolist() == [2, 2, 2]
-    for left_behind in (
-        lambda: torch.ones(3) * x,
-        lambda: torch.cat([x, torch.ones(1)]),
-        lambda: x.add_(torch.ones(3)),
-    ):
+    assert (x + here.to(card)).cpu().tolist() == [2, 2, 2]
+    for function, args in ((torch.mul, (here, x)), (torch.cat, ([x, here],)), (x.add_, (here,))):
         with pytest.raises(RuntimeError, match="same device"):
-            left_behind()
+            function(*args)
 
 
 def train_on(device, data_dir, folder, name, target, quiet=False, **options):
     """Two epochs and a prediction, all as the steps do it; the losses and what is predicted.
 
-    quiet : without dropout and changes of the input, whose random numbers devices draw
-        differently
+    quiet : without dropout and changes of the input, whose random numbers differ between devices
     """
     network = GENRE_NETWORKS[name]
     window = None if network.plain else 16 if network.beat else 64
@@ -136,12 +128,10 @@ def train_on(device, data_dir, folder, name, target, quiet=False, **options):
     n_clips = 12 if network.plain else 24  # the stand-in is slow where every frame is a step
     source = Source(data_dir, seed=0, device=device, subset=n_clips)
     data = common.load_data(source, network.features, network.beat, target, crop=window)
-    backbone = common.make_backbone(network)
     if target == "genre":
-        model, loss_fn = common.Classifier(backbone, len(data.names)), nn.CrossEntropyLoss()
+        model, loss_fn = common.make_classifier(network, data), nn.CrossEntropyLoss()
     else:
-        model = common.Regressor(backbone, data.names, data.mean, data.std)
-        loss_fn = common.RegressionLoss(data.std)
+        model, loss_fn = common.make_regressor(network, data), common.RegressionLoss(data.std)
     if quiet:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -168,11 +158,9 @@ def assert_close(there, here, losses, outputs):
 
 
 @pytest.mark.parametrize("name, target, fits", [
-    ("cnn_mel", "genre", True),
-    ("cnn_mel", "genre", False),  # clips too many for the device: each batch is copied
-    ("beat_fused", "genre", True),
-    ("plain_mel", "genre", True),
+    ("cnn_mel", "genre", True), ("beat_fused", "genre", True), ("plain_mel", "genre", True),
     ("fused", "emotion", True),
+    ("cnn_mel", "genre", False),  # clips too many for the device: each batch is copied
 ])  # fmt: skip
 def test_training_elsewhere_gives_what_the_cpu_gives(
     data_dir, tmp_path, monkeypatch, request, name, target, fits
@@ -228,9 +216,7 @@ def train_in(dtype, monkeypatch, device, data_dir, folder, *args, **options):
 
 
 @pytest.mark.parametrize("name, target", [("cnn_mel", "genre"), ("beat_fused", "emotion")])
-def test_half_precision_is_used_where_it_is_fast_and_nowhere_else(
-    data_dir, tmp_path, monkeypatch, name, target
-):
+def test_half_precision_only_where_it_is_fast(data_dir, tmp_path, monkeypatch, name, target):
     """In training and scoring; losses, weights and predictions stay single, and about the same."""
     where = (monkeypatch, torch.device("cpu"), data_dir, tmp_path, name, target)
     single, half = (train_in(dtype, *where) for dtype in (torch.float32, torch.bfloat16))
@@ -249,9 +235,8 @@ def on_card(test):
 @pytest.fixture
 def cuda(monkeypatch):
     """The card, computing the same numbers each time."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for name in ("deterministic", "benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, name == "deterministic")
     return torch.device("cuda")
 
 
@@ -262,18 +247,15 @@ NETWORKS = [("cnn_mel", "genre"), ("mel", "genre"), ("beat_mel", "emotion")]
 @pytest.mark.parametrize("name, target", NETWORKS)
 def test_a_card_trains_as_the_cpu_does(cuda, data_dir, tmp_path, monkeypatch, name, target):
     patch_everywhere(monkeypatch, "fast_dtype", lambda device_type: torch.float32)
-    devices = torch.device("cpu"), cuda
-    here, there = (
-        train_on(d, data_dir, tmp_path / d.type, name, target, quiet=True) for d in devices
-    )
+    run = (name, target, True)  # quiet
+    here = train_on(torch.device("cpu"), data_dir, tmp_path / "cpu", *run)
+    there = train_on(cuda, data_dir, tmp_path / "cuda", *run)
     assert_close(there, here, losses=0.01, outputs=0.05)
 
 
 @on_card
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_on_a_card_learns_as_single_precision_does(
-    cuda, data_dir, tmp_path, monkeypatch, dtype
-):
+def test_half_precision_on_a_card_learns_as_single(cuda, data_dir, tmp_path, monkeypatch, dtype):
     where = (monkeypatch, cuda, data_dir, tmp_path, "cnn_mel", "genre")
     single, half = (train_in(kind, *where, quiet=True) for kind in (torch.float32, dtype))
     assert half[0] == pytest.approx(single[0], rel=0.05)

@@ -1,7 +1,6 @@
 """Bad input through the command line: one line that names the file, the fault and the cure.
 
-What each fault is called is told by the tests of the modules; here it ends a whole step. Most
-cases run the step in this process, as `python step...py` does but without its seconds of imports.
+What each fault is called is told by the tests of the modules; here it ends a whole step.
 """
 
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import (
     assert_clean_error,
+    error_line,
     labels_of,
     read_metrics,
     run_inside,
@@ -45,12 +45,8 @@ def refused(tmp_path, capsys):
     """Run what must be refused: exit code 2, one line with all `words`, nothing half-written."""
 
     def call(step, *flags, words):
-        capsys.readouterr()
         where = ("--device", "cpu", "--out-dir", tmp_path / "out")
-        code = run_inside(f"{step}.py", *flags, *where)
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert len(error.splitlines()) == 1 and "Traceback" not in error, error
+        error = error_line(capsys, f"{step}.py", *flags, *where)
         for word in words:
             assert str(word) in error, (word, error)
         assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("metrics.json"))
@@ -67,8 +63,6 @@ def clip_file(data, split):
 def append(path, row):
     path.write_text(path.read_text() + row + "\n")
 
-
-# --- data -------------------------------------------------------------------------------
 
 FAULTS = {
     "genre labels": (TINY, lambda d: append(d / BEAT / "train_labels.txt", "1\tRock\tPop"),
@@ -111,18 +105,13 @@ def test_flags_let_through_what_they_name(data, tmp_path, capsys):
         for path in sorted((data / BEAT / split).glob("*.npy"))[::2]:
             np.save(path, np.load(path)[:, :1])
     shutil.copy(clip_file(data, "train"), clip_file(data, "test"))
-    broken = clip_file(data, "train").with_name(
-        f"{list(labels_of(data, beat=True))[5]}.fused.full.npy"
-    )
+    broken = data / BEAT / "train" / f"{list(labels_of(data, beat=True))[5]}.fused.full.npy"
     broken.write_bytes(b"")
     command = ["--data-dir", data, "--out-dir", tmp_path / "out", "--allow-leak", "--skip-bad"]
     assert run_inside("step05_lstm.py", *TINY[1:], *command) == 0
     assert f"left out: {broken}" in capsys.readouterr().err
     scores = read_metrics(tmp_path / "out" / "step05_lstm")["runs"]["beat_mel"]
     assert scores["n_train"] + scores["n_val"] == 44 and scores["test"]["n_clips"] == 15
-
-
-# --- batches ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["beat_mel", "mel", "cnn_mel"])
@@ -137,16 +126,11 @@ def test_batches_of_every_size_are_trained_on(sound_data, tmp_path, monkeypatch,
     monkeypatch.setattr(common.SpectrogramDataset, "__getitems__", count)
     for batch_size, expected in ((10, [10, 1]), (1000, [11])):
         sizes.clear()
-        out = tmp_path / f"out{batch_size}"
-        options = TrainingOptions(
-            Source(sound_data, subset=11), out, out / "made", epochs=1, batch_size=batch_size
-        )
+        source, out = Source(sound_data, subset=11), tmp_path / f"out{batch_size}"
+        options = TrainingOptions(source, out, out / "made", epochs=1, batch_size=batch_size)
         runs = common.train_all(options, [common.genre_experiment(name)])
         assert sizes[: len(expected)] == expected
         assert np.isfinite(runs[name].history["train_loss"][0])
-
-
-# --- checkpoints ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +163,10 @@ def test_resume_of_another_run(refused, trained, data, tmp_path, other):
     refused(*TINY, *flags, words=[path, words, "leave out --resume"])
 
 
-# --- flags ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [("--epochs", "many"), ("--lr", "nan"), ("--batch-size", 1), ("--seed", -1),
-     ("--max-minutes", 0), ("--device", "tpu"), ("--features", "smell"), ("--smoke=1",)],
-)  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    ("--epochs", "many"), ("--lr", "nan"), ("--batch-size", 1), ("--seed", -1),
+    ("--max-minutes", 0), ("--device", "tpu"), ("--features", "smell"), ("--smoke=1",),
+])  # fmt: skip
 def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
     words = ["error:", flags[0].split("=")[0], *flags[1:], "--help"]
     refused("step05_lstm", *flags, "--data-dir", sound_data, words=words)
@@ -194,6 +174,5 @@ def test_flags_out_of_range(refused, sound_data, tmp_path, flags):
 
 
 def test_mistyped_flags_of_tools(capsys):
-    assert run_inside("tools/kaggle.py", "--stp", "5") == 2
-    error = capsys.readouterr().err
-    assert "--stp" in error and "--help" in error and len(error.splitlines()) == 1
+    error = error_line(capsys, "tools/kaggle.py", "--stp", "5")
+    assert "--stp" in error and "--help" in error

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_forked, run_inside, training_results, write_data_set
+from conftest import ROOT, error_line, read_metrics, run_forked, training_results, write_data_set
 
 import patrec.files
 
@@ -92,14 +92,10 @@ def test_two_processes_do_not_write_into_one_folder(tiny_data, tmp_path, capsys)
     try:
         assert first.stdout.readline().startswith(f"{STEP}: data")  # it has the folder now
         os.kill(first.pid, signal.SIGSTOP)
-        # As if the first were writing it.
-        (folder / ".best.pt.0123abcd.tmp").write_text("half a file")
+        (folder / ".best.pt.0123abcd.tmp").write_text("half a file")  # as if the first wrote it
         before = files_of(folder)
-        capsys.readouterr()
-        code = run_inside(f"{STEP}.py", *arguments)
-        (error,) = capsys.readouterr().err.splitlines()
-        assert code == 2 and str(folder) in error
-        assert "another process" in error and "--out-dir" in error
+        error = error_line(capsys, f"{STEP}.py", *arguments)
+        assert all(word in error for word in (str(folder), "another process", "--out-dir"))
         assert files_of(folder) == before
         os.kill(first.pid, signal.SIGCONT)
         _, errors = first.communicate(timeout=120)

@@ -1,19 +1,9 @@
-"""The first command of somebody without data: the demo set is made, and all that comes says so.
-
-In a copy of the project beside which there is no data.
-"""
+"""The first command of somebody without data: the demo set is made, and all that comes says so."""
 
 import shutil
 
 import pytest
-from conftest import (
-    ROOT,
-    assert_clean_error,
-    patch_everywhere,
-    read_metrics,
-    run_forked,
-    write_data_set,
-)
+from conftest import ROOT, assert_clean_error, patch_everywhere, read_metrics, run_forked
 
 import patrec.files
 
@@ -36,15 +26,9 @@ def write_demo(root, parts):
 """
 
 
-@pytest.fixture(scope="module")
-def small_set(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    return write_data_set(root, per_class=(3, 1), n_emotion=(4, 2), n_frames=30)
-
-
 @pytest.fixture
-def project(tmp_path, small_set, monkeypatch):
-    """A folder with the scripts, without data; nothing tells where data are."""
+def project(tmp_path, tiny_data, monkeypatch):
+    """A copy of the project, without data; nothing tells where data are."""
     for name in ("PATREC_DATA", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "project"
@@ -52,7 +36,7 @@ def project(tmp_path, small_set, monkeypatch):
     for name in ("common.py", f"{STEP}.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "patrec" / "demo.py").write_text(MAKER)
-    shutil.copytree(small_set, folder / "made")
+    shutil.copytree(tiny_data, folder / "made")
     (folder / "made" / "DEMO.txt").write_text("Made up.\n")
     # A machine on which the tests run may be one of Kaggle's: its data are not for this test.
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "no kaggle here"))
@@ -85,9 +69,7 @@ def test_without_data_the_demo_set_is_made_once_and_named_in_all_that_comes_of_i
 
 
 @pytest.mark.parametrize("part, other", [("genre", "emotion"), ("emotion", "genre")])
-def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(
-    tmp_path, monkeypatch, part, other
-):
+def test_only_the_part_that_a_step_needs_is_made(tmp_path, monkeypatch, part, other):
     """A demo set of one part is not taken for both: a step that needs both would find a half."""
     asked = []
 
@@ -107,9 +89,9 @@ def test_only_the_part_that_a_step_needs_is_made_and_the_other_when_one_asks(
     assert asked == [(demo, (part,)), (demo, (part, other))]
 
 
-def test_data_of_ones_own_are_no_demo_and_come_before_it(project, small_set):
+def test_data_of_ones_own_are_no_demo_and_come_before_it(project, tiny_data):
     shutil.copytree(project / "made", project / "data" / "demo")
-    shutil.copytree(small_set, project / "data", dirs_exist_ok=True)
+    shutil.copytree(tiny_data, project / "data", dirs_exist_ok=True)
     first_command(project)
     folder = project.parent / "outputs" / STEP
     data = read_metrics(folder)["data"]

@@ -9,46 +9,25 @@ import sys
 import tempfile
 
 import pytest
-from conftest import (
-    ROOT,
-    read_metrics,
-    run_forked,
-    run_script,
-    training_results,
-    write_data_set,
-)
+from conftest import ROOT, read_metrics, run_forked, run_script, training_results
 
 from patrec.machine import kaggle_root
 from tools import kaggle
 from tools.steps import STEPS
 
 pytestmark = pytest.mark.slow
-MOUNTS = (  # the classic layout and the one of newer kernels
-    "input/patreco3-multitask-affective-music/data",
-    "input/datasets/geoparslp/patreco3-multitask-affective-music/data",
-)
-EARLIER_MOUNTS = (
-    "input/patrec-lab3-step05-lstm",
-    "input/notebooks/someone/patrec-lab3-step05-lstm",
-)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Small, for each step only has to run."""
-    return write_data_set(tmp_path_factory.mktemp("tiny"), n_emotion=(24, 6))
+NAME = "patreco3-multitask-affective-music"
+MOUNTS = f"input/{NAME}/data", f"input/datasets/geoparslp/{NAME}/data"  # classic, newer kernels
+EARLIER_MOUNTS = [f"input/{place}patrec-lab3-step05-lstm" for place in ("", "notebooks/someone/")]
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """Nothing here tells where data are; what the files write for themselves goes into a folder.
-
-    And UMAP, which compiles for half a minute, stays out.
-    """
+    """Nothing here tells where data are; what the files write for themselves goes into a folder."""
     for name in ("PATREC_DATA", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setitem(sys.modules, "umap", None)
+    monkeypatch.setitem(sys.modules, "umap", None)  # it compiles for half a minute
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -68,30 +47,27 @@ def listing(folder):
 
 
 @pytest.fixture
-def layout(tmp_path, data):
+def layout(tmp_path, tiny_data):
     """Function of a mount: makes an empty /kaggle/working and mounts the tiny data set."""
 
-    def lay_out(mount=None):
+    def lay_out(mount):
         root = tmp_path / "kaggle"
-        for name in ("working", "input"):
-            (root / name).mkdir(parents=True)
-        if mount:
-            shutil.copytree(data, root / mount)
+        (root / "working").mkdir(parents=True)
+        shutil.copytree(tiny_data, root / mount)
         return root
 
     return lay_out
 
 
-def run_kernel(root, number, *args, run=run_forked, check=True):
+def run_kernel(root, number, *args, run=run_forked):
     """Run a step's file as Kaggle does: /kaggle/src/script.py, in /kaggle/working.
 
-    The inputs and the source must be as before: on Kaggle they are read-only (a listing tells, for
-    these tests may run as root).
+    The inputs and the source, read-only on Kaggle, must be as before (tests may run as root).
     """
     script = write_one_file(number, root / "src" / "script.py")
     before = listing(root / "input") | listing(root / "src")
     places = {"cwd": root / "working", "PATREC_KAGGLE_ROOT": str(root)}
-    result = run(script, *args, check=check, timeout=400, **places)
+    result = run(script, *args, timeout=400, **places)
     assert listing(root / "input") | listing(root / "src") == before
     return result
 
@@ -142,7 +118,7 @@ def test_kaggle_is_where_kaggle_is(monkeypatch):
     assert str(kaggle_root()) == "/kaggle"
 
 
-def test_one_file_alone_gives_what_the_project_gives_with_workers(data, tmp_path, temporary):
+def test_one_file_alone_gives_what_the_project_gives_with_workers(tiny_data, tmp_path, temporary):
     """In an empty folder, from another working folder: workers and `getsource` find all of it."""
     name = STEPS[5].script
     script = write_one_file(5, tmp_path / "empty" / "one.py")
@@ -150,7 +126,7 @@ def test_one_file_alone_gives_what_the_project_gives_with_workers(data, tmp_path
     flags = ("--features", "beat_mel", "beat_chroma", "--epochs", 3, "--subset", 16)
     made = {}
     for out, which, workers in (("project", f"{name}.py", 1), ("workers", script, 2)):
-        where = ("--data-dir", data, "--out-dir", tmp_path / out, "--workers", workers)
+        where = ("--data-dir", tiny_data, "--out-dir", tmp_path / out, "--workers", workers)
         run_script(which, *flags, *where, cwd=tmp_path / "elsewhere")
         summary = (tmp_path / out / name / "summary.md").read_text()
         source = re.findall(r"```python\n.*?```", summary, re.DOTALL)

@@ -19,10 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork processes"),
-]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork processes")
+pytestmark = [pytest.mark.slow, needs_fork]
 EPOCHS, BATCHES = 10, 2  # passes over 16 clips in batches of 8: an epoch takes 2 s
 TINY = ("--smoke", "--subset", 16, "--batch-size", 8, "--device", "cpu", "--epochs", EPOCHS)
 TWO_LSTMS = ("--features", "beat_mel", "mel", "--lr", 0.02)
@@ -30,8 +28,7 @@ TWO_LSTMS = ("--features", "beat_mel", "mel", "--lr", 0.02)
 
 def count_time(log, stop):
     """In the process of a step: replace the clock, stop where asked, write down the steps taken."""
-    # Pictures are looked at in other tests.
-    plt.Figure.savefig = lambda figure, file, **options: None
+    plt.Figure.savefig = lambda figure, file, **options: None  # other tests look at pictures
     steps = {"taken": 0, "since": 0, "check": 0}
     time.time = time.monotonic = time.perf_counter = lambda: 1000.0 + steps["taken"]
 
@@ -53,10 +50,8 @@ def count_time(log, stop):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Function: run a step under the counted clock; stop : (run, epochs, steps after them).
-
-    Clips are longer than every crop, so that a resumed run must also draw the same crops.
-    """
+    """Function: run a step under the counted clock; stop : (run, epochs, steps after them)."""
+    # Clips are longer than every crop, so that a resumed run must also draw the same crops.
     data = write_data_set(
         tmp_path_factory.mktemp("resume_data"), per_class=(5, 1), n_emotion=(40, 5),
         n_frames=(660, 700), n_beats=(14, 40), test_frames=(300, 330), dtype="float32",
@@ -66,16 +61,12 @@ def run(tmp_path_factory):
     def run(script, out, *args, stop=None, code=0):
         folder = out / script
         stop = stop and (folder / stop[0] / "history.csv", *stop[1:])
-        where = ("--data-dir", data, "--out-dir", out)
-        # Of --epochs given twice the last one counts.
-        result = run_forked(
-            f"{script}.py", *where, *TINY, *args, check=False, prepare=lambda: count_time(log, stop)
-        )
+        args = ("--data-dir", data, "--out-dir", out, *TINY, *args)  # of --epochs the last counts
+        options = {"check": False, "prepare": lambda: count_time(log, stop)}
+        result = run_forked(f"{script}.py", *args, **options)
         assert result.returncode == code, (script, result.stdout[-1500:], result.stderr[-3000:])
-        steps = json.loads(log.read_text())
-        return SimpleNamespace(
-            folder=folder, stderr=result.stderr, steps=steps["taken"], check=steps["check"]
-        )
+        steps, found = json.loads(log.read_text()), {"folder": folder, "stderr": result.stderr}
+        return SimpleNamespace(steps=steps["taken"], check=steps["check"], **found)
 
     return run
 
@@ -96,8 +87,7 @@ def n_epochs(folder):
 
 def assert_same_results(folder, other):
     assert training_results(folder) == training_results(other)
-    # train_seconds too: those before count.
-    assert read_metrics(folder)["runs"] == read_metrics(other)["runs"]
+    assert read_metrics(folder)["runs"] == read_metrics(other)["runs"]  # train_seconds too
 
 
 def assert_stopped(result, name, epochs):
@@ -106,9 +96,6 @@ def assert_stopped(result, name, epochs):
     assert n_epochs(result.folder)[name] == epochs
     assert not list(result.folder.glob("metrics.json"))
     assert not list(result.folder.glob("predictions.csv"))
-
-
-# --- interrupted and resumed equals uninterrupted ---------------------------------------
 
 
 def test_interrupted_and_resumed_is_uninterrupted(run, whole, tmp_path):
@@ -123,10 +110,7 @@ def test_interrupted_and_resumed_is_uninterrupted(run, whole, tmp_path):
 
 
 def test_every_training_of_a_step_is_resumed(run, tmp_path):
-    """The genre model trained on the way, not to be taken for finished; then a fine-tuning.
-
-    It goes on from a head that is finished. And a network of three emotions, with step 9's model.
-    """
+    """The genre model trained on the way, not to be taken for finished; then a fine-tuning."""
     expected = run("step09_transfer", tmp_path / "whole")
     arguments = ("step09_transfer", tmp_path / "parts", "--resume")
     assert_stopped(run(*arguments, stop=("cnn_mel", 1, 1), code=130), "cnn_mel", 1)
@@ -134,7 +118,7 @@ def test_every_training_of_a_step_is_resumed(run, tmp_path):
     resumed = run(*arguments)
     assert_same_results(resumed.folder, expected.folder)
     assert resumed.steps == BATCHES * (8 - 1), "finished epochs were trained again"
-
+    # A network of three emotions, with step 9's model.
     expected = run("step10_multitask", tmp_path / "whole")
     arguments = ("step10_multitask", tmp_path / "parts", "--resume")
     stopped = run(*arguments, stop=("multitask_lstm", 4, 1), code=130)
@@ -148,9 +132,6 @@ def test_without_resume_a_run_begins_anew(run, whole, tmp_path):
     again = run(*arguments)
     assert again.steps == whole.steps
     assert_same_results(again.folder, whole.folder)
-
-
-# --- --max-minutes ----------------------------------------------------------------------
 
 
 def test_six_lstms_share_the_time_evenly(run, tmp_path):

@@ -1,19 +1,15 @@
-"""Trainings side by side: the same numbers, and what happens when a worker or its parent dies.
-
-By the real command line, in processes of their own: what is tested is processes.
-"""
+"""Trainings side by side: the same numbers, and what happens when a worker or its parent dies."""
 
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_forked, run_script, training_results, write_data_set
+from conftest import ROOT, run_forked, run_script, training_results, wait_for
 from torch import nn
 
 import common
@@ -29,34 +25,25 @@ FLAGS = ("--features", *RUNS, "--epochs", 12, "--subset", 16)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    return write_data_set(root, per_class=(3, 1), n_emotion=(4, 2), n_frames=(90, 120))
-
-
-@pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(tiny_data, tmp_path_factory):
     """The results of one training after another, with one thread."""
     out = tmp_path_factory.mktemp("alone")
-    run_forked(f"{STEP}.py", *FLAGS, "--workers", 1, "--data-dir", data, "--out-dir", out)
+    run_forked(f"{STEP}.py", *FLAGS, "--workers", 1, "--data-dir", tiny_data, "--out-dir", out)
     return training_results(out / STEP)
 
 
-def test_side_by_side_gives_the_same_numbers(data, alone, tmp_path):
-    where = ("--data-dir", data, "--out-dir", tmp_path)
+def test_side_by_side_gives_the_same_numbers(tiny_data, alone, tmp_path):
+    where = ("--data-dir", tiny_data, "--out-dir", tmp_path)
     result = run_script(f"{STEP}.py", *FLAGS, "--workers", 2, *where)
     assert training_results(tmp_path / STEP) == alone and alone.keys() > set(RUNS)
     for name in RUNS:  # every run says how far it is
         assert f"{name} epoch  12/12" in result.stdout
 
 
-def test_a_training_alone_gives_what_it_gives_among_others(data, alone, tmp_path):
-    flags = ("--features", RUNS[1], *FLAGS[3:], "--data-dir", data, "--out-dir", tmp_path)
+def test_a_training_alone_gives_what_it_gives_among_others(tiny_data, alone, tmp_path):
+    flags = ("--features", RUNS[1], *FLAGS[3:], "--data-dir", tiny_data, "--out-dir", tmp_path)
     run_forked(f"{STEP}.py", *flags)
     assert training_results(tmp_path / STEP)[RUNS[1]] == alone[RUNS[1]]
-
-
-# --- what ends a training ---------------------------------------------------------------
 
 
 class NoNumber(nn.Module):
@@ -64,25 +51,21 @@ class NoNumber(nn.Module):
         return outputs.sum() * math.nan
 
 
-def small(network, data):
-    return common.Classifier(common.make_backbone(network), len(data.names))
-
-
-def test_a_training_that_fails_in_a_worker_ends_the_step_in_one_line(data, tmp_path):
-    training = TrainingOptions(
-        Source(data, smoke=True), tmp_path, tmp_path / "step", epochs=1, workers=2
-    )
-    parts = [GENRE_NETWORKS["beat_mel"], small, lambda data: NoNumber(), torch.optim.Adam]
-    runs = [common.Experiment(name, *parts) for name in ("one", "two")]
+def test_a_training_that_fails_in_a_worker_ends_the_step_in_one_line(tiny_data, tmp_path):
+    source, folder = Source(tiny_data, smoke=True), tmp_path / "step"
+    training = TrainingOptions(source, tmp_path, folder, epochs=1, workers=2)
+    make = common.make_classifier, lambda data: NoNumber(), torch.optim.Adam
+    runs = [common.Experiment(n, GENRE_NETWORKS["beat_mel"], *make) for n in ("one", "two")]
     with pytest.raises(StepFailed, match="loss is nan at epoch 1, batch 1"):
         common.train_all(training, runs)
 
 
 @pytest.mark.parametrize("event", ["worker killed", "step killed", "Ctrl-C"])
-def test_nothing_goes_on_without_its_step_but_by_resume(data, alone, tmp_path, event):
+def test_nothing_goes_on_without_its_step_but_by_resume(tiny_data, alone, tmp_path, event):
     """Ctrl-C on a terminal every process of the group gets."""
-    with start(data, tmp_path) as process:
-        workers = wait_for(lambda: workers_of(process.pid) if begun(tmp_path) else [])
+    with start(tiny_data, tmp_path) as process:
+        wait_for(lambda: any(tmp_path.glob(f"{STEP}/*/history.csv")))  # trainings have begun
+        workers = wait_for(lambda: workers_of(process.pid))
         if event == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         else:
@@ -98,7 +81,7 @@ def test_nothing_goes_on_without_its_step_but_by_resume(data, alone, tmp_path, e
         assert "--resume goes on" in stderr
     assert not (tmp_path / STEP / "metrics.json").exists()
     if event == "worker killed":
-        flags = (*FLAGS, "--workers", 1, "--resume", "--data-dir", data, "--out-dir", tmp_path)
+        flags = (*FLAGS, "--workers", 1, "--resume", "--data-dir", tiny_data, "--out-dir", tmp_path)
         run_forked(f"{STEP}.py", *flags)
         assert training_results(tmp_path / STEP) == alone
 
@@ -116,10 +99,6 @@ def start(data, out):
     )  # fmt: skip
 
 
-def begun(out):
-    return any(out.glob(f"{STEP}/*/history.csv"))
-
-
 def workers_of(pid) -> list[int]:
     """Processes that a process has started to compute in."""
     listed = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True)
@@ -133,14 +112,6 @@ def alive(pid) -> bool:
     except OSError:
         return False
     return status != "Z"
-
-
-def wait_for(condition, seconds=100):
-    late = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < late, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def test_workers_share_the_cores(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pypdf
 import pytest
-from conftest import ROOT, assert_clean_error, run_forked, write_data_set
+from conftest import ROOT, assert_clean_error, run_forked
 from PIL import Image
 
 from patrec.errors import InputError
@@ -23,12 +23,8 @@ ITEMS = """
 9a 9b 9c 9d 9e 10a 10b 10c 10d 11a 11b 11c 11d
 """  # of the lab sheet, in its order
 ITEMS = re.findall(r"\w+", ITEMS)
+TOOL = "tools/handin.py"
 BOXES = len(ITEMS) + 1  # and one for the sources
-
-
-def run_tool(*args, cwd):
-    """The command line, in a copy of this process."""
-    return run_forked("tools/handin.py", *args, cwd=cwd, check=False)
 
 
 STEP_6 = """## 6a, c, d. All models
@@ -207,13 +203,10 @@ def test_latex_draft_has_its_figures_and_fonts_beside_it(outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "lang, name, words",
-    [
-        ("en", "Own words", ("Laboratory 3", "Contents", "Step 1.")),
-        ("el", "Δικά μας λόγια", ("3η εργαστηριακή", "Περιεχόμενα", "Βήμα 1.")),
-    ],
-)
+@pytest.mark.parametrize("lang, name, words", [
+    ("en", "Own words", ("Laboratory 3", "Contents", "Step 1.")),
+    ("el", "Δικά μας λόγια", ("3η εργαστηριακή", "Περιεχόμενα", "Βήμα 1.")),
+])  # fmt: skip
 def test_pdf_draft_is_refused_by_zip_until_its_boxes_are_filled(outputs, lang, name, words):
     pdf = draft("a.pdf", "--lang", lang).read_bytes()
     pages = pypdf.PdfReader(io.BytesIO(pdf)).pages
@@ -263,7 +256,7 @@ def test_a_missing_package_is_named_and_markdown_needs_none(outputs, monkeypatch
 def test_a_figure_that_is_cut_off_is_named(outputs):
     path = outputs / "step06_eval/scores.png"
     path.write_bytes(path.read_bytes()[:500])
-    result = run_tool("draft", "--to", "a.docx", cwd=outputs.parent)
+    result = run_forked(TOOL, "draft", "--to", "a.docx", cwd=outputs.parent, check=False)
     assert_clean_error(result, "a.docx", "step06_eval/scores.png: no readable figure", "again")
 
 
@@ -278,16 +271,12 @@ def test_draft_never_overwrites_what_a_student_wrote(outputs):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--to=a.html", ".docx"),
-        ("--out-dir=nowhere", "nowhere: holds no outputs"),
-        ("--na", "--help"),
-    ],
-)
+@pytest.mark.parametrize("flags, words", [
+    ("--to=a.html", ".docx"), ("--out-dir=nowhere", "nowhere: holds no outputs"), ("--na", "--help")
+])  # fmt: skip
 def test_bad_flags_of_a_draft_are_one_line(outputs, flags, words):
-    assert_clean_error(run_tool("draft", flags, cwd=outputs.parent), words)
+    result = run_forked(TOOL, "draft", flags, cwd=outputs.parent, check=False)
+    assert_clean_error(result, words)
     assert not list(outputs.parent.glob("*.*"))
 
 
@@ -310,29 +299,26 @@ def test_unpacked_zip_has_the_layout_of_the_project(report):
 
 
 @pytest.mark.slow
-def test_unpacked_zip_runs_by_itself(report):
-    data = write_data_set(Path("data"), per_class=(3, 1), n_emotion=(4, 2), n_frames=40).resolve()
+def test_unpacked_zip_runs_by_itself(report, tiny_data):
     handin.main(["zip", "--id1", "MariaNika", "--report", str(report)])
     zipfile.ZipFile("patrec_MariaNika.zip").extractall("unpacked")
     step = Path("unpacked/step07_cnn.py").resolve()
-    flags = ("--overfit-batch", "--smoke", "--data-dir", data, "--out-dir", Path("out").resolve())
-    run_forked(step, *flags, cwd=step.parent)
+    flags = ("--overfit-batch", "--smoke", "--data-dir", tiny_data)
+    run_forked(step, *flags, "--out-dir", Path("out").resolve(), cwd=step.parent)
     assert list(Path("out/step07_cnn").rglob("metrics.json"))
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (None, ["No such file", "--report"]),
-        (b"<html></html>%%EOF", ["is no whole PDF"]),
-        (b"%PDF-1.7\n1 0 obj", ["is no whole PDF"]),
-        (b"%PDF-1.7\nnothing\n%%EOF\n", ["not readable as PDF", "--anyway"]),
-    ],
-)
+@pytest.mark.parametrize("content, words", [
+    (None, ["No such file", "--report"]),
+    (b"<html></html>%%EOF", ["is no whole PDF"]),
+    (b"%PDF-1.7\n1 0 obj", ["is no whole PDF"]),
+    (b"%PDF-1.7\nnothing\n%%EOF\n", ["not readable as PDF", "--anyway"]),
+])  # fmt: skip
 def test_reports_that_are_refused(tmp_path, content, words):
     if content is not None:
         (tmp_path / "report.pdf").write_bytes(content)
-    result = run_tool("zip", "--id1", "1", "--report", "report.pdf", cwd=tmp_path)
+    flags = ("--id1", "1", "--report", "report.pdf")
+    result = run_forked(TOOL, "zip", *flags, cwd=tmp_path, check=False)
     assert_clean_error(result, "report.pdf", *words)
     assert not list(tmp_path.glob("*.zip")) and not list(tmp_path.glob(".*.tmp"))
 

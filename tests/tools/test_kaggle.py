@@ -1,7 +1,4 @@
-"""tools.kaggle: the one file, the notebook and the cell to paste hold the project's very texts.
-
-That they run, with all the modules that they need, is shown in tests/system.
-"""
+"""tools.kaggle: the one file, the notebook and the cell to paste hold the project's very texts."""
 
 import ast
 import contextlib
@@ -11,7 +8,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT, run_inside
+from conftest import ROOT, error_line
 
 from patrec.errors import InputError
 from tools import kaggle
@@ -55,9 +52,6 @@ def notebooks(tmp_path_factory):
     return kernels(tmp_path_factory.mktemp("notebooks"), "--all", "--notebook")
 
 
-# ------------------------------------------------------- the one file, the notebook
-
-
 def test_one_file_holds_the_step_and_its_modules_word_by_word(scripts):
     for script in SCRIPTS:
         step, code = read(f"{script}.py"), (scripts[script] / f"{script}.py").read_text("utf-8")
@@ -77,17 +71,14 @@ def test_modules_are_found_however_they_are_imported():
     assert {"patrec/explain.py", "patrec/audio.py", "patrec/errors.py"} <= set(found)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\n\nno newline at the end, blank lines first",
-        "a = '''one''' # ends with a quote '",
-        'a = """two""" # ends with a quote "',
-        "both ''' and \"\"\" and a backslash \\",
-        "carriage\r\nreturns\r",
-        "r'\\d\\n'\ttabs, μ, Müller ♫ and \x0c form feeds\n",
-    ],
-)
+@pytest.mark.parametrize("text", [
+    "\n\nno newline at the end, blank lines first",
+    "a = '''one''' # ends with a quote '",
+    'a = """two""" # ends with a quote "',
+    "both ''' and \"\"\" and a backslash \\",
+    "carriage\r\nreturns\r",
+    "r'\\d\\n'\ttabs, μ, Müller ♫ and \x0c form feeds\n",
+])  # fmt: skip
 def test_any_text_is_given_back(text):
     assert modules_in(kaggle.dict_of_modules({"a.py": text})) == {"a.py": text}
 
@@ -115,9 +106,6 @@ def test_the_notebook_holds_the_step_and_its_modules(notebooks, script):
     assert ast.get_docstring(ast.parse(step), clean=False).strip() in made.cells[0].source
 
 
-# -------------------------------------------------------------------------- the metadata
-
-
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     """The official client, which finds nobody's name or key here to sign in with."""
@@ -137,9 +125,8 @@ def push(client, monkeypatch, capsys):
 
     def call(folder):
         sent = []
-        network = SimpleNamespace(
-            kernels=SimpleNamespace(kernels_api_client=SimpleNamespace(save_kernel=sent.append))
-        )
+        server = SimpleNamespace(kernels_api_client=SimpleNamespace(save_kernel=sent.append))
+        network = SimpleNamespace(kernels=server)
         monkeypatch.setattr(client, "build_kaggle_client", lambda: contextlib.nullcontext(network))
         capsys.readouterr()
         client.kernels_push(str(folder))
@@ -185,17 +172,12 @@ def test_earlier_kernels_by_number_or_name(tmp_path):
     assert read_facts(folders["step06_eval"])["kernel_sources"] == names
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["99", "--user", "me"], "no such step"),
-        ([], "--all"),
-        (["5", "--user", "a/b"], "--user"),
-        (["5"], "--user"),
-        (["5", "--user", "me", "--earlier", "99"], "no such step"),
-        (["5", "--user", "me", "--earlier", "a/b"], "--earlier a/b"),
-    ],
-)
+@pytest.mark.parametrize("words, told", [
+    ([], "--all"), (["5"], "--user"), (["5", "--user", "a/b"], "--user"),
+    (["99", "--user", "me"], "no such step"),
+    (["5", "--user", "me", "--earlier", "99"], "no such step"),
+    (["5", "--user", "me", "--earlier", "a/b"], "--earlier a/b"),
+])  # fmt: skip
 def test_mistakes_are_named_and_nothing_is_written(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=told) as stopped:
@@ -206,8 +188,6 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, monkeypatch, words,
 
 def test_a_file_in_place_of_the_folder_is_one_line_of_the_command(tmp_path, capsys):
     (tmp_path / "kernels").touch()
-    assert (
-        run_inside("tools/kaggle.py", "5", "--user", "me", "--out-dir", tmp_path / "kernels") == 2
-    )
-    (line,) = capsys.readouterr().err.splitlines()
+    words = ("5", "--user", "me", "--out-dir", tmp_path / "kernels")
+    line = error_line(capsys, "tools/kaggle.py", *words)
     assert "kernels" in line and "--out-dir" in line

@@ -55,11 +55,10 @@ def save_networks(out, data):
         network = Network("lstm" if "lstm" in role else "cnn", features)
         target = "emotion" if "emotion" in role else "genre"
         cut = common.load_data(Source(data), features, target=target)
-        backbone = common.make_backbone(network)
         if target == "genre":
-            model = common.Classifier(backbone, len(cut.names))
+            model = common.make_classifier(network, cut)
         else:
-            model = common.Regressor(backbone, cut.names, cut.mean, cut.std)
+            model = common.make_regressor(network, cut)
             for head in model.heads.values():  # untrained, all would predict the mean label
                 torch.nn.init.normal_(head.weight, std=0.05)
         settings = cut.settings | {"run": run, "window": window_size(network)}
@@ -101,12 +100,8 @@ def listened(data, outputs, folder):
     """What the tool says of all songs; what listen.json holds, by the songs' names and all."""
     songs = sorted(path for path in folder.rglob("*") if path.is_file())
     result = run_forked("tools/listen.py", *songs, "--out-dir", outputs, "--data-dir", data)
-    found = json.loads((outputs / "listen" / "listen.json").read_text())
-    return (
-        result,
-        {song["file"].rpartition("/")[2]: song for song in found["songs"]},
-        found["songs"],
-    )
+    found = json.loads((outputs / "listen" / "listen.json").read_text())["songs"]
+    return result, {song["file"].rpartition("/")[2]: song for song in found}, found
 
 
 def prediction_of(network, rows, starts=None, part=None):
@@ -296,12 +291,8 @@ def test_odd_songs_are_named_and_the_others_go_on(folder, data, outputs, tmp_pat
     soundfile.write(tmp_path / "silence.wav", np.zeros(SR * 4), SR)
     soundfile.write(tmp_path / "blip.wav", tones(1)[: SR // 3], SR)
     (tmp_path / "text.mp3").write_text("no sound\n" * 50)
-    words = {
-        "silence.wav": "silence",
-        "blip.wav": "0.33 s of sound is too short",
-        "text.mp3": "not readable as sound",
-        "nowhere.wav": "no such file",
-    }
+    words = {"silence.wav": "silence", "blip.wav": "0.33 s of sound is too short"}
+    words |= {"text.mp3": "not readable as sound", "nowhere.wav": "no such file"}
     songs = [tmp_path / name for name in words] + [folder / "clip.wav"]
     out = shutil.copytree(outputs, tmp_path / "out")
     where = ("--out-dir", out, "--data-dir", data)
@@ -311,9 +302,6 @@ def test_odd_songs_are_named_and_the_others_go_on(folder, data, outputs, tmp_pat
     for line, (name, word) in zip(lines, words.items(), strict=True):
         assert line.startswith(f"error: {tmp_path / name}: ") and word in line
     assert "clip.wav" in result.stdout
-
-
-# --- the page ---------------------------------------------------------------------------
 
 
 def test_every_song_has_a_page_of_its_own_whatever_its_name(listened):

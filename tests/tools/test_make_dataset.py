@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import conftest
 import filelock
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import ROOT, run_inside
+from conftest import ROOT, error_line, wait_for
 
 from patrec.clips import read_array
 from patrec.features import SR, extract_features
@@ -23,6 +22,7 @@ from tools import make_dataset
 
 extracts = pytest.mark.slow  # librosa computes in these, and compiles for half a minute first
 
+TOOL = "tools/make_dataset.py"
 FOLDERS = tuple(name + beat for name in conftest.FOLDERS.values() for beat in ("", "_beat"))
 
 
@@ -37,19 +37,6 @@ def run_tool(*arguments, check=True, **env):
     result = subprocess.run(command, cwd=ROOT, **options)
     assert result.returncode == 0 or not check, result.stderr
     return result
-
-
-def error_of(*arguments, capsys):
-    """Run the tool in this process; returns its one line on stderr."""
-    assert run_inside("tools/make_dataset.py", *arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 300
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def mtimes(root):
@@ -107,7 +94,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys):
     capsys.readouterr()
     assert make_here(*arguments)["clips"]["genre train"] == 10
     assert "made already" in capsys.readouterr().out and mtimes(out) == now
-    line = error_of(*arguments, "--seed", 8, capsys=capsys)
+    line = error_line(capsys, TOOL, *arguments, "--seed", 8)
     assert str(out) in line and "seed 42, now 8" in line
 
 
@@ -187,7 +174,7 @@ def test_an_address_without_a_scheduler_is_bad_input(tmp_path, capsys, address):
     pytest.importorskip("distributed")
     songs = write_songs(tmp_path / "songs", "Rock/a.wav")
     arguments = ("--audio-dir", songs, "--out", tmp_path / "set", "--dask", address)
-    assert f"--dask {address}: no scheduler" in error_of(*arguments, capsys=capsys)
+    assert f"--dask {address}: no scheduler" in error_line(capsys, TOOL, *arguments)
 
 
 # --- audio files --------------------------------------------------------------------------
@@ -338,13 +325,10 @@ def test_files_added_mended_changed_or_deleted_later(tmp_path, capsys):
 
 @extracts
 def test_a_class_without_training_clips_is_not_asked_for(tmp_path, monkeypatch, capsys):
-    """Or step 5 would refuse the set: a test clip of a class that was not trained.
-
-    The set may lie around the demo set, as in README: the first command makes data/demo.
-    """
+    """Or step 5 would refuse the set: a test clip of a class that was not trained."""
     monkeypatch.setenv("HOME", str(tmp_path))
     songs, out = tmp_path / "songs", tmp_path / "data"
-    (out / "demo").mkdir(parents=True)
+    (out / "demo").mkdir(parents=True)  # as in README: the first command makes data/demo
     names = [f"{genre}/{i}.wav" for genre in ("Jazz", "Rock") for i in range(2)]
     for name, (_, split) in make_dataset.plan_split(names, {}, 0.2, 42).items():
         write_songs(songs, name)
@@ -370,7 +354,7 @@ def test_a_set_with_other_emotion_values_is_not_made_already(own, songs, tmp_pat
     text, path = (songs / "emotions.csv").read_text(), tmp_path / "emotions.csv"
     path.write_text(text.replace("song 1.wav,0.15", "song 1.wav,0.16"))
     arguments = ("--audio-dir", songs, "--out", own[0], "--test-fraction", 0.3)
-    line = error_of(*arguments, "--emotions", path, capsys=capsys)
+    line = error_line(capsys, TOOL, *arguments, "--emotions", path)
     assert "made with other arguments (emotions " in line
 
 
@@ -392,7 +376,7 @@ def test_a_song_that_lacks_its_beats_is_made_again(tmp_path):
 
 def test_wrong_folders_are_one_line(tmp_path, capsys):
     def error(folder, *more):
-        return error_of("--audio-dir", tmp_path / folder, *more, capsys=capsys)
+        return error_line(capsys, TOOL, "--audio-dir", tmp_path / folder, *more)
 
     out = ("--out", tmp_path / "out")
     assert "nowhere: no such folder" in error("nowhere", *out)
@@ -415,27 +399,22 @@ def test_other_peoples_folders_are_left_alone(data_dir, songs, tmp_path, capsys)
     cases = {data_dir: "did not make", file: "is a file", tmp_path: "another process is writing"}
     with filelock.FileLock(tmp_path / ".lock"):
         for out, fault in cases.items():
-            assert fault in error_of("--audio-dir", songs, "--out", out, capsys=capsys)
+            assert fault in error_line(capsys, TOOL, "--audio-dir", songs, "--out", out)
     assert before == mtimes(data_dir) and not mtimes(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (None, "No such file"),
-        ("file,valence,energy\n", "header"),
-        (HEADER, "no files"),
-        (HEADER + "Rock/song 0.wav,0.1,55,0.3\n", "outside [0, 1]"),
-        (HEADER + "Rock/song 0.wav,nan,0.5,0.3\n", "no number"),
-        (HEADER + "song 0.wav,0.1,0.5,0.3\n", "relative to --audio-dir"),
-        (HEADER + "Rock/song 0.wav,0,0,0\nRock\\song 0.wav,0,0,0\n", "line 3"),
-    ],
-)
+@pytest.mark.parametrize("text, complaint", [
+    (None, "No such file"), ("file,valence,energy\n", "header"), (HEADER, "no files"),
+    (HEADER + "Rock/song 0.wav,0.1,55,0.3\n", "outside [0, 1]"),
+    (HEADER + "Rock/song 0.wav,nan,0.5,0.3\n", "no number"),
+    (HEADER + "song 0.wav,0.1,0.5,0.3\n", "relative to --audio-dir"),
+    (HEADER + "Rock/song 0.wav,0,0,0\nRock\\song 0.wav,0,0,0\n", "line 3"),
+])  # fmt: skip
 def test_a_bad_csv_is_one_line(text, complaint, songs, tmp_path, capsys):
     path, out = tmp_path / "emotions.csv", tmp_path / "out"
     if text is not None:
         path.write_text(text)
-    line = error_of("--audio-dir", songs, "--out", out, "--emotions", path, capsys=capsys)
+    line = error_line(capsys, TOOL, "--audio-dir", songs, "--out", out, "--emotions", path)
     assert complaint in line and str(path) in line and not out.exists()
 
 
@@ -444,7 +423,7 @@ def test_nothing_but_broken_files(tmp_path, capsys):
     (tmp_path / "music" / "Rock").mkdir(parents=True)
     (tmp_path / "music" / "Rock" / "a.wav").write_text("no sound")
     arguments = ("--audio-dir", tmp_path / "music", "--out", tmp_path / "out", "--workers", 1)
-    line = error_of(*arguments, capsys=capsys)
+    line = error_line(capsys, TOOL, *arguments)
     assert "not one file" in line and "unreadable.csv" in line
     assert not list((tmp_path / "out").rglob("*_labels.txt"))
 

@@ -23,15 +23,12 @@ TOOL, METHODS = "tools/maps.py", ("PCA", "t-SNE")
 
 @pytest.fixture(scope="module")
 def outputs(small_data, tmp_path_factory):
-    """The page of what step 11 would have saved (test_step11 makes one of what it does save).
-
-    The LSTM is of beats, in another order, and lacks a clip.
-    """
+    """The page of what step 11 would have saved (test_step11 makes one of what it does save)."""
     out, rng = tmp_path_factory.mktemp("out"), np.random.default_rng(0)
     folder, labels = out / "step11_latent", labels_of(small_data, split="test")
     folder.mkdir()
     classes, ids = sorted(set(labels.values())), sorted(labels)
-    for name, known in (("cnn_mel", ids), ("beat_chroma", ids[:0:-1])):
+    for name, known in (("cnn_mel", ids), ("beat_chroma", ids[:0:-1])):  # it lacks a clip
         arrays = {"ids": known, "classes": classes, "vectors": rng.random((len(known), 9))}
         arrays["labels"] = [classes.index(labels[clip]) for clip in known]
         arrays["predicted"] = rng.integers(0, len(classes), len(known))

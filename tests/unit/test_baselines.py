@@ -1,6 +1,6 @@
 """What a network has to beat."""
 
-import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +16,8 @@ def test_band_features_are_numpys():
     rng = np.random.default_rng(0)
     lengths = torch.tensor([700, 301, 2, 1])
     frames = torch.from_numpy(rng.uniform(-80, 0, (int(lengths.sum()), 140))).half()
-    store = types.SimpleNamespace(
-        frames=frames, starts=lengths.cumsum(0) - lengths, lengths=lengths, entries=range(4)
-    )
+    starts = lengths.cumsum(0) - lengths
+    store = SimpleNamespace(frames=frames, starts=starts, lengths=lengths, entries=range(4))
     features = band_features(store)
     assert features.shape == (4, 640)
     for row, start, n in zip(features, store.starts, lengths, strict=True):

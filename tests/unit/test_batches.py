@@ -44,9 +44,7 @@ def test_windows_by_hand():
 @pytest.mark.parametrize(
     "device, nbytes, moved", [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False)]
 )
-def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
-    monkeypatch, device, nbytes, moved
-):
+def test_clips_move_to_a_card_with_room_for_them_twice(monkeypatch, device, nbytes, moved):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 8000))
     frames = types.SimpleNamespace(nbytes=nbytes, to=lambda device: device.type)
     assert to_resident(frames, device) == (device if moved else frames)

@@ -104,9 +104,7 @@ FILE_NAMES = FILE_NAMES.filter(lambda name: len(name.encode()) < 200)
 
 @settings(derandomize=True, max_examples=15, deadline=None, database=None)
 @given(names=st.lists(FILE_NAMES, unique=True, min_size=1, max_size=6), draw=st.data())
-def test_clips_keep_their_frames_in_any_order_any_subset_under_any_names(
-    tmp_path_factory, names, draw
-):
+def test_clips_keep_frames_in_any_order_any_subset_under_any_names(tmp_path_factory, names, draw):
     """Through the cache, too: frames under the ids of other clips would train and score well."""
     folder = tmp_path_factory.mktemp("any")
     entries = [Entry(name, folder / f"{name}.npy", "x") for name in names]
@@ -136,12 +134,9 @@ def test_clips_of_several_blocks_keep_their_order(tmp_path):
 
 
 def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
-    """Up to CPython 3.11.7 `ast`, which NumPy reads headers with, is not safe in threads.
-
-    Sound clips would be called broken. NumPy remembers a header, so all lengths differ.
-    """
+    """Up to CPython 3.11.7 the parser is not safe in threads: sound clips were called broken."""
     entries = [Entry(str(n), tmp_path / f"{n}.npy", "x") for n in range(20, 60)]
-    for n, entry in enumerate(entries, start=20):
+    for n, entry in enumerate(entries, start=20):  # NumPy remembers headers: all lengths differ
         np.save(entry.path, fake_clip(np.random.default_rng(n), 0.5, n))
     parse, turn = ast.literal_eval, threading.Lock()
 
@@ -297,20 +292,16 @@ def test_leak_is_found_by_id_and_by_content(own_data):
 
 def test_a_clip_of_a_dropped_class_is_a_leak_where_classes_are_not_merged(own_data):
     """The genre network was trained on it then; after the merge it was not."""
-    held_out = load_data(Source(own_data), target="emotion", n_folds=2).held_out
-    heard = held_out.dataset.store.entries[held_out.indices[0]]
+    data = load_data(Source(own_data), target="emotion", n_folds=2)
+    held_out, entries = data.held_out, data.train.dataset.store.entries
+    heard, taught = (entries[part.indices[0]] for part in (held_out, data.train))
+    # Only held-out clips must be new to it.
+    shutil.copy(taught.path, read_entries(own_data, "genre", "train", merge=True)[0].path)
     dropped = next(e for e in read_entries(own_data, "genre", "train") if e.label == "Indie-Rock")
     shutil.copy(heard.path, dropped.path)
     assert find_emotion_leak(Source(own_data), held_out) is None
     with pytest.raises(InputError, match=f"1 of 4 held-out .*{heard.clip_id}"):
         find_emotion_leak(Source(own_data, merge=False), held_out)
-
-
-def test_only_held_out_clips_must_be_new_to_the_genre_network(own_data):
-    data = load_data(Source(own_data), target="emotion", n_folds=2)
-    taught = data.train.dataset.store.entries[data.train.indices[0]]
-    shutil.copy(taught.path, read_entries(own_data, "genre", "train", merge=True)[0].path)
-    assert find_emotion_leak(Source(own_data), data.held_out) is None
 
 
 def test_sampled_clips_are_their_own_in_both_forms(own_data):

@@ -31,10 +31,8 @@ def contents(root):
 
 
 @pytest.mark.parametrize("folder, split, form", [
-    (FULL, "train", "fused.full"),
-    (FULL, "test", "full.fused"),
-    (BEAT, "train", "beatsync.fused"),
-    (BEAT, "test", "beatsync.fused"),
+    (FULL, "train", "fused.full"), (FULL, "test", "full.fused"),
+    (BEAT, "train", "beatsync.fused"), (BEAT, "test", "beatsync.fused"),
 ])  # fmt: skip
 def test_genre_labels_have_the_forms_of_the_lab(root, folder, split, form):
     header, *rows = rows_of(root, folder, split)

@@ -5,23 +5,16 @@ import pytest
 from patrec.errors import Finished, InputError, StepFailed, end_in_one_line
 
 
-def end(error, capsys):
+@pytest.mark.parametrize("error, code, line", [
+    (InputError("a.txt: empty"), 2, "error: a.txt: empty"),
+    (StepFailed("loss is nan"), 1, "failed: loss is nan"),
+    (Finished("done"), 0, ""),
+    (KeyboardInterrupt(), 130, "stopped; finished epochs are kept, --resume goes on from them"),
+])  # fmt: skip
+def test_ends_are_one_line_and_a_code(capsys, error, code, line):
     with pytest.raises(SystemExit) as stop:
         end_in_one_line(type(error), error, None)
-    return stop.value.code, capsys.readouterr().err.removesuffix("\n")
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (InputError("a.txt: empty"), 2, "error: a.txt: empty"),
-        (StepFailed("loss is nan"), 1, "failed: loss is nan"),
-        (Finished("done"), 0, ""),
-        (KeyboardInterrupt(), 130, "stopped; finished epochs are kept, --resume goes on from them"),
-    ],
-)  # fmt: skip
-def test_ends_are_one_line_and_a_code(capsys, error, code, line):
-    assert end(error, capsys) == (code, line)
+    assert (stop.value.code, capsys.readouterr().err.removesuffix("\n")) == (code, line)
 
 
 def test_a_notebook_shows_the_same_line():

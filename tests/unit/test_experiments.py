@@ -1,6 +1,8 @@
 """The trainings of a step: how they share time and workers, and the checkpoints that they find."""
 
 import dataclasses
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from conftest import patch_everywhere, write_data_set
 import common
 from patrec.errors import StepFailed
 from patrec.flags import Source, TrainingOptions
+from patrec.parallel import in_worker, multiprocessing
 from patrec.recipes import GENRE_NETWORKS, window_size
 
 
@@ -33,6 +36,19 @@ def test_a_process_per_core_or_card_unless_told_otherwise(tmp_path, monkeypatch)
     for n_cards, workers in ((2, 2), (1, 1), (0, 1)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_cards: n)
         assert count(9, device="cuda") == workers
+
+
+def test_each_worker_takes_a_card_of_its_own(monkeypatch):
+    """Workers are named LokyProcess-1, -2, ...; a card of Kaggle's two was idle before."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    patch_everywhere(monkeypatch, "keep_freed_memory", lambda: None)
+    for number in (1, 2, 3):
+        named = SimpleNamespace(name=f"LokyProcess-{number}")
+        monkeypatch.setattr(multiprocessing, "current_process", lambda process=named: process)
+        assert in_worker(os.getpid(), max, number, 0) == number
+    assert sorted(taken[:2]) == [0, 1] and taken[2] == taken[0]
 
 
 def test_trainings_share_the_time_that_is_left(tmp_path, monkeypatch):
@@ -159,10 +175,8 @@ def test_what_step_9_had_to_train_itself_is_found_by_step_10(tiny_data, tmp_path
     assert find(training) == path
 
 
-def test_on_kaggle_ones_own_checkpoint_comes_before_that_of_an_attached_kernel(
-    tiny_data, tmp_path, monkeypatch
-):
-    """What this session has trained anew is not to be replaced by what an older one has left."""
+def test_ones_own_checkpoint_comes_before_an_attached_one(tiny_data, tmp_path, monkeypatch):
+    """On Kaggle: what is trained anew is not to be replaced by what an older session has left."""
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "kaggle"))
     (tmp_path / "kaggle" / "working").mkdir(parents=True)
     training = options(tiny_data, tmp_path / "out")
@@ -173,10 +187,7 @@ def test_on_kaggle_ones_own_checkpoint_comes_before_that_of_an_attached_kernel(
 
 
 def test_genre_networks_are_ranked_by_validation_score(tiny_data, tmp_path):
-    """Those that do not fit are left out, whatever their score.
-
-    `genre_models` takes what is found and trains what is missing.
-    """
+    """Those that do not fit are left out, whatever their score; what is missing is trained."""
     training = options(tiny_data, tmp_path, epochs=1)
     assert common.genre_val_scores(training).empty
     save_network(training, "mel", "step05_lstm", 0.3)

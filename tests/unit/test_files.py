@@ -11,16 +11,7 @@ from conftest import Payload
 
 import patrec.files
 from patrec.errors import InputError
-from patrec.files import (
-    KAGGLE_NAME,
-    cache_dir,
-    find_data,
-    load_torch,
-    lock_folder,
-    make_folder,
-    save_torch,
-    write_text,
-)
+from patrec.files import cache_dir, find_data, load_torch, make_folder, save_torch, write_text
 
 
 def test_data_folder_of_one_level_too_high_or_low_is_taken(own_data, tmp_path, monkeypatch):
@@ -40,19 +31,19 @@ def test_a_folder_without_data_is_named_with_the_cure(own_data):
     (own_data / "file").write_text("")
     # data/song, mistyped for data/songs, must not fall back on what its parent folder holds.
     for name in ("song", "songs", "file", "fma_genre_spectrograms/train"):
-        with pytest.raises(
-            InputError, match=f"no fma_genre_.* folder in {own_data / name}.*--data"
-        ):
-            find_data(own_data / name)
+        place = own_data / name
+        with pytest.raises(InputError, match=f"no fma_genre_.* folder in {place}.*--data"):
+            find_data(place)
 
 
 def test_on_kaggle_the_labs_own_data_come_before_other_inputs(tmp_path, monkeypatch):
     monkeypatch.delenv("PATREC_DATA", raising=False)
     monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path))
     (tmp_path / "working").mkdir()
-    for name in ("a set of my own", KAGGLE_NAME, "songs"):
+    labs_own = patrec.files.KAGGLE_NAME
+    for name in ("a set of my own", labs_own, "songs"):
         (tmp_path / "input" / name / "fma_genre_spectrograms").mkdir(parents=True)
-    assert find_data() == (tmp_path / "input" / KAGGLE_NAME).resolve()
+    assert find_data() == (tmp_path / "input" / labs_own).resolve()
 
 
 def test_folders_that_cannot_be_made_are_named(tmp_path, monkeypatch):
@@ -113,5 +104,5 @@ def test_what_killed_processes_left_half_written_goes(tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".best.pt.0123.tmp", "run/.last.pt.0123.tmp", "run/mine.tmp"):
         (tmp_path / name).write_text("half")
-    lock_folder(tmp_path).release()
+    patrec.files.lock_folder(tmp_path).release()
     assert [path.name for path in tmp_path.rglob("*.tmp")] == ["mine.tmp"]

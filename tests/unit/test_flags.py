@@ -37,20 +37,13 @@ def test_what_vanishes_is_zero_in_a_step():
     assert torch.tensor(1e-30) * 1e-10 == 0
 
 
-@pytest.mark.parametrize(
-    "flags, changed",
-    [
-        (["--seed", "7"], {"seed": 7}),
-        (["--no-merge"], {"merge": False}),
-        (["--skip-bad"], {"skip_bad": True}),
-        (["--allow-leak"], {"allow_leak": True}),
-        (["--subset", "9"], {"subset": 9}),
-        (["--smoke", "--subset", "9"], {"smoke": True, "subset": 9}),
-        (["--lr", "0.004"], {"lr": 0.004}),
-        (["--recipe", "lab"], {"recipe": "lab"}),
-        (["--resume"], {"resume": True}),
-    ],
-)
+@pytest.mark.parametrize("flags, changed", [
+    (["--seed", "7"], {"seed": 7}), (["--no-merge"], {"merge": False}),
+    (["--skip-bad"], {"skip_bad": True}), (["--allow-leak"], {"allow_leak": True}),
+    (["--subset", "9"], {"subset": 9}), (["--lr", "0.004"], {"lr": 0.004}),
+    (["--smoke", "--subset", "9"], {"smoke": True, "subset": 9}),
+    (["--recipe", "lab"], {"recipe": "lab"}), (["--resume"], {"resume": True}),
+])  # fmt: skip
 def test_a_flag_changes_what_it_says_and_nothing_else(tmp_path, flags, changed):
     (tmp_path / "fma_genre_spectrograms").mkdir()
 

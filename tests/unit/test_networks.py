@@ -53,9 +53,7 @@ def test_predict_scores_in_evaluation_mode(name):
     first, _ = predict(model, loader)
     model.train()
     assert torch.equal(first, predict(model, loader)[0])
-    assert all(torch.equal(old, new) for old, new in zip(buffers, model.buffers(), strict=True)), (
-        "scoring moved the running statistics"
-    )
+    assert all(map(torch.equal, buffers, model.buffers())), "scoring moved running statistics"
 
 
 @pytest.mark.parametrize(

@@ -116,16 +116,11 @@ def test_each_model_has_its_own_confusion_and_bars():
     assert texts_of(ax.get_legend().get_texts()) == ["CNN, mel", "LSTM, mel, beats"]
 
 
-def make_history(values):
-    n = len(values)
-    table = {"epoch": range(1, n + 1), "train_loss": 1.0, "val_loss": 2.0, "val_score": values}
-    return pd.DataFrame(table | {"settled": [0] * (n - 2) + [1, 1], "kept": 0})
-
-
 def test_the_dot_marks_the_epoch_that_was_kept():
     """The last one marked as kept, which replaced those before; the last fifth is shaded."""
-    history = make_history([0.1, 0.3, 0.2, 0.9, 0.4, 0.3, 0.5, 0.5, 0.6, 0.4])
-    history["kept"] = [1, 1, 0, 1, 0, 0, 0, 0, 1, 0]
+    history = pd.DataFrame({"epoch": range(1, 11), "train_loss": 1.0, "val_loss": 2.0})
+    history["val_score"] = [0.1, 0.3, 0.2, 0.9, 0.4, 0.3, 0.5, 0.5, 0.6, 0.4]
+    history["kept"], history["settled"] = [1, 1, 0, 1, 0, 0, 0, 0, 1, 0], [0] * 8 + [1, 1]
     ax, right = plot_histories({"mel": history}, "macro-F1").axes
     (dot,) = (line for line in right.get_lines() if line.get_marker() == "o")
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (9, 0.6)

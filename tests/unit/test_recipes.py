@@ -34,9 +34,7 @@ def test_planned_epochs_by_hand(monkeypatch, part, n_clips, examples, most_passe
 
 
 @pytest.mark.parametrize("flags, epochs", [
-    ({"smoke": True}, 2),
-    ({"epochs": 7}, 7),
-    ({"epochs": 7, "smoke": True}, 7),
+    ({"smoke": True}, 2), ({"epochs": 7}, 7), ({"epochs": 7, "smoke": True}, 7),
 ])  # fmt: skip
 def test_what_was_asked_for_is_done(monkeypatch, flags, epochs):
     recipe = plan(monkeypatch, 400, 30_000, 80, **flags)

@@ -79,9 +79,7 @@ def test_the_last_line_names_the_next_step(
     assert said.endswith(f"next: python {following}\n") if following else "next:" not in said
 
 
-def test_names_with_dollar_signs_are_no_formulas_and_log_axes_have_plain_numbers(
-    tiny_data, tmp_path, make_step
-):
+def test_dollars_are_no_formulas_and_log_axes_have_plain_numbers(tiny_data, tmp_path, make_step):
     step = make_step(tiny_data, tmp_path / "out")
     fig, ax = plt.subplots()
     ax.semilogy([1, 2, 3], [0.01, 0.1, 10])

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -46,10 +47,8 @@ def train(folder, epochs=4, model=None, data=None, loss=None, recipe=None, optim
     """Train on the toy clips; returns (model, TrainedModel)."""
     seed_everything(3)
     model = model or classifier()
-    recipe = Recipe(**{"lr": 0.02, "batch_size": 8} | (recipe or {}),
-                    epochs=epochs)  # fmt: skip
-    if optimizer is None:
-        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    recipe = Recipe(**{"lr": 0.02, "batch_size": 8, "epochs": epochs} | (recipe or {}))
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=recipe.lr)
     data = data if isinstance(data, common.Data) else toy_data(data or clips())
     loss = loss or nn.CrossEntropyLoss()
     return model, common.train(model, data, loss, optimizer, recipe, folder, **more)
@@ -61,19 +60,9 @@ def val_score(result):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Function: these numbers are the validation scores of the epochs; None stops the training."""
-
-    def patch(scores):
-        scores = iter(scores)
-
-        def score(*_):
-            if (value := next(scores)) is None:
-                raise KeyboardInterrupt
-            return value
-
-        patch_everywhere(monkeypatch, "validation_score", score)
-
-    return patch
+    """Function: these are the validation scores of the epochs; an exception stops the training."""
+    name = "validation_score"
+    return lambda scores: patch_everywhere(monkeypatch, name, Mock(side_effect=scores))
 
 
 def load_both(folder):
@@ -113,9 +102,7 @@ def test_of_equal_scores_the_smaller_loss_is_kept(tmp_path, scored):
     assert 1 < history["kept"].sum() < 8, "the loss is not always lower, else this tells nothing"
 
 
-def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_is_negative(
-    tmp_path, scored, capsys
-):
+def test_when_time_is_up_an_epoch_is_kept_even_of_negative_score(tmp_path, scored, capsys):
     """Bug 13: best began at 0, so a score of 1 - loss was never saved while loss > 1."""
     scored([-5.0])
     _, result = train(tmp_path / "run", epochs=50, max_seconds=0)
@@ -126,11 +113,10 @@ def test_time_limit_ends_training_with_an_epoch_that_is_kept_although_its_score_
 
 def test_no_epoch_begins_that_would_end_after_the_time_limit(tmp_path, monkeypatch):
     """Epochs of 10 s: of 25 s, two are used."""
-    seconds = itertools.count(0, 10)
-    clock = SimpleNamespace(now=next(seconds), monotonic=lambda: clock.now)
+    clock = SimpleNamespace(now=0, monotonic=lambda: clock.now)
 
     def score(*_):
-        clock.now = next(seconds)
+        clock.now += 10
         return 0.5
 
     monkeypatch.setattr(common, "time", clock)
@@ -139,40 +125,30 @@ def test_no_epoch_begins_that_would_end_after_the_time_limit(tmp_path, monkeypat
 
 
 def test_best_checkpoint_rebuilds_the_model_with_the_averaged_weights(tmp_path):
-    model, _ = train(tmp_path / "run", epochs=1, recipe={"batch_size": 2})  # 12 steps
+    model = Classifier(LSTMBackbone(6, hidden_size=4, frames_per_step=2), 3)
+    train(tmp_path / "run", epochs=1, model=model, recipe={"batch_size": 2})  # 12 steps
     best, last = load_both(tmp_path / "run")
-    for key, value in best["state"].items():
+    for key, value in best["state"].items():  # statistics of batches are averaged too
         assert torch.equal(value, last["average"][f"module.{key}"]), key
-    assert not torch.equal(best["state"]["head.1.weight"], last["model"]["head.1.weight"])
+    for key in ("head.1.weight", "backbone.stem.0.running_mean"):
+        assert not torch.equal(best["state"][key], last["model"][key])
     again, checkpoint = common.load_model(tmp_path / "run" / "best.pt")
     x, _, lengths = next(iter(DataLoader(clips(), 8)))
     assert torch.equal(model.eval()(x, lengths), again(x, lengths))
     assert checkpoint["settings"]["names"] == list("abc")
     best["spec"]["backbone_args"]["hidden_size"] = 9
     torch.save(best, tmp_path / "run" / "best.pt")
-    with pytest.raises(InputError, match="best.pt"):
+    with pytest.raises(InputError, match="best.pt: .* do not fit .* train again"):
         common.load_model(tmp_path / "run" / "best.pt")
-
-
-def test_statistics_of_batches_are_averaged_as_the_weights_are(tmp_path):
-    model = Classifier(LSTMBackbone(6, hidden_size=4, frames_per_step=2), 3)
-    train(tmp_path / "run", epochs=1, model=model, recipe={"batch_size": 2})  # 12 steps
-    best, last = load_both(tmp_path / "run")
-    key = "backbone.stem.0.running_mean"
-    assert torch.equal(best["state"][key], last["average"][f"module.{key}"])
-    assert not torch.equal(best["state"][key], last["model"][key])
 
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_validation_runs_in_evaluation_mode_and_training_in_training_mode(tmp_path, mode):
-    """Bug 4: train() called once: dropout and batch norm stayed on in validation, or off later.
-
-    In whichever mode the network comes. The averaged copy that is validated carries the hook too.
-    """
+    """Bug 4: train() called once: dropout and batch norm stayed on in validation, or off later."""
     model, seen = classifier().train(mode), []
     model.head[0].register_forward_hook(lambda module, *_: seen.append(module.training))
     train(tmp_path / "run", epochs=2, model=model)
-    assert seen == ([True] * 3 + [False] * 3) * 2
+    assert seen == ([True] * 3 + [False] * 3) * 2  # the copy that is validated has the hook too
 
 
 class Watched(TensorDataset):
@@ -234,14 +210,12 @@ class OneWeight(nn.Module):
         return self.weight * x[:, 0, 0]
 
 
-@pytest.mark.parametrize("steps_per_epoch, decay", [(4, 1 - 10 / 40), (120, 0.99)])
-def test_the_rate_is_constant_and_the_running_average_is_validated(
-    tmp_path, monkeypatch, steps_per_epoch, decay
-):
+@pytest.mark.parametrize("n_steps, decay", [(4, 1 - 10 / 40), (120, 0.99)])  # in an epoch
+def test_the_rate_is_constant_and_the_average_is_validated(tmp_path, monkeypatch, n_steps, decay):
     """In a short run the average must forget its start too: decay at most 1 - 10 / steps."""
     weights, validated = [], []
-    ones = torch.ones(steps_per_epoch)
-    data = toy_data(TensorDataset(ones[:, None, None], torch.zeros(steps_per_epoch), ones.long()))
+    ones = torch.ones(n_steps)
+    data = toy_data(TensorDataset(ones[:, None, None], torch.zeros(n_steps), ones.long()))
 
     def score(outputs, *_):
         validated.append(outputs[0].item())
@@ -256,11 +230,9 @@ def test_the_rate_is_constant_and_the_running_average_is_validated(
     optimizer.register_step_post_hook(note)
     train(tmp_path / "run", 10, model, data, MeanOutput(), recipe, optimizer)
     weights, rates = zip(*weights, strict=True)
-    assert rates == (0.1,) * 10 * steps_per_epoch
+    assert rates == (0.1,) * 10 * n_steps
     average = itertools.accumulate(weights, lambda mean, w: decay * mean + (1 - decay) * w)
-    np.testing.assert_allclose(
-        validated, list(average)[steps_per_epoch - 1 :: steps_per_epoch], rtol=1e-3
-    )
+    np.testing.assert_allclose(validated, list(average)[n_steps - 1 :: n_steps], rtol=1e-3)
 
 
 def test_nan_loss_names_epoch_and_batch_and_keeps_the_best(tmp_path):
@@ -279,7 +251,7 @@ def test_nan_loss_names_epoch_and_batch_and_keeps_the_best(tmp_path):
 def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, scored):
     scored([1, 2, 3, 4, 5])
     whole, result = train(tmp_path / "whole", epochs=5)
-    scored([1, 2, None])
+    scored([1, 2, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", epochs=5)
     scored([3, 4, 5])
@@ -294,7 +266,7 @@ def test_resume_gives_exactly_what_an_uninterrupted_run_gives(tmp_path, scored):
 
 
 def test_of_an_interrupted_run_the_best_epoch_is_kept_also_when_resumed(tmp_path, scored):
-    scored([0.5, 0.9, 0.6, None])
+    scored([0.5, 0.9, 0.6, KeyboardInterrupt])
     folder, recipe = tmp_path / "run", {"settled": 1.0}
     with pytest.raises(KeyboardInterrupt):
         train(folder, recipe=recipe)
@@ -328,17 +300,15 @@ def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_p
     folder = tmp_path / "run"
     train(folder, epochs=2)
     assert not (folder / common.UNFINISHED).exists()
-    scored([None])
+    scored([KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         train(folder, epochs=2)
     assert common.load_checkpoint(folder / "best.pt")["epoch"]
     assert not (folder / "last.pt").exists() and (folder / common.UNFINISHED).exists()
 
 
-def test_overfit_learns_four_batches_of_training_clips_by_heart_without_regularisation(
-    tmp_path, monkeypatch
-):
-    """Bug 9: the check was run on the whole set."""
+def test_overfit_learns_four_batches_by_heart_without_regularisation(tmp_path, monkeypatch):
+    """Of training clips. Bug 9: the check was run on the whole set."""
     watched, shifts, rates = Watched(*clips(80).tensors), [], []
     patch_everywhere(monkeypatch, "change_pitch", lambda x, furthest: shifts.append(furthest) or x)
     model = Classifier(LSTMBackbone(6, hidden_size=8), 3)
@@ -366,9 +336,7 @@ def test_overfit_fails_where_nothing_can_be_learned():
     assert not check.learned and check.facts["passes"] == 15 and check.facts["loss"] > 0.3
 
 
-def test_all_regressors_must_learn_their_batches_by_heart(
-    tiny_data, tmp_path, make_step, monkeypatch
-):
+def test_all_regressors_must_learn_by_heart(tiny_data, tmp_path, make_step, monkeypatch):
     """In steps 8 and 10 there are two, of which the first may fail."""
     facts, history = {"passes": 1, "loss": 0.5}, pd.DataFrame({"pass": [1], "loss": [0.5]})
     checks = (common.OverfitCheck(learned, facts, history) for learned in (False, True))
@@ -395,18 +363,16 @@ class Scaler(torch.amp.GradScaler):
 def test_the_loss_is_scaled_for_float16(tmp_path, monkeypatch):
     """In this order, else tiny gradients are lost. A resumed training goes on with its scale."""
 
-    def note(name):
-        function = getattr(Scaler, name)
-
-        def noted(*args, **options):
-            Scaler.made[-1].events.append(name)
-            return function(*args, **options)
+    def note(name, function):
+        def noted(scaler, *args, **options):
+            scaler.events.append(name)
+            return function(scaler, *args, **options)
 
         monkeypatch.setattr(Scaler, name, noted)
 
     order = ["scale", "step", "update"]
     for name in order:
-        note(name)
+        note(name, getattr(Scaler, name))
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
     # A processor is slow in float16.
     patch_everywhere(monkeypatch, "half_precision", lambda device: contextlib.nullcontext())
