@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from patrec.baselines import band_features, regression_baselines
-from patrec.batches import change_pitch, cut_windows, to_resident
+from patrec.batches import cut_windows, shift_bands, to_resident
 from patrec.clips import find_leak, load_clips
 from patrec.errors import InputError, StepFailed
 from patrec.features import BANDS, N_MELS
@@ -861,7 +861,7 @@ def train_epoch(loader, state, recipe, device, epoch) -> float:
     for x, targets, lengths in bar:  # x (B, T, F)
         x, targets = x.to(device), targets.to(device)
         if recipe.shift:
-            x = change_pitch(x, recipe.shift)
+            x = shift_bands(x, recipe.shift)
         with half_precision(device):
             outputs = model(x, lengths)
         loss = state.loss_fn(outputs.float(), targets)

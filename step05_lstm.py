@@ -86,7 +86,7 @@ check = common.train(model, data, loss_fn, optimizer, recipe, **options)
 facts = check.facts
 step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
-    batches. Dropout and the change of pitch are off, because they prevent overfitting. The goal
+    batches. Dropout and the shift of the bands are off, because they prevent overfitting. The goal
     is a loss under .01 with every clip classified correctly. After {facts["passes"]} passes the
     loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
 """)

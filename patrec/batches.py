@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from patrec.features import N_CHROMA, N_MELS
+from patrec.features import N_MELS
 
 
 def to_resident(frames, device) -> torch.Tensor:
@@ -14,21 +14,17 @@ def to_resident(frames, device) -> torch.Tensor:
     return frames.to(device) if fits else frames
 
 
-def change_pitch(x, furthest) -> torch.Tensor:
-    """Change the pitch of each clip of a batch (B, T, F) at random.
+def shift_bands(x, furthest) -> torch.Tensor:
+    """Shift the mel bands of each clip (B, T, F) at random, up or down by at most `furthest`.
 
-    Mel bands move up or down by at most `furthest`; the edges repeat the outermost band. Chroma
-    moves to any of the twelve keys.
+    Like a change of pitch. The edges repeat the outermost band; chroma stays as it is.
     """
-    rows = torch.arange(x.shape[2], device=x.device).repeat(len(x), 1)  # (B, F): where from
-    if x.shape[2] >= N_MELS:
-        shift = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
-        rows[:, :N_MELS] = (rows[:, :N_MELS] + shift).clamp(0, N_MELS - 1)
-    if x.shape[2] % N_MELS == N_CHROMA:
-        key = torch.randint(N_CHROMA, (len(x), 1), device=x.device)
-        first = x.shape[2] - N_CHROMA
-        rows[:, first:] = first + (rows[:, first:] - first + key) % N_CHROMA
-    return x.gather(2, rows[:, None].expand_as(x))
+    if x.shape[2] < N_MELS:
+        return x
+    shift = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
+    row = torch.arange(x.shape[2], device=x.device)
+    moved = torch.where(row < N_MELS, (row + shift).clamp(0, N_MELS - 1), row)  # (B, F)
+    return x.gather(2, moved[:, None].expand_as(x))
 
 
 def window_starts(length, window) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Recipe:
     batch_size: int = 32
     crops: int = 1  # crops per clip and epoch
     window: int | None = None  # frames or beats of a window in scoring; None: the whole clip
-    shift: int = 2  # mel bands, furthest random change of pitch, see `change_pitch`; 0: none
+    shift: int = 2  # mel bands, furthest random shift of a training clip up or down
     ema: float = 0.99  # decay per update of the averaged weights; 0: no average
     settled: float = 0.2  # the best epoch of this last share of the epochs is kept
 
@@ -73,9 +73,8 @@ PARTS = {
         "In the first epochs the average still holds early weights, so its scores lag behind.",
         {"lstm": "+.06 ± .03, +.02 ± .03", "cnn": "+.25 ± .06, -.03 ± .02"},
     ),
-    "changed pitch": (
-        "Mel bands are moved up or down by up to 2, as if the music were a little higher or lower. "
-        "Chroma is moved to a random key (LSTM on chroma: +.60 ± .11, -.02 ± .03).",
+    "shifted bands": (
+        "Mel bands are moved up or down by up to 2, as if the music were a little higher or lower.",
         {"lstm": "+.12 ± .06, +.02 ± .03", "cnn": "-.00 ± .03, -.01 ± .02"},
     ),
 }

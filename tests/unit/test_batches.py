@@ -5,21 +5,17 @@ import types
 import pytest
 import torch
 
-from patrec.batches import change_pitch, cut_windows, to_resident
+from patrec.batches import cut_windows, shift_bands, to_resident
 
 
-@pytest.mark.parametrize("n_bands", [12, 128, 140])
-def test_bands_move_by_up_to_two_and_notes_to_any_key(n_bands):
-    """The edges repeat the outermost band; of the notes none is lost."""
+@pytest.mark.parametrize("n_bands", [12, 140])
+def test_bands_are_shifted_by_up_to_two_and_notes_are_not(n_bands):
+    """The edges repeat the outermost band; chroma stays: a shift would be another key."""
     torch.manual_seed(0)
     n, n_mel = 500, 128 if n_bands >= 128 else 0
     x = torch.arange(float(n_bands)).expand(n, 3, n_bands)
-    out = change_pitch(x, 2)
-    if n_bands > n_mel:
-        keys = out[:, 0, n_mel] - n_mel
-        notes = n_mel + (torch.arange(12)[None] + keys[:, None]) % 12
-        assert torch.equal(out[..., n_mel:], notes[:, None].expand(n, 3, 12))
-        assert torch.bincount(keys.long()).min() > 20 and keys.max() == 11  # of 42 each
+    out = shift_bands(x, 2)
+    assert torch.equal(out[..., n_mel:], x[..., n_mel:])
     if n_mel:
         shifts = out[:, 0, 64] - 64
         assert sorted(set(shifts.tolist())) == [-2, -1, 0, 1, 2]
@@ -44,7 +40,9 @@ def test_windows_by_hand():
 @pytest.mark.parametrize(
     "device, nbytes, moved", [("cuda", 499, True), ("cuda", 501, False), ("cpu", 1, False)]
 )
-def test_clips_move_to_a_card_with_room_for_them_twice(monkeypatch, device, nbytes, moved):
+def test_clips_move_to_the_card_where_they_fit_in_half_of_its_free_memory(
+    monkeypatch, device, nbytes, moved
+):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 8000))
     frames = types.SimpleNamespace(nbytes=nbytes, to=lambda device: device.type)
     assert to_resident(frames, device) == (device if moved else frames)

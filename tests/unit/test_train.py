@@ -310,7 +310,7 @@ def test_a_run_begun_anew_and_killed_at_once_is_not_resumed_as_the_old_one(tmp_p
 def test_overfit_learns_four_batches_by_heart_without_regularisation(tmp_path, monkeypatch):
     """Of training clips. Bug 9: the check was run on the whole set."""
     watched, shifts, rates = Watched(*clips(80).tensors), [], []
-    patch_everywhere(monkeypatch, "change_pitch", lambda x, furthest: shifts.append(furthest) or x)
+    patch_everywhere(monkeypatch, "shift_bands", lambda x, furthest: shifts.append(furthest) or x)
     model = Classifier(LSTMBackbone(6, hidden_size=8), 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
