@@ -246,8 +246,8 @@ The network is trained as the LSTMs of step 5 are: Adam with a constant learning
 cross-entropy, dropout before the output layer, and the epoch with the highest validation macro-F1
 among {step.searched}. The score of this epoch is an optimistic estimate. The default recipe also
 has the parts in the table; `--recipe lab` trains without them and keeps the best of all epochs. For
-the CNN the shift of the bands had no measurable effect. It lowers the log loss of the LSTM, and both
-networks should be trained in the same way.
+the CNN the shift of the bands had no measurable effect. It lowers the log loss of the LSTM, and
+both networks should be trained in the same way.
 """)
 step.table(*tables.parts_table("cnn"))
 caption = "The training. Wall-clock time"
