@@ -162,8 +162,9 @@ So training an LSTM on full chromagrams is not efficient either. They have {full
 instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
 after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass (s)"]:.3f} s on mel
 and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
-for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats
-it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s.
+for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats it
+is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The reasons
+are those of step 2.
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
@@ -179,6 +180,8 @@ step.text(f"""
 - A pitch class changes by {full["change"]:.3f} from one frame to the next, by {beat["change"]:.3f}
   from one beat to the next. Beats are about {frames_per_beat:.0f} times as far apart as frames, so
   the harmony has more time to change between them.
+- On average {full["strong"]:.1f} pitch classes of a frame are strong, {beat["strong"]:.1f} of a
+  beat. The median over a beat removes what is shorter than half of the beat.
 """)
 
 # %% The numbers for metrics.json

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from conftest import emotion_predictions, read_metrics, run_forked, training_results, write_data_set
+from conftest import read_metrics, run_forked, training_results, write_data_set
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
@@ -171,5 +171,5 @@ def test_emotions_and_folds_share_the_time_and_each_gets_an_epoch(run, tmp_path)
     assert len(epochs) == 12 and set(epochs.values()) == {1, 2}, epochs
     assert 30 - 2 * BATCHES < result.steps <= 30 + BATCHES
     # Each of the five models, baselines too, predicts every clip in the fold that holds it out.
-    clips = emotion_predictions(result.folder).groupby(["model", "target"])["clip"]
+    clips = pd.read_csv(result.folder / "predictions.csv").groupby(["model", "target"])["clip"]
     assert len(clips) == 5 * 3 and set(clips.size()) == set(clips.nunique()) == {40}
