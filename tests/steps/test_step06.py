@@ -183,7 +183,7 @@ def test_the_answers_name_the_classes_and_scores_of_the_best_lstm(runs):
     assert f"accuracy {always['accuracy']:.3f} and macro-F1 {always['macro_f1']:.3f}" in text
     for key in (
         "classified correctly: {accuracy:",
-        "macro-F1 is {macro_f1:",
+        "precision {macro_precision:.3f}, recall {macro_recall:.3f}, F1 {macro_f1:",
         "micro-F1 is {micro_f1:",
     ):
         assert (key + ".3f}").format(**scores) in text
