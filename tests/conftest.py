@@ -384,9 +384,25 @@ def submission(folder):
 
 
 def run_smoke(step, data, factory, *flags):
-    """Run a step with --smoke in a new folder; returns that of the step, and its metrics."""
+    """Run a step with --smoke in a new folder; returns that of the step, and its metrics.
+
+    What `imshow` draws last (specshow draws a mesh instead) is saved in image.npy beside it.
+    """
     out = factory.mktemp("out")
-    run_forked(f"{step}.py", "--smoke", "--data-dir", data, "--out-dir", out, *flags)
+
+    def keep_image():
+        from matplotlib.axes import Axes
+
+        imshow = Axes.imshow
+
+        def imshow_and_save(ax, image, **options):
+            np.save(out / "image.npy", image)
+            return imshow(ax, image, **options)
+
+        Axes.imshow = imshow_and_save
+
+    where = ("--data-dir", data, "--out-dir", out)
+    run_forked(f"{step}.py", "--smoke", *where, *flags, prepare=keep_image)
     return out / step, read_metrics(out / step)
 
 

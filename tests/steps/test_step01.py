@@ -2,7 +2,6 @@
 
 import re
 
-import matplotlib.axes
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +10,9 @@ from conftest import (
     FEW_GENRES,
     assert_clean_error,
     genre_level,
-    read_metrics,
     read_table,
     run_forked,
+    run_smoke,
 )
 from scipy.io import wavfile
 
@@ -36,21 +35,7 @@ def wav(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(small_data, wav, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-
-    def keep_image():
-        """The only image in the figures is that of the genres; specshow draws a mesh."""
-        imshow = matplotlib.axes.Axes.imshow
-
-        def imshow_and_save(ax, image, **options):
-            np.save(out / "genre_spectra.npy", image)
-            return imshow(ax, image, **options)
-
-        matplotlib.axes.Axes.imshow = imshow_and_save
-
-    where = ("--data-dir", small_data, "--out-dir", out)
-    run_forked(f"{STEP}.py", "--smoke", *where, "--audio", wav, prepare=keep_image)
-    return out / STEP, read_metrics(out / STEP)
+    return run_smoke(STEP, small_data, tmp_path_factory, "--audio", wav)
 
 
 def test_the_report_is_whole_and_the_data_folder_is_counted(run, small_data):
@@ -113,7 +98,7 @@ def test_measures_rise_with_the_genres_frequency(run, small_data):
     )
     means = found.groupby(genres).mean().sort_values("centroid_hz", ascending=False)
     pd.testing.assert_frame_equal(pd.DataFrame(metrics["genres"]).T, means)  # the highest on top
-    spectra = np.load(folder.parent / "genre_spectra.npy")  # (genres, 128), in the same order
+    spectra = np.load(folder.parent / "image.npy")  # (genres, 128), in the same order
     loudest = [127 * min(genre_level(genre), 1) for genre in metrics["genres"]]
     assert spectra.argmax(1).tolist() == pytest.approx(loudest, abs=6)
     shares = [round(100 * genre_share(found[key], genres)) for key in found]

@@ -1,9 +1,8 @@
 """Step 3: the chromagrams of step 1's clips, and whether an LSTM can be trained on them."""
 
-import matplotlib.axes
 import numpy as np
 import pytest
-from conftest import FEW_GENRES, genre_level, read_metrics, run_forked
+from conftest import FEW_GENRES, genre_level, run_smoke
 
 from patrec.clips import sample_clips
 from patrec.features import NOTES
@@ -14,21 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-
-    def keep_image():
-        """The only image in the figures is that of the genres; specshow draws a mesh."""
-        imshow = matplotlib.axes.Axes.imshow
-
-        def imshow_and_save(ax, image, **options):
-            np.save(out / "genre_chroma.npy", image)
-            return imshow(ax, image, **options)
-
-        matplotlib.axes.Axes.imshow = imshow_and_save
-
-    where = ("--data-dir", small_data, "--out-dir", out)
-    run_forked(f"{STEP}.py", "--smoke", *where, prepare=keep_image)
-    return out / STEP, read_metrics(out / STEP)
+    return run_smoke(STEP, small_data, tmp_path_factory)
 
 
 def test_the_strongest_note_is_named(run, small_data):
@@ -55,7 +40,7 @@ def test_the_strongest_note_is_named(run, small_data):
 
 def test_the_strongest_note_of_each_genre_is_row_0(run):
     folder, _ = run
-    shares = np.load(folder.parent / "genre_chroma.npy")  # (genres, 12)
+    shares = np.load(folder.parent / "image.npy")  # (genres, 12)
     assert shares.shape == (len(FEW_GENRES), 12) and shares.sum(1) == pytest.approx(1, abs=1e-3)
     assert (shares[:, 0] > 2 * shares[:, 1:].max(1)).all()
 
