@@ -122,8 +122,8 @@ step.text(f"""
 
     The default recipe also has the parts in the table. `--recipe lab` trains without them, with
     Adam, cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure
-    the difference on your clips. `--plain` does without them too. They lower the log loss of the
-    LSTM; no effect on its macro-F1 was shown.
+    the difference on your clips. `--plain` does without them too. The parts lower the log loss of
+    the LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
 caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"

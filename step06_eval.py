@@ -234,9 +234,9 @@ accuracy is near 1.
 **When do micro and macro F1 differ much?** They differ much if some classes are recognised much
 better than others, most often if the classes also have unequal sizes (here from {support.min():.0f}
 to {support.max():.0f} test clips). A micro-F1 far above the macro-F1 means that some classes are
-recognised badly, usually the small ones. Below it, usually the large ones are. Micro minus macro F1
-is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()}, has an F1 of
-{per_class.loc[support.idxmin(), "f1"]:.3f}.
+recognised badly, usually the small ones. If it is below, these are usually the large ones. Micro
+minus macro F1 is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()},
+has an F1 of {per_class.loc[support.idxmin(), "f1"]:.3f}.
 
 **Are there tasks where we care more about precision than recall, or the opposite? Is a good
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre

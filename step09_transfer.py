@@ -203,11 +203,11 @@ table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 seconds = "Seconds are wall-clock time, with other trainings running in parallel."
 step.table(table, f"{len(data.train)} training clips. {seconds}")
 step.text(f"""
-    `head` is the first phase, `transfer` the second one. {len(data.val)} validation clips are too
-    few to rank these models: 9e compares them on the held-out clips. The others start from random
-    weights: `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If
-    step 8 has trained this network, its predictions are used. The input of the copied network is
-    standardised as in genre training, that of the others by the emotion training clips.
+    `head` is the first phase, `transfer` the second one. Do not rank them by {len(data.val)}
+    validation clips: 9e compares them on the held-out clips. The others start from random weights:
+    `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If step 8 has
+    trained this network, its predictions are used. The input of the copied network is standardised
+    as in genre training, that of the others by the emotion training clips.
 """)
 shown = ("head", "transfer", "scratch")
 curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}

@@ -323,7 +323,7 @@ tables = {key: {} for key in CRITERIA}
 for name, title in titles.items():
     panels, points = [], {}
     for method, estimators in methods.items():
-        # For a few hundred points the threads of t-SNE wait for each other longer than they work.
+        # For few points the threads of t-SNE can wait for each other far longer than they work.
         with threadpool_limits(1, "openmp"):
             maps = [estimator.fit_transform(spaces[name]) for estimator in estimators]
         points[method] = maps[0]
