@@ -129,7 +129,13 @@ step.table(*parts_table("lstm"))
 caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
 step.table(training_table(runs, "macro-F1"), caption)
 step.text(f"""
-    `mel` answers 5c, `beat_mel` 5d, `chroma` and `beat_chroma` 5e, `fused` and `beat_fused` 5f.
+    The networks of the lab's items:
+
+    - 5c, mel spectrograms: `mel`
+    - 5d, beat-synchronised mel spectrograms: `beat_mel`
+    - 5e, chromagrams: `chroma`, and with beats `beat_chroma`
+    - 5f, mel spectrograms and chromagrams together: `fused`, and with beats `beat_fused`
+
     They are trained on random crops: of {window_size(GENRE_NETWORKS["mel"])} frames (15 s), or of
     {window_size(GENRE_NETWORKS["beat_mel"])} beats. (`--plain` trains `plain_mel` on whole clips,
     with one frame per time step.)

@@ -349,7 +349,8 @@ keys, best_by, better = [f"{key} of all seeds" for key in CRITERIA], {}, []
 for name, title in titles.items():
     facts = kept[name]
     means = {method: [np.mean(facts[method][key]) for key in keys] for method in methods}
-    best_by[title] = pd.DataFrame(means, CRITERIA.values()).idxmax(axis=1)
+    means = pd.DataFrame(means, CRITERIA.values()).round(3)  # as the tables show them
+    best_by[title] = means.apply(lambda row: ", ".join(row.index[row == row.max()]), axis=1)
     won = [
         f"{one} works better than {other}"
         for one, other in itertools.permutations(methods, 2)
@@ -365,5 +366,5 @@ By this rule:
 """)
 step.text("\n".join(better))
 table = pd.DataFrame(best_by).T.rename_axis("model")
-step.table(table, "Best method by each criterion (mean over the seeds)")
+step.table(table, "Best method by each criterion (mean over the seeds, to three digits)")
 step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

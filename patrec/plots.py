@@ -1,6 +1,7 @@
 """Figures, every one labelled with units."""
 
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,10 +49,11 @@ def mel_ticks(axis):
 
 
 def run_title(name) -> str:
-    """A run as figures name it: 'beat_mel' -> 'LSTM, mel, beats'; others keep their name."""
+    """A run as figures name it: 'beat_mel' -> 'LSTM, mel, beats', 'cnn_energy' -> 'CNN energy'."""
     run, _, seed = name.partition("_seed")
     if not (network := GENRE_NETWORKS.get(run)):
-        return name
+        words = name.replace("_", " ")
+        return re.sub(r"\b(cnn|lstm|sv[mr])\b", lambda found: found[0].upper(), words)
     features = "mel and chroma" if network.features == "fused" else network.features
     marks = {"beats": network.beat, "textbook": network.plain, f"seed {seed}": seed}
     return ", ".join([network.kind.upper(), features, *(mark for mark in marks if marks[mark])])
@@ -126,27 +128,31 @@ def plot_history(ax, history, title, score_name):
     label = f"validation {score_name}"
     right.plot("epoch", "val_score", "--", data=history, color=green, label=label)
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
-    right.set_ylabel(f"Validation {score_name}")
+    right.set_ylabel(f"Validation {score_name}", color=green)
     settled = history.query("settled == 1")["epoch"]
     if 0 < len(settled) < len(history):  # the best of them is kept; a run cut short may have none
         span, look = (settled.min() - 0.5, settled.max() + 0.5), {"color": "0.92", "zorder": 0}
         ax.axvspan(*span, **look, label="epochs of which the best is kept")
     best = history.query("kept == 1").iloc[-1]  # each one kept replaces the one before
-    right.plot(best["epoch"], best["val_score"], "o", color=green)
+    right.plot(best["epoch"], best["val_score"], "o", color=green, label="kept epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return right
 
 
 def plot_histories(histories, score_name):
-    """One panel of `plot_history` per run: {name: history}, at most three in a row."""
+    """One panel of `plot_history` per run, {name: history}, with equal axes, three in a row."""
     fig, axes = panel_grid(len(histories), min(3, len(histories)), 5, 3.6)
+    rights = [
+        plot_history(ax, history, run_title(name), score_name)
+        for ax, (name, history) in zip(axes, histories.items(), strict=True)
+    ]
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
-    for ax, (name, history) in zip(axes, histories.items(), strict=True):
-        right = plot_history(ax, history, run_title(name), score_name)
-        right.set_ylim(lowest, 1)
-    shown = [one for ax in axes for one in ax.get_legend_handles_labels()[0]]
-    by_label = {one.get_label(): one for one in (*shown, right.get_lines()[0])}
-    columns = 2 if len(histories) == 1 else 4  # a single panel is narrow
+    plt.setp(rights, ylim=(lowest, 1))
+    losses = np.concatenate([ax.get_ylim() for ax in axes])
+    plt.setp(axes, ylim=(losses.min(), losses.max()))
+    drawn = [one for ax in (*axes, *rights) for one in ax.get_legend_handles_labels()[0]]
+    by_label = {one.get_label(): one for one in drawn}
+    columns = min(len(histories) + 1, 5)  # a single panel is narrow
     fig.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns)
     return fig
 

@@ -77,8 +77,8 @@ def test_each_emotion_has_its_own_panel():
     for ax in fig.axes:  # one range, in which the lowest interval of all fits
         assert ax.get_xlim() == pytest.approx((-0.09, 1))
     for key, title in titles.items():
-        for name, (width, _, _) in bars_of(panels[title]).items():
-            assert width == scores[name][key], (key, name)
+        widths = {name: width for name, (width, _, _) in bars_of(panels[title]).items()}
+        assert widths == {name.upper(): scores[name][key] for name in scores}, key
 
 
 def test_confusions_are_written_where_they_belong(ax):
@@ -128,12 +128,17 @@ def test_the_dot_marks_the_epoch_that_was_kept():
     drawn = {line.get_label(): line.get_ydata()[0] for line in (*ax.lines, right.lines[0])}
     assert drawn == {"training loss": 1, "validation loss": 2, "validation macro-F1": 0.1}
     (shade,) = ax.patches
-    assert shade.get_label() in texts_of(ax.figure.legends[0].get_texts())
+    explained = {shade.get_label(), dot.get_label(), *drawn}
+    assert set(texts_of(ax.figure.legends[0].get_texts())) == explained
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == (8.5, 10.5)
     history["val_score"] -= 0.5  # Spearman's correlation may be below 0
-    cut_short = history[:5].assign(settled=0)  # its time was up: the other panel explains the grey
-    *_, right = plot_histories({"mel": cut_short, "cnn_valence": history}, "Spearman").axes
+    # Its time was up: the other panel explains the grey. Both have one scale.
+    cut_short = history[:5].assign(settled=0, val_loss=5.0)
+    fig = plot_histories({"mel": cut_short, "cnn_valence": history}, "Spearman")
+    ax, other, _, right = fig.axes
     assert right.get_ylim() == (-0.4, 1)
+    assert ax.get_ylim() == other.get_ylim() and other.get_ylim()[1] > 5
+    assert (ax.get_title(), other.get_title()) == ("LSTM, mel", "CNN valence")
     assert shade.get_label() in texts_of(right.figure.legends[0].get_texts())
 
 
