@@ -152,7 +152,7 @@ def plot_histories(histories, score_name):
     plt.setp(axes, ylim=(losses.min(), losses.max()))
     drawn = [one for ax in (*axes, *rights) for one in ax.get_legend_handles_labels()[0]]
     by_label = {one.get_label(): one for one in drawn}
-    columns = min(len(histories) + 1, 5)  # a single panel is narrow
+    columns = {1: 2, 2: 3}.get(len(histories), 5)  # one or two panels are narrow
     fig.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns)
     return fig
 
