@@ -27,6 +27,7 @@ from patrec.clips import sample_clips
 from patrec.errors import InputError
 from patrec.features import BANDS, HOP, N_FFT, N_MELS, SR, extract_features, mel_to_waveform
 from patrec.files import FOLDERS, part_folder
+from patrec.labels import label_line
 from patrec.measures import MEASURES, array_facts, genre_share, measure_table, mel_measures
 from patrec.plots import mel_ticks, plot_panels, plot_spectrogram
 from patrec.step import Step
@@ -92,7 +93,12 @@ step.heading("1a. Two random lines with different labels")
 per_genre = 2 if smoke else 20
 clips = sample_clips(root, per_genre, step.args.seed, step.args.skip_bad, beat=False)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
-step.text(f"Drawn with seed {step.args.seed}: {titles[0]} and {titles[1]}.")
+step.text(f"""
+Drawn with seed {step.args.seed} from `train_labels.txt`:
+
+- `{label_line(root, clips[0].clip_id)}`
+- `{label_line(root, clips[1].clip_id)}`
+""")
 
 # %% 1b. Their mel spectrograms
 # The lab: read the files and take the mel part, as its tutorial does. An array has 140 rows:
@@ -127,15 +133,16 @@ step.heading("1c. What they show")
 panels = [(title, mel, False) for title, mel in zip(titles[:2], pair, strict=True)]
 caption = f"Mel spectrograms of two clips: {titles[0]} and {titles[1]}"
 step.show_source(plot_spectrogram)
-step.figure(plot_panels(panels, 2, size=(6, 4)), "two_clips", caption)
+step.figure(plot_panels(panels, 2, size=(4.8, 3.4)), "two_clips", caption)
 measures = pd.DataFrame([mel_measures(mel) for mel in mels], index=titles)
 step.table(measure_table(measures[:2], "clip"), "The two clips, measured")
 first, second = measures[:2].to_dict("records")
 step.text(f"""
 A spectrogram shows which frequencies sound, when, and how loud. A held note is a horizontal line
 with its overtones above it, a drum hit is a vertical line over many bands, and the spacing of these
-vertical lines shows the rhythm. A spectrogram does not show the phase, the absolute level, detail
-finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 dB below the maximum.
+vertical lines shows the rhythm. These spectrograms do not show the phase, the absolute level,
+detail finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 dB below the
+maximum.
 
 - **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
   sounds bright. That of {titles[0]} is {first["centroid_hz"]:.0f} Hz,
@@ -150,8 +157,11 @@ finer than a band or a frame, frequencies above 11 kHz, or levels more than 80 d
 """)
 
 # %% 1c. The two clips, to hear
-# The data set holds no sound, but a mel spectrogram can be turned into some: the mel filters are
-# inverted and the phase is estimated (Griffin & Lim, 1984).
+# The data set holds no sound, but a mel spectrogram can be turned into some.
+step.text("""
+The two clips as sound, made from their mel spectrograms: the mel filters are inverted and the phase
+is estimated (Griffin & Lim, 1984).
+""")
 for i in (0, 1):
     waveform = mel_to_waveform(mels[i])
     step.sound(waveform, f"clip_{i + 1}", f"{titles[i]}, sound made from its mel spectrogram")
@@ -178,7 +188,8 @@ fig.colorbar(image, ax=ax, label="Level minus the mean\nof all genres (dB)")
 caption = (
     f"Mean spectrum of each genre (at most {per_genre} clips), compared with the mean of all "
     "genres. Each clip's mean level is subtracted first. The genre with the highest spectral "
-    "centroid is on top. A sharp edge at high frequencies may come from the recordings"
+    "centroid is on top. A sharp edge at high frequencies may come from how the clips were "
+    "recorded or compressed, not from the genre"
 )
 step.figure(fig, "genre_spectra", caption)
 share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measures}

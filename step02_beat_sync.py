@@ -83,9 +83,9 @@ step.figure(fig, "lstm_cost", caption)
 step.text(f"""
 An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
 parallel on any device. The {n_batch} timed clips have {n_full} frames or {n_beat} beats (medians).
-To time fewer steps, the full clips are cut. A training pass takes {seconds[n_full]:.3f} s at
-{n_full} steps, {ratio:.0f} times the {seconds[n_beat]:.3f} s at {n_beat}. A line fitted to the
-figure has the slope {exponent:.2f}; with a slope of 1, twice as many steps take twice as long.
+To time fewer steps, the full clips are cut. A training pass takes {1e3 * seconds[n_full]:.1f} ms at
+{n_full} steps, {ratio:.0f} times the {1e3 * seconds[n_beat]:.1f} ms at {n_beat}. A line fitted to
+the figure has the slope {exponent:.2f}; with a slope of 1, twice as many steps take twice as long.
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
@@ -129,9 +129,9 @@ norms of these matrices are below 1, the product vanishes exponentially (Hochrei
 al., 1994). The forget gate of an LSTM can preserve the gradient, if training has brought the gate
 close to 1. The numbers are from one random start.
 
-Step 5 therefore changes the LSTM (5a): eight frames of a full clip make one time step, a dense
-layer comes before the LSTM, it reads the clip in both directions, and the class is predicted from
-its outputs at all steps. So the gradient enters at every step. Training takes crops of the clips.
+Step 5 therefore changes the LSTM (5a): eight frames of a full clip make one time step, it reads the
+clip in both directions, and the class is predicted from its outputs at all steps. So every step
+gets a gradient directly, not only through the later steps. The LSTM is trained on crops of clips.
 """)
 
 # %% 2b. Step 1 on beat-synchronised spectrograms
@@ -174,9 +174,9 @@ caption = f"What the synchronisation changes: the two clips, and all {len(clips)
 step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""
 - One beat-synchronised step stands for {changes["frames per step"].median():.0f} frames (median),
-  {beat_s:.2f} s. Between n steps there are n - 1 beats. The beats per minute are their number,
-  divided by the clip's length. librosa's beat tracker drops weak beats at both ends, so the first
-  and the last column may cover more than one beat.
+  {beat_s:.2f} s. We count n - 1 beats in a clip of n steps. The beats per minute are this number,
+  divided by the clip's length in minutes. librosa's beat tracker drops weak beats at both ends, so
+  the first and the last column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
   so it is never louder than the loudest cell of the full array, and the other values mostly rise.

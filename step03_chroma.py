@@ -51,7 +51,8 @@ def chroma_measures(chroma) -> dict:
 # %% 3, as 1a-b. The same two clips, their chromagrams
 # The seed of steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
 step.heading("3, as 1a-b. The same two clips")
-clips = sample_clips(step.source.root, 2 if smoke else 20, step.args.seed, step.args.skip_bad)
+per_genre = 2 if smoke else 20
+clips = sample_clips(step.source.root, per_genre, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
 arrays = {"full": [clip.full for clip in clips], "beat-synced": [clip.beat for clip in clips]}
 chroma = {form: [array[BANDS["chroma"]] for array in some] for form, some in arrays.items()}
@@ -108,7 +109,10 @@ ax.set_xticks(range(N_CHROMA))
 ax.set_yticks(range(len(by_interval)), by_interval.index)
 ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
-caption = "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0"
+caption = (
+    "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0, which "
+    "is above the colour scale. 7 semitones are a fifth, 5 a fourth, 4 and 3 a major, minor third"
+)
 step.figure(fig, "genre_chroma", caption)
 
 full = measures["full"]
@@ -118,10 +122,10 @@ by_genre = values.groupby(genres).mean()
 share = {name: genre_share(values[name], genres) for name in values}
 table = by_genre.map("{:.3f}".format).rename_axis("genre")
 table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
-step.table(table, "Mean over each genre's drawn clips")
+step.table(table, f"Mean over each genre's drawn clips, at most {per_genre} of a genre")
 most = max(share, key=share.get)
 step.text(f"""
-Of these measures, "{most}" depends most on genre: {share[most]:.0%} of its variance lies between
+Of these measures, *{most}* depends most on genre: {share[most]:.0%} of its variance lies between
 the genres. If a measure has nothing to do with genre, this share is near 0 and may be negative.
 """)
 
@@ -164,7 +168,7 @@ after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass
 and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
 for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats it
 is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The reasons
-are those of step 2.
+are those of step 2. (All is measured again, so the times differ a little from those of step 2.)
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
@@ -175,8 +179,13 @@ caption = f"Chromagrams, full and beat-synchronised: mean over {len(clips)} clip
 step.table(means.rename(index=FORMS, columns=COLUMNS).rename_axis("chromagrams"), caption)
 full, beat = means.loc["full"], means.loc["beat-synced"]
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
+shown = []
+for i in (0, 1):
+    notes = [f"{measures[form]['strongest'].iloc[i]} ({FORMS[form]})" for form in FORMS]
+    shown.append(f"{' and '.join(notes)} in {titles[i]}")
 step.text(f"""
-- The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips.
+- The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips. It is
+  {shown[0]}, {shown[1]}.
 - A pitch class changes by {full["change"]:.3f} from one frame to the next, by {beat["change"]:.3f}
   from one beat to the next. Beats are about {frames_per_beat:.0f} times as far apart as frames, so
   the harmony has more time to change between them.

@@ -30,7 +30,7 @@ from patrec.clips import N_READERS, read_array
 from patrec.errors import InputError
 from patrec.features import N_MELS
 from patrec.files import FOLDERS, part_folder
-from patrec.labels import MERGE, read_entries
+from patrec.labels import MERGE, label_line, read_entries
 from patrec.machine import show_bars
 from patrec.plots import COLORS
 from patrec.recipes import GENRE_NETWORKS, window_size
@@ -46,7 +46,8 @@ root, merge = step.source.root, step.source.merge
 step.heading("4a. What the Dataset does: the helper's and ours")
 OPERATIONS = {
     "label file": (
-        "`<part>_labels.txt` without its header, split at tabs, for emotion at commas; "
+        "`train_labels.txt` or `test_labels.txt` without its header, split at tabs (emotion: "
+        "commas); "
         "`regression_label_index` 1, 2, 3 is valence, energy, danceability",
         "columns are found by the names in the header, and every line is checked",
         "a column number is easily wrong; the error message names the file and the line",
@@ -110,8 +111,6 @@ def follow(beat) -> dict[str, str]:
     whole, index = data.train.dataset, data.train.indices[0]
     entry, store = whole.store.entries[index], whole.store
     array = np.load(entry.path)
-    labels = (part_folder(root, "genre", beat) / "train_labels.txt").read_text("utf-8-sig")
-    line = next(x for x in labels.splitlines() if x.split(".")[0].strip() == entry.clip_id)
     kept = store.frames[store.starts[index] :][: store.lengths[index]].numpy()
     worst = np.abs(kept.T.astype(float) - array).max()
     mean, std = (value.numpy() for value in whole.stats)
@@ -122,16 +121,16 @@ def follow(beat) -> dict[str, str]:
     mask = time_mask(lengths, xs.shape[1], xs.device)
     crop = window_size(GENRE_NETWORKS["beat_mel" if beat else "mel"])
     return {
-        "label line": f"`{line.replace(chr(9), '<TAB>')}`",
-        "id, file": f"`{entry.clip_id}`, `{entry.path.parent.name}/{entry.path.name}`",
+        "label line": f"`{label_line(root, entry.clip_id, beat)}`",
+        "id, file": f"`{entry.clip_id}`, `{entry.path.relative_to(root).as_posix()}`",
         "array": f"{array.shape[0]} x {array.shape[1]} {array.dtype}, mel {mel.min():.1f} to "
         f"{mel.max():.1f} dB, chroma {chroma.min():.2f} to {chroma.max():.2f}",
         "class number": f"{entry.label} -> {int(target)} (numbers 0 to {len(data.names) - 1})",
         "stored": f"{kept.shape[0]} x {kept.shape[1]} {kept.dtype}, "
-        f"{kept.nbytes / array.nbytes:.0%} of the size, at most {worst:.3f} off (dB, chroma)",
+        f"{kept.nbytes / array.nbytes:.0%} of the size, rounded by at most {worst:.3f}",
         "Subsets": f"{len(data.train)} training and {len(data.val)} validation clips",
-        "standardised": f"loudest cell, band {band}: ({mel[band, t]:.1f} - ({mean[band]:.1f})) / "
-        f"{std[band]:.1f} = {float(x[t, band]):.2f}",
+        "standardised": f"loudest cell, band {band}: ({mel[band, t]:.2f} - ({mean[band]:.2f})) / "
+        f"{std[band]:.2f} = {float(x[t, band]):.2f}",
         "item": f"({tuple(x.shape)} {x.dtype}, {int(target)}, {int(length)})",
         "batch of 8": f"x {tuple(xs.shape)}, targets {tuple(targets.shape)}, "
         f"lengths {tuple(lengths.shape)}",
@@ -166,13 +165,21 @@ train, kept = before["train"], after["train"].sum()
 parts = Counter(becomes.values())
 merged = [name for name, to in becomes.items() if to != "left out" and parts[to] > 1]
 left_out = train[[becomes.get(name) == "left out" for name in before.index]]
+table = {}  # the lab's: {merged class: the classes that become it}
+for name, to in MERGE.items():
+    if name != to:
+        table.setdefault(to, []).append(name)
+removed = ", ".join(table.pop(None))
+become = "; ".join(f"{', '.join(names)}: {to}" for to, names in table.items())
 step.text(f"""
+The lab's table merges these classes into others: {become}. It leaves out {removed}.
+
 Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
 {train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
 training clips. The lab merges similar classes and removes those with very few samples: similar
 genres have no clear border, and a few clips do not suffice to learn a class or to measure its
-score. In these data {len(merged)} classes are merged with others, and {len(left_out)} classes with
-{left_out.sum()} training clips are left out.
+score. In these data {len(merged) or "no"} classes are merged with others, and {len(left_out)}
+classes with {left_out.sum()} training clips are left out.
 """)
 
 # %% 4c. Number of samples per class, before and after

@@ -22,11 +22,12 @@ from torch import nn
 import common
 from patrec.files import part_folder
 from patrec.machine import seed_everything
-from patrec.plots import plot_histories, plot_overfit
+from patrec.plots import plot_histories, plot_overfit, run_title
 from patrec.recipes import GENRE_NETWORKS, LSTM_NAMES, OVERFIT_PASSES, Recipe, window_size
 from patrec.scores import genre_scores
 from patrec.step import Step
 from patrec.tables import (
+    SECONDS,
     genre_table,
     parts_table,
     prediction_rows,
@@ -49,19 +50,21 @@ names = ["plain_mel"] if step.args.plain else step.args.features
 # The lab: adjust the LSTM of the second lab. Step 2 measures what it costs to read every frame.
 step.heading("5a. An LSTM for the spectrograms of step 4's Dataset")
 step.text("""
-The LSTM of the second lab reads one frame per time step, in one direction, and predicts the class
-from its output at the last time step. `--plain` trains such an LSTM. Here four things are changed:
+A textbook LSTM, as you may have it from the second lab, reads one frame per time step, with two
+layers in one direction, and predicts the class from its output at the last time step. `--plain`
+trains such an LSTM. Here four things are changed:
 
 1. Eight frames make one time step. It holds the mean, the standard deviation and the mean absolute
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
-   one frame of 23 ms says little. In beat-synchronised input, one beat is one time step.
+   one frame (93 ms, every 23 ms) says little. In beat-synchronised input, one beat is one time
+   step.
 2. Means, deviations and changes have different sizes, so each of these features is standardised
-   (`StepNorm`). Beats do not need this, because a step of one beat is the beat itself. Then a dense
-   layer with layer normalisation comes before the LSTM (`stem`).
+   (`StepNorm`). Beats do not need this: their only features are the bands, which the Dataset has
+   standardised already. Then a dense layer with layer normalisation comes before the LSTM (`stem`).
 3. One layer reads the clip in both directions (`blocks`), instead of two layers in one direction.
 4. The class is predicted from the mean and the maximum of the LSTM's outputs over all time steps of
    the clip (`masked_mean_max`), because every part of a clip tells something about its genre.
-   Padding after a shorter clip is not counted.
+   Padding after a shorter clip is not counted. This has no weights and no row in the table below.
 """)
 
 network = GENRE_NETWORKS[names[0]]
@@ -88,7 +91,9 @@ step.text(f"""
     With `overfit_batch=True`, `train` learns {facts["clips"]} clips in {facts["batches"]} fixed
     batches. Dropout and the shift of the bands are off, because they prevent overfitting. The goal
     is a loss under .01 with every clip classified correctly. After {facts["passes"]} passes the
-    loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}.
+    loss is {facts["loss"]:.5f}, the accuracy {facts["accuracy"]:.3f}. A loss close to 0 means that
+    the gradients reach the weights and the network can be trained. Wrong labels would not be
+    noticed, because they can be learned by heart too.
 """)
 caption = "Training loss on fixed batches of training crops, without regularisation"
 step.figure(plot_overfit({names[0]: check}), "overfit", caption)
@@ -116,18 +121,18 @@ step.text(f"""
     - *Optimiser*: Adam with a constant learning rate of {facts["lr"]:g}.
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
     - *Epoch*: we keep the epoch with the highest validation macro-F1 among {step.searched}. The
-      best of all epochs is often an early one, by chance, because the validation clips are few. In
-      cross-validation, this choice gave the LSTM on mel a macro-F1 that was lower by .08 on new
-      clips (docs/experiments.md). The best of several epochs is an optimistic estimate.
+      best of all epochs can be an early one by chance, because the validation clips are few. In
+      cross-validation, the best of *all* epochs gave the LSTM on mel a macro-F1 that was lower by
+      .08 on new clips (docs/experiments.md). The validation score of the kept epoch is optimistic,
+      because it is the highest of several.
 
     The default recipe also has the parts in the table. `--recipe lab` trains without them, with
-    Adam, cross-entropy and dropout alone, and keeps the best of all epochs, so that you can measure
-    the difference on your clips. `--plain` does without them too. The parts lower the log loss of
-    the LSTM; no effect on its macro-F1 was shown.
+    Adam, cross-entropy, dropout and random crops only, and keeps the best of all epochs, so that
+    you can measure the difference on your clips. `--plain` does without them too. The parts lower
+    the log loss of the LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
-caption = "Training of each LSTM. Wall-clock time, with trainings running in parallel"
-step.table(training_table(runs, "macro-F1"), caption)
+step.table(training_table(runs, "macro-F1"), f"The trainings, on {step.device}. {SECONDS}")
 step.text(f"""
     The networks of the lab's items:
 
@@ -136,36 +141,46 @@ step.text(f"""
     - 5e, chromagrams: `chroma`, and with beats `beat_chroma`
     - 5f, mel spectrograms and chromagrams together: `fused`, and with beats `beat_fused`
 
-    They are trained on random crops: of {window_size(GENRE_NETWORKS["mel"])} frames (15 s), or of
-    {window_size(GENRE_NETWORKS["beat_mel"])} beats. (`--plain` trains `plain_mel` on whole clips,
-    with one frame per time step.)
+    In figures, `beat_fused` is called *{run_title("beat_fused")}*, and so on. The networks are
+    trained on random crops of {window_size(GENRE_NETWORKS["mel"])} frames (15 s) or
+    {window_size(GENRE_NETWORKS["beat_mel"])} beats. An epoch takes
+    {facts["examples_per_epoch"] // facts["n_train"]} crops of each clip. (`--plain` trains
+    `plain_mel` on whole clips, with one frame per time step.)
 """)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "macro-F1"),
     "learning_curves",
-    "Loss and validation macro-F1 against the epoch. The dot marks the kept epoch. Training "
-    "loss with dropout and augmentation, validation loss without them",
+    f"Loss and validation macro-F1 by epoch. {step.curves}",
 )
 
 lowest = {name: run.history.loc[run.history["val_loss"].idxmin()] for name, run in runs.items()}
 lines = [
     f"`{name}` {row['epoch']:.0f} of {len(runs[name].history)}" for name, row in lowest.items()
 ]
-step.text(f"""
-    The epoch with the lowest validation loss: {", ".join(lines)}. If the validation loss rises
-    after that epoch while the training loss still falls, the network overfits: it becomes too
-    confident on clips that it has not seen. The predicted classes can still become better, so the
-    epoch is chosen by macro-F1. If the lowest loss is that of the last epochs, more epochs may
-    help.
-""")
+step.text(f"The epoch with the lowest validation loss: {', '.join(lines)}.")
+late = [name for name, row in lowest.items() if row["epoch"] > 0.8 * len(runs[name].history)]
+last = {name: run.history.iloc[-1] for name, run in runs.items()}
+overfits = [n for n in names if n not in late and last[n]["train_loss"] < lowest[n]["train_loss"]]
+if overfits:
+    step.text(f"""
+        After that epoch the validation loss of {", ".join(f"`{name}`" for name in overfits)} rises
+        while the training loss still falls. This is overfitting: the network becomes too confident
+        on clips that it has not seen. The predicted classes can still become better, so the epoch
+        is chosen by macro-F1.
+    """)
+if late:
+    step.text(f"""
+        The lowest validation loss of {", ".join(f"`{name}`" for name in late)} is among the last
+        20% of the epochs, so more epochs may help.
+    """)
 
 # %% Test scores
 # The test clips are read only now, when no choice is left to make.
 step.heading("Scores on the test set")
 step.text("""
-LSTMs of beats are scored on the beat-synchronised test set, the others on the full one. A network
-that was trained on crops predicts from the mean of its outputs over windows of that size, which
-cover the clip. Step 6 compares the LSTMs on the same clips.
+LSTMs of beats are scored on the beat-synchronised test set, the others on the full one. A test clip
+is cut into windows of the size of the training crops, which cover the clip, and the outputs for the
+windows are averaged. Step 6 compares the LSTMs on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():

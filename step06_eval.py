@@ -27,7 +27,7 @@ from patrec.baselines import band_features
 from patrec.clips import load_clips
 from patrec.files import part_folder, write_text
 from patrec.labels import read_entries
-from patrec.plots import plot_confusions, plot_scores
+from patrec.plots import plot_confusions, plot_scores, run_title
 from patrec.recipes import LSTM_NAMES
 from patrec.scores import average_predictions, genre_scores
 from patrec.splits import encode_labels
@@ -79,9 +79,10 @@ step.text(f"""
 """)
 step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Validation scores")
 step.text(f"""
-    The best LSTM by validation macro-F1 is `{best}`. This choice is noisy, because there are only
-    {n_val} validation clips. The SVMs' scores are from cross-validation on training and validation
-    clips. The LSTMs' are from the kept epoch, which is optimistic, so the two cannot be compared.
+    The best LSTM by validation macro-F1 is `{best}` ({run_title(best)}). This choice is noisy,
+    because there are only {n_val} validation clips. The LSTMs' scores are those of the kept epoch,
+    which are optimistic. The SVMs' scores are from cross-validation on training and validation
+    clips. So do not compare LSTMs and SVMs in this table.
 """)
 
 # %% Predictions for both test sets
@@ -160,7 +161,10 @@ for (name, set_name), table in predictions.items():
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
-caption = "Confusion matrix of the best LSTM. Number: clips. Colour: share of the true class"
+caption = (
+    f"Confusion matrix of `{best}`, the best LSTM by validation, on the {own_set[best]} test set. "
+    "Number: clips. Colour: share of the true class, darker is more"
+)
 step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "confusion", caption)
 
 # %% 6c. Macro averages
@@ -168,7 +172,7 @@ step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "conf
 step.heading("6c. Macro-averaged precision, recall and F1")
 step.text("A macro average is the mean over the classes. Each class counts the same.")
 step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
-fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(own_set) + 1.3), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(own_set) + 1.3), layout="constrained")
 for ax, set_name in zip(axes, SETS, strict=True):
     found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
     values, intervals = ([s[key] for s in found.values()] for key in ("macro_f1", "macro_f1_ci95"))
@@ -224,25 +228,28 @@ classes, so a small class counts as much as a large one: precision {one["macro_p
 recall {one["macro_recall"]:.3f}, F1 {one["macro_f1"]:.3f}. The micro average counts every clip the
 same. With one label per clip all three equal the accuracy: micro-F1 is {one["micro_f1"]:.3f}.
 
-**When do accuracy and F1 differ much?** They differ when a model recognises large classes and
-misses small ones. Then the accuracy tells mainly how well the large classes are recognised. An
-extreme case is a model that always predicts {commonest}: accuracy {lowest["accuracy"]:.3f} and
-macro-F1 {lowest["macro_f1"]:.3f}. A macro-F1 above the accuracy often means that small classes are
-recognised better than large ones. In a task with one rare class, its F1 can be near 0 while the
-accuracy is near 1.
+**When do accuracy and F1 differ much?** Micro-F1 equals the accuracy here, so the question is about
+macro-F1. It is far below the accuracy when a model recognises large classes and misses small ones.
+Then the accuracy tells mainly how well the large classes are recognised. In this run the accuracy
+is {one["accuracy"]:.3f} and macro-F1 {one["macro_f1"]:.3f}. An extreme case is a model that always
+predicts {commonest}: accuracy {lowest["accuracy"]:.3f} and macro-F1 {lowest["macro_f1"]:.3f}. A
+macro-F1 above the accuracy often means that small classes are recognised better than large ones. In
+a task with one rare class, its F1 can be near 0 while the accuracy is near 1.
 
 **When do micro and macro F1 differ much?** They differ much if some classes are recognised much
 better than others, most often if the classes also have unequal sizes (here from {support.min():.0f}
 to {support.max():.0f} test clips). A micro-F1 far above the macro-F1 means that some classes are
-recognised badly, usually the small ones. If it is below, these are usually the large ones. Micro
-minus macro F1 is {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()},
-has an F1 of {per_class.loc[support.idxmin(), "f1"]:.3f}.
+recognised badly, usually the small ones. A micro-F1 far below the macro-F1 means that the badly
+recognised classes are usually the large ones. Micro minus macro F1 is
+{one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()}, has an F1 of
+{per_class.loc[support.idxmin(), "f1"]:.3f}.
 
 **Are there tasks where we care more about precision than recall, or the opposite? Is a good
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre
 needs precision: a metal song among lullabies is worse than a missing lullaby. A search for an
 illness needs recall: a missed case is worse than a false alarm. Accuracy and F1 do not tell these
-errors apart. For the search we can require a recall of at least .9 and compare the precision.
+errors apart. For the illness, for example, we can choose, among the models with a recall of at
+least .9, the one with the highest precision.
 
 **Which one for this task?** We choose by macro-F1. All genres matter equally, but their sizes
 differ, and macro-F1 shows when a model recognises only the frequent classes.

@@ -92,9 +92,10 @@ step.text("""
 > 2. Press *pause* in the first seconds. Take a screenshot of *Network Visualization* and one of
 >    *Training Stats* (examples seen, validation accuracy).
 > 3. Press *resume*, wait for about 20,000 examples, press *pause*, and take both again.
-> 4. Look, layer by layer, at the *Weights* of the first convolution (strokes and edges, or noise?),
->    at its *Activations*, at what relu turns black, at how small pool makes the maps, at the
->    probabilities of softmax, and, at the bottom of the page, at the digits that are confused.
+> 4. Describe what you see, layer by layer. Do the *Weights* of the first convolution show strokes
+>    and edges, or noise? Where are its *Activations* bright? What does relu turn black? How small
+>    does pool make the maps? Which digits get a high probability in softmax? The bottom of the page
+>    shows the digits that are confused.
 """)
 
 # %% 7a. The same experiment here: a small network on small digits
@@ -206,10 +207,15 @@ The map of a filter of the first convolution is reddest where the image looks li
 weights, for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). The filter's bias
 is added everywhere, also where the image is empty. Batch normalisation shifts and scales each map,
 ReLU removes what is negative, and max pooling keeps the strongest response in each 2 x 2 square.
-The second block does the same with the maps of the first. The output layer turns its maps into
-probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before training,
-{early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation changes
-nothing in evaluation mode, because its stored mean is still 0 and its variance 1.
+The second block does the same with the maps of the first. The output layer gives one number per
+digit, and softmax turns these into probabilities. The true digit, {true_digit}, has a probability
+of {before:.2f} before training, {early:.2f} after one epoch, {after:.2f} at the end. Before
+training, batch normalisation changes nothing in evaluation mode, because its stored mean is still 0
+and its variance 1.
+
+*Patterns*: compare the row *filters 1* before and after training. A row or column of red beside one
+of blue responds to an edge, a filter of one colour to brightness. In 3 x 3 weights only simple
+patterns are possible; the 5 x 5 filters of ConvNetJS show more.
 """)
 
 # %% 7b. The network
@@ -222,7 +228,8 @@ In training, the input is a random crop of 6 s. A validation or test clip is cut
 that cover it, and their logits are averaged. Two frames are averaged into one column of the image.
 Each block is convolution, batch normalisation, ReLU and max pooling, in this order, in one
 `nn.Sequential`. After the fourth block the channels are pooled over time (mean and maximum), but
-not over frequency. One dense layer gives one output (logit) per class.
+not over frequency. One dense layer gives one output (logit) per class. In the table, the output of
+a block is clips x channels x time x bands.
 """)
 model = common.make_classifier(network, data).to(step.device)
 step.show_source(common.CNNBackbone, common.Classifier)
@@ -242,20 +249,17 @@ if step.args.ensemble:  # two more, with other weights, batches and validation c
 runs = common.train_all(step.training, trainings)
 cnn = runs["cnn_mel"]
 step.text(f"""
-The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate,
-cross-entropy, dropout before the output layer, and the epoch with the highest validation macro-F1
-among {step.searched}. The score of this epoch is an optimistic estimate. The default recipe also
-has the parts in the table; `--recipe lab` trains without them and keeps the best of all epochs. For
-the CNN the shift of the bands had no measurable effect. It lowers the log loss of the LSTM, and
-both networks should be trained in the same way.
+The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate of
+{step.args.lr:g}, batches of {step.args.batch_size} crops, cross-entropy, dropout before the output
+layer, and the epoch with the highest validation macro-F1 among {step.searched}. The score of this
+epoch is an optimistic estimate. The default recipe also has the parts in the table; `--recipe lab`
+trains without them and keeps the best of all epochs. For the CNN the shift of the bands had no
+measurable effect. It lowers the log loss of the LSTM, and both networks should be trained in the
+same way.
 """)
 step.table(*tables.parts_table("cnn"))
-caption = "The training. Wall-clock time"
-step.table(tables.training_table(runs, "macro-F1"), caption)
-caption = (
-    "Loss and validation macro-F1 by epoch. The dot marks the epoch that was kept. Only the "
-    "training loss is measured with augmentation and dropout"
-)
+step.table(tables.training_table(runs, "macro-F1"), tables.SECONDS)
+caption = f"Loss and validation macro-F1 by epoch. {step.curves}"
 histories = {name: run.history for name, run in runs.items()}
 step.figure(plots.plot_histories(histories, "macro-F1"), "learning_curve", caption)
 
@@ -286,21 +290,36 @@ step.table(tables.genre_table(scores), "Scores on the test set, with 95% interva
 # (the convolution reduced to 1 x 1), and in the trained genre network.
 step.heading("7c. What the four operations do")
 step.text("""
-What does each operation do? The digit network of 7a is trained again, each time without one of the
-operations. Then the figure shows the four operations in the trained genre network.
+What does each operation do? The digit network of 7a is trained again, each time with one operation
+left out, or with convolutions of 1 x 1. Then the figure shows the four operations in the trained
+genre network.
 """)
-left_out = {}
+left_out, means, spreads = {}, {}, {}
 variants = {"all four operations": None, "1 x 1 convolutions": "Conv2d"}
 variants |= {f"without {name}": name for name in OPERATIONS[1:]}
 for label, without in variants.items():
     twins = [train_digits(digits, step.args.seed + i, n_epochs, without) for i in range(n_seeds)]
     last = [curve[-1] for _, curve in twins]
+    means[label], spreads[label] = np.mean(last), np.std(last, ddof=1)
     left_out[label] = {
-        "test accuracy": f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}",
+        "test accuracy": f"{means[label]:.3f} ± {spreads[label]:.3f}",
         "weights": str(common.count_weights(twins[0][0][0])),
     }
 caption = f"Digits, {n_epochs} epochs: one operation changed, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
+effects = {"lower": [], "higher": [], "not clearly different": []}
+whole, *changed = means
+for label in changed:
+    difference, clear = means[label] - means[whole], spreads[label] + spreads[whole]
+    unlike = "lower" if difference < 0 else "higher"
+    effects[unlike if abs(difference) > clear else "not clearly different"].append(label)
+effects = "; ".join(f"{effect}: {', '.join(of)}" for effect, of in effects.items() if of)
+step.text(f"""
+The accuracy, compared with all four operations, is {effects}. (A difference that is smaller than
+the two standard deviations together is not clear.) Leaving out pooling or ReLU may cost nothing. In
+small images pooling has little to summarise (scikit-learn's have 8 x 8 pixels), and without it the
+output layer has more weights. Without ReLU, max pooling still makes the network non-linear.
+""")
 
 # %% 7c. The trained genre network at work
 # Validation clips, the middle of each, are taken through the first block operation by operation.
@@ -327,20 +346,18 @@ few weights are enough. A 1 x 1 convolution mixes channels but sees no neighbour
 
 **Batch normalisation** brings each channel to mean 0 and standard deviation 1 over the batch and
 all places, then scales and shifts it by two learned numbers. In the figure the standard deviation
-is not exactly 1, because the trained network uses the mean and deviation that it has stored in
-training, and then scales the result. The activations keep a steady size, which allows higher
-learning rates (Ioffe & Szegedy, 2015). Why it works is still debated (Santurkar et al., 2018).
+is not exactly 1: in validation and test the network uses the running averages of mean and deviation
+that it has stored in training, and then scales the result. The activations keep a steady size,
+which allows higher learning rates (Ioffe & Szegedy, 2015). Why it works is still debated (Santurkar
+et al., 2018).
 
 **ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
-It makes the network non-linear. Convolutions in a row without it are only one linear map.
+It makes the network non-linear. Convolutions in a row without it are only one linear map. For
+positive values its slope is 1, so it does not make the gradient smaller.
 
-**Max pooling** keeps the largest of neighbouring values. The next block has fewer cells to compute,
-and each of them sees more of the clip. The exact place of a pattern is lost.
-
-The table of the digits shows what each operation is worth there. A difference smaller than the
-standard deviations (after ±) shows nothing. Leaving out pooling or ReLU may cost nothing: in small
-images (scikit-learn's have 8 x 8 cells) pooling has little to summarise, and without it the output
-layer has more weights. Without ReLU, max pooling still makes the network non-linear.
+**Max pooling** keeps the largest of neighbouring values. If a pattern moves by one cell, the output
+changes little. The next block has fewer cells to compute, and each of them sees more of the clip.
+The exact place of a pattern is lost.
 """)
 
 # %% 7d. Overfitting a few batches
@@ -348,8 +365,7 @@ layer has more weights. Without ReLU, max pooling still makes the network non-li
 check_facts = learn_by_heart(step, data)
 
 # %% 7e. Genre recognition, compared with the LSTM of step 5a
-# The lab: compare with the LSTM on the same input. The best LSTM of step 5, by validation
-# macro-F1, is shown too.
+# The lab: compare with the LSTM on the same input. The best LSTM of step 5 is shown too.
 step.heading("7e. Genre recognition, compared with the LSTM of step 5a")
 lstms = common.genre_models(step.training, ["mel"])
 ranking = common.genre_val_scores(step.training).index  # the best network first
@@ -373,11 +389,13 @@ facts = pd.DataFrame({name: run.facts for name, run in (runs | lstms).items()}).
 facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
 caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
-step.text("""
-The table gives the number of training examples. The models differ in more than the network: the
-CNN is trained on crops of 6 s, the LSTM on crops of 15 s. (If the best LSTM reads beats, it has a
-test set of its own, of the same clips.)
+step.text(f"""
+`mel` is the LSTM of step 5a and has the same input as the CNN. `{best_lstm}` is the LSTM of step 5
+with the highest validation macro-F1, {plots.run_title(best_lstm)}. The models differ in more than
+the network: the CNN is trained on crops of 6 s, the LSTMs on crops of 15 s.
 """)
+if GENRE_NETWORKS[best_lstm].beat:
+    step.text(f"`{best_lstm}` is tested on the beat-synchronised arrays of the same clips.")
 seed_spread = {}
 if step.args.ensemble:
     for key in ("accuracy", "macro_f1"):
@@ -390,7 +408,7 @@ if step.args.ensemble:
     step.table(pd.DataFrame(seed_spread).T.rename_axis("score"), caption)
 
 # %% 7e. Differences on the same clips, and class by class
-step.text("Paired differences on the same clips; 95% intervals over test clips, for one training.")
+step.text(f"Each line compares two models on the same test clips. {tables.INTERVALS}")
 paired = {}
 for name in lstms:
     paired[name] = paired_difference(true["cnn_mel"], predicted["cnn_mel"], predicted[name])

@@ -27,7 +27,7 @@ from patrec import tables
 from patrec.baselines import BASELINES
 from patrec.flags import bounded
 from patrec.labels import EMOTIONS, read_entries
-from patrec.plots import plot_emotion_scores, plot_histories
+from patrec.plots import plot_emotion_scores, plot_histories, run_title
 from patrec.recipes import GENRE_NETWORKS
 from patrec.scores import combine_emotions, emotion_scores
 from patrec.step import Step
@@ -50,10 +50,13 @@ networks = {"lstm": lstms.index[0] if len(lstms) else "mel", "cnn": "cnn_mel"}
 if len(lstms):
     step.table(lstms, "The LSTMs of step 5, with their scores for genre")
 why = "the LSTM with the highest validation macro-F1" if len(lstms) else "as step 5 has saved none"
+chroma = GENRE_NETWORKS[networks["lstm"]].features != "mel"
+also = "in the length of a crop and in the input: this LSTM also reads the chroma"
+also = also if chroma else "and in the length of a crop"
 step.text(f"""
-    We use `{networks["lstm"]}`, {why}, and the CNN of step 7. Both start from random weights. The
-    layers up to the head stay the same, see steps 5 and 7. The head gives one number per clip, on
-    the scale of the labels (0 to 1), instead of one number per class.
+    We use `{networks["lstm"]}` ({run_title(networks["lstm"])}), {why}, and the CNN of step 7. Both
+    start from random weights. The layers up to the head stay the same, see steps 5 and 7. The head
+    gives one number per clip, on the scale of the labels (0 to 1), instead of one number per class.
 
     Cross-entropy treats every wrong class as equally wrong. Here the labels are real numbers, so
     the loss must grow with the distance between prediction and label. We replace cross-entropy by
@@ -62,18 +65,19 @@ step.text(f"""
     - *The squared error*, in units of the labels' standard deviation. It makes the predicted
       values fit the labels.
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
-      batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. Ranks
-      have no useful gradient, so this score cannot be a loss. Pearson's correlation of the values
-      has one, and it too rewards predictions that rise with the labels.
+      batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. A
+      small change of a prediction mostly leaves its rank as it is, so Spearman's correlation has
+      no useful gradient and cannot be the loss. Pearson's correlation of the values has one. It too
+      rewards predictions that rise with the labels.
 
     If outputs and labels have different shapes, the loss stops with an error. Without this check,
     PyTorch would subtract every label from every prediction (B x B differences) and not warn.
 
     Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
-    smaller. We keep the epoch with the highest validation Spearman among {step.searched}, as
-    in step 5. The validation clips are few, so this score is noisy, and as the highest of several
-    it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM also differ in the
-    number of examples and in the length of a crop, not in architecture alone.
+    smaller. As in step 5 we keep the best epoch among {step.searched}, here by the validation
+    Spearman. The validation clips are few, so this score is noisy, and as the highest of several
+    it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
+    architecture, in the number of examples, {also}.
 """)
 step.show_source(common.make_regressor, common.Regressor.forward, common.regression_loss)
 
@@ -99,19 +103,22 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
 runs = common.train_all(step.training, trainings)
 n_val = runs["cnn_valence"].facts["n_val"]
 fold = " in the first fold" if step.args.folds > 1 else ""
-error = f"a correlation near 0 would have a standard error of {1 / math.sqrt(n_val - 1):.1f}"
+chance = f"where chance alone gives correlations of about ±{1 / math.sqrt(n_val - 1):.1f}"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
-    caption = "Seconds are wall-clock time, with other trainings running in parallel."
-    step.table(tables.training_table(pair), caption)
+    step.table(tables.training_table(pair), tables.SECONDS)
     step.figure(
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and score by epoch{fold}, on {n_val} validation clips "
-        f"({error}). The dot marks the epoch that is kept. Only the training loss is measured with "
-        "augmentation and dropout.",
+        f"{emotion.capitalize()}: loss and score by epoch{fold}, on {n_val} validation clips, "
+        f"{chance}. {step.curves}",
     )
+step.text("""
+How to read these curves: if the validation score falls while the training loss still falls, the
+network overfits. An earlier epoch then has the higher score, but on so few clips this can be
+chance. 8e has the scores on other clips.
+""")
 
 # %% 8e. Spearman's correlation on the held-out clips
 # The lab's metric, averaged over the three axes. It is computed over all held-out clips at
@@ -134,14 +141,16 @@ step.text("""
     Spearman's correlation compares ranks. It is 1 if the predictions put the clips into the right
     order, and about 0 if their order has nothing to do with the labels. A constant has no order and
     counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
-    rank the clips well and still predict values too close to the mean. With `--folds`, the
-    predictions of all folds are ranked together, which tends to lower the score, because each
-    fold's network has its own mean. If clips of one artist are among the training and the held-out
-    clips, the scores are higher than they would be for new artists.
-
-    Below, the means over the three axes are compared, on the same clips. The intervals show how
-    much depends on the choice of the held-out clips, but not on the seed of the training.
+    rank the clips well and still predict values too close to the mean. If clips of one artist are
+    among the training and the held-out clips, the scores are higher than they would be for new
+    artists.
 """)
+if step.args.folds > 1:
+    step.text("""
+        The predictions of all folds are ranked together. This tends to lower the score, because
+        each fold's network has its own mean.
+    """)
+step.text(f"Below, the means over the three axes are compared. {tables.INTERVALS}")
 pairs = (("cnn", "lstm"), ("cnn", "svr"), ("lstm", "svr"))
 step.text(tables.difference_lines(true, predictions, pairs))
 caption = "Spearman's correlation on the held-out clips, with 95% intervals"
@@ -160,12 +169,13 @@ facts |= {name: {"val": {}, "test": scores[name]} for name in scores if name not
 val = {kind: facts[kind]["val"]["mean_spearman"] for kind in networks}
 best = max(val, key=val.get)
 both = ", ".join(f"{kind} {value:.3f}" for kind, value in val.items())
+held_out = ", ".join(f"{kind} {scores[kind]['mean_spearman']:.3f}" for kind in networks)
 step.heading("Predictions for the clips without labels")
 unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"""
     `submission.csv` has the predictions of `{best}` for {len(unlabelled)} clips. `{best}` has the
-    higher mean of the three validation scores ({both}). The held-out clips of 8e have no part in
-    this choice, so the other network may have the higher score there.
+    higher mean of the three validation scores ({both}). On the held-out clips of 8e the means are
+    {held_out}. We do not choose by them: then the score of the chosen network would be optimistic.
 """)
 if unlabelled:
     chosen = [runs[f"{best}_{emotion}"] for emotion in EMOTIONS]

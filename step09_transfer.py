@@ -54,8 +54,9 @@ The authors trained networks on half of the classes of ImageNet. They copied the
 a network for the other half, and then froze or fine-tuned them. They conclude:
 
 1. The first layers learn general features, the last layers learn features of their task.
-2. Copied and frozen layers lower the score for two reasons: their features are specific to the old
-   task, or the cut separates layers that had adapted to each other, mostly the middle ones.
+2. Copied and frozen layers lower the score for two reasons. Their features may be too specific to
+   the old task (the last layers). Or the copy ends between layers that had learned to work together
+   (the middle layers).
 3. The more the two tasks differ, the less the copied features help. They are still better than
    random ones.
 4. Copied and then fine-tuned layers generalise better than training from scratch, even if the new
@@ -81,9 +82,9 @@ if len(val):
 why = "the network with the highest validation macro-F1" if len(val) else "as none is saved yet"
 step.text(f"""
     We transfer `{genre_name}`, {why}. We expect that features that recognise the genre of new clips
-    also help with emotions. The lab trains this network on fma_genre_spectrograms, so the networks
-    on beats are not candidates. The score of so few validation clips is noisy, so a difference of a
-    few hundredths can be due to chance. Test clips play no part in the choice.
+    also help with emotions. The lab asks for a network trained on fma_genre_spectrograms, so we
+    leave out the networks trained on beats. The score of so few validation clips is noisy, so a
+    difference of a few hundredths can be due to chance. Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
@@ -118,7 +119,7 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
   overfits. On test clips, the choice would make the test score optimistic.
 """)
 if "val_score" in genre.history:
-    caption = "Genre training. The dot marks the transferred epoch"
+    caption = f"Genre training. {step.curves}"
     step.figure(plot_histories({genre_name: genre.history}, "macro-F1"), "genre_training", caption)
 
 # %% 9d. A short fine-tuning
@@ -135,11 +136,10 @@ The fine-tuning has two phases:
    Features and Underperform Out-of-Distribution).
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
-An epoch takes as many crops of each clip as in a training from scratch (*examples* in the table
-below). Both phases use step 8's recipe, learning rate included, and nothing was tuned for them. So
-`transfer` and `scratch` differ in the weights that they start from, in the first phase, and in how
-the input is standardised. In the second phase more weights change than the head's, so its first
-epochs may score lower than the first phase.
+An epoch takes as many crops of each clip as in step 8. Both phases use the recipe of step 8,
+learning rate included, and nothing was tuned for them. So `transfer` and `scratch` differ in the
+weights that they start from, in the first phase, and in how the input is standardised. In the
+second phase the backbone changes too, so its first epochs may score lower than the first phase.
 """)
 
 
@@ -200,21 +200,22 @@ runs = {key: done[name] for key, name in names.items()}
 frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
 table = tables.training_table(done)
 table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
-seconds = "Seconds are wall-clock time, with other trainings running in parallel."
-step.table(table, f"{len(data.train)} training clips. {seconds}")
+step.table(table, tables.SECONDS)
+full = f"`{twin}` of step 8, which is not trained again here" if twin else "trained here too"
 step.text(f"""
-    `head` is the first phase, `transfer` the second one. Do not rank them by {len(data.val)}
-    validation clips: 9e compares them on the held-out clips. The others start from random weights:
-    `scratch` has at most the epochs of both phases, `scratch_full` those of step 8. If step 8 has
-    trained this network, its predictions are used. The input of the copied network is standardised
-    as in genre training, that of the others by the emotion training clips.
+    `head` is the first phase, `transfer` the second one. `scratch` starts from random weights and
+    has at most the epochs of both phases. `scratch_full` has those of step 8; it is {full}. The
+    input of the copied network is standardised as in genre training, that of the others by the
+    emotion training clips.
+
+    Do not rank the models by these scores: {len(data.val)} validation clips are few, and 9e
+    compares them on the held-out clips. For the same reason an earlier epoch can have a higher
+    score in the figure than the kept one. The kept epoch is the best among {step.searched} (at
+    least one).
 """)
-shown = ("head", "transfer", "scratch")
-curves = {names[key]: run.history for key, run in runs.items() if key[0] in shown}
-caption = (
-    f"Loss and Spearman's correlation on {len(data.val)} validation clips. The dot marks the epoch "
-    "that is kept"
-)
+shown = itertools.product(("head", "transfer", "scratch"), emotions)
+curves = {names[key]: runs[key].history for key in shown}
+caption = f"Loss and Spearman's correlation on {len(data.val)} validation clips. {step.curves}"
 step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
 # %% 9e. Against step 8
@@ -236,7 +237,9 @@ step.table(
 )
 step.text(f"{step8.note} {BASELINES if step8.predictions else ''}")
 full = next(name for name in shown if name.startswith("scratch_full"))
-n_full = planned.epochs * planned.crops * len(data.train)
+axis = emotions[0]  # all are trained on as many examples
+facts = step8.runs[f"{twin}_{axis}"] if twin else runs["scratch_full", axis].facts
+n_full = facts["epochs"] * facts["examples_per_epoch"]
 questions = {
     "scratch": "Do the genre weights help, if both networks are trained for equally many epochs?",
     full: f"Is the short fine-tuning as good as a training from scratch on {n_full:,} examples?",
@@ -246,11 +249,9 @@ for name, question in questions.items():
 others = [name for name in shown if name not in ("transfer", "constant (step 8)", *questions)]
 step.text("The other models, on the same clips:")
 step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
-step.text("""
-    The intervals show how much depends on the choice of the held-out clips, but not on the seed of
-    the training. Of several 95% intervals, one may exclude 0 by chance. In `transfer_frozenN`
-    (`--compare-depths`), the first N blocks keep the weights of genre training.
-""")
+step.text(f"{tables.INTERVALS} Of several 95% intervals, one may exclude 0 by chance.")
+if step.args.compare_depths:
+    step.text("In `transfer_frozenN` the first N blocks keep the weights of genre training.")
 
 # %% What the report reads
 rows = tables.held_out_rows(true, predictions, step.args.seed, folds=1)

@@ -90,11 +90,12 @@ step.table(
 )
 step.text(f"""
     The lab's *arousal* is the label *energy*. Without weights, an emotion whose labels vary more
-    would count more. The weights bring the mean of the three squared errors from
-    {losses["raw"].mean():.3f} to {losses["weighted"].mean():.3f}, the order of magnitude of the
-    correlation term, which lies between 0 and 1. The largest of the three is {ratio["raw"]:.2f}
-    times the smallest without weights, {ratio["weighted"]:.2f} times with them. A network that
-    always predicts the mean label has a weighted squared error of 1 over all training clips.
+    would count more. The largest squared error divided by the smallest is {ratio["raw"]:.2f}
+    without weights and {ratio["weighted"]:.2f} with them. The mean of the three squared errors is
+    {losses["raw"].mean():.3f} without weights and {losses["weighted"].mean():.3f} with them. The
+    correlation term lies between 0 and 1. So with the weights all terms have the same order of
+    magnitude. A network that always predicts the mean label has a weighted squared error of 1 over
+    all training clips.
 """)
 if step.args.overfit_batch:  # as in step 5b, with the loss of three emotions; the step ends here
     pair = {"multitask": (cnn, "emotion"), "multitask_lstm": (lstm, "emotion")}
@@ -143,12 +144,11 @@ step.text(f"""
     {facts["multitask"]["n_val"]} validation clips, among {step.searched}.
 """)
 fold = " in the first fold" if step.args.folds > 1 else ""
-caption = "Seconds are wall-clock time, with other trainings running in parallel."
-step.table(tables.training_table(runs, "mean Spearman"), caption)
+step.table(tables.training_table(runs, "mean Spearman"), tables.SECONDS)
 step.figure(
     plot_histories({name: run.history for name, run in runs.items()}, "mean Spearman"),
     "learning_curves",
-    f"Loss and validation score against the epoch{fold}. The dot marks the epoch that is kept",
+    f"Loss and validation score by epoch{fold}. {step.curves}",
 )
 
 # %% 10d. All models on the same clips
@@ -193,19 +193,20 @@ elif "cnn" in single:
         difference = paired_difference(true, *(shown[name][names] for name in pair))
         lines.append(f"- {title}: {tables.difference_line(*pair, difference)}")
     step.text("\n".join(lines))
+    seconds = sum(run["train_seconds"] for run in alone)
     step.text(f"""
-        The intervals show how much a difference depends on the held-out clips. They do not show how
-        much it depends on the seed of the training. The multitask network has
-        {facts["multitask"]["weights"]:,} weights, the three networks of step 8 together
-        {step8.runs["cnn"]["weights"]:,}. It keeps one epoch for all three emotions, each network of
-        step 8 its own. In step 8 each of the three models saw as many examples as the one model
-        here.
+        {tables.INTERVALS} The multitask network has {facts["multitask"]["weights"]:,} weights and
+        was trained in {facts["multitask"]["train_seconds"]:.0f} s. The three networks of step 8
+        have {step8.runs["cnn"]["weights"]:,} weights and were trained in {seconds:.0f} s, added up;
+        each of them saw as many examples as the one network here. The multitask network keeps one
+        epoch for all three emotions. In step 8 each emotion has its own.
     """)
 step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
-    `multitask_lstm`. These two were chosen before this run, by cross-validation on the small data
-    set of docs/results.md. If this is that data set, the score of the average is optimistic.
+    `multitask_lstm`. We chose these two before this run, by cross-validation on the small data set
+    of docs/results.md, so the scores here do not change the choice. If you run the step on that
+    same data set, the score of the average is optimistic.
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
 if alike and step8.runs["lstm"]["network"] == "fused":  # the same input

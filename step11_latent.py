@@ -101,7 +101,7 @@ for name, title in titles.items():
     table[title] = {
         "test set": part_folder(".", "genre", settings["beat"]).name,
         "clips": len(labels),
-        "numbers per clip": clips["vectors"].shape[1],
+        "feature_size": clips["vectors"].shape[1],
         "test accuracy": with_interval(scores, "accuracy"),
     }
 step.table(pd.DataFrame(table).T.rename_axis("model"), "One vector per clip of the genre test set")
@@ -204,6 +204,8 @@ for name, title in titles.items():
     column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
 measures = pd.DataFrame(measures).rename_axis("measure")
 per_class = pd.DataFrame(per_class).rename_axis("class")
+counts = np.bincount(latent["cnn_mel"]["labels"])
+per_class["clips"] = pd.Series(counts, latent["cnn_mel"]["classes"][: len(counts)])
 
 
 def knn_difference(first, second):
@@ -220,7 +222,7 @@ def knn_difference(first, second):
 
 panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
 step.figure(plot_maps(panels, 2), "pca", "The test clips by genre on the first two PCA axes")
-commonest = np.bincount(latent["cnn_mel"]["labels"]).max() / len(latent["cnn_mel"]["labels"])
+commonest = counts.max() / counts.sum()
 shown = [titles[best], titles["cnn_mel"]]
 lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
 knn = {n: [f"{kept[n][space]['knn_accuracy']:.3f}" for space in SPACES] for n in titles}
@@ -230,9 +232,10 @@ for name in (best, "cnn_mel"):
     apart[name] = f"{by.idxmax()} best ({by.max():.3f}) and {by.idxmin()} worst ({by.min():.3f})"
 step.table(measures[shown], "Separation of the genres, and the plane's share")
 step.text(f"""
-*5-NN accuracy*: the share of clips whose class is the most common one among their {N_NEIGHBOURS}
-nearest other clips (if n classes are equally common, the right one counts 1/n). Always naming the
-most common class gives {commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
+*5-NN accuracy*: the {N_NEIGHBOURS} nearest other clips of a clip vote for its class. The accuracy
+is the share of clips for which the vote is right. (If n classes have equally many votes and the
+right one is among them, the clip counts 1/n.) Always naming the most common class gives
+{commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
 a is a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same
 network with random weights. A silhouette depends on the number of dimensions, so compare each
 model with its untrained network first. 95% intervals are over test clips. They are approximate: the
@@ -246,39 +249,43 @@ classes overlap). The 5-NN accuracy there is {lstm["knn_accuracy"]:.3f} and
 an overlap in the plane says little about the test accuracy. In the full space training changes the
 5-NN accuracy from {knn[best][1]} to {knn[best][0]} (LSTM) and from {knn["cnn_mel"][1]} to
 {knn["cnn_mel"][0]} (CNN). By class, the LSTM separates {apart[best]}; the CNN separates
-{apart["cnn_mel"]}.
+{apart["cnn_mel"]}. Look in the two pictures for classes that lie apart.
 """)
 step.text(knn_difference("cnn_mel", best)[0])
 class_caption = "5-NN accuracy by class, in the full space"
-step.table(per_class[shown], class_caption)
+step.table(per_class[["clips", *shown]], class_caption)
 
 # %% 11c. The same for the worst LSTM
-# The lab: is there a qualitative difference to the others? Its PCA picture stands beside that of
-# the best LSTM, and beside that of its own network with random weights, to show what training did.
+# The lab: is there a qualitative difference to the others? Its PCA picture stands beside those of
+# 11b, and beside that of its own network with random weights, to show what training did.
 step.heading("11c. The same for the worst LSTM")
-panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, worst)]
+panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel", worst)]
 panels.append(pca_panel(f"{titles[worst]}, untrained", worst, untrained[worst]))
 on = part_folder(".", "genre", models[worst].settings["beat"]).name
 caption = (
-    f"PCA. Left: the best LSTM. Middle: the worst LSTM, on its own test set ({on}). Right: the "
-    "same network before training"
+    f"PCA. Above: the best LSTM and the CNN. Below: the worst LSTM on its own test set ({on}), and "
+    "the same network before training. Each panel has its own scale"
 )
-step.figure(plot_maps(panels, 3), "pca_worst", caption)
-shown = [titles[best], titles[worst]]
-step.table(measures[shown], "Separation of the genres, best and worst LSTM")
+step.figure(plot_maps(panels, 2), "pca_worst", caption)
+shown = list(titles.values())
+step.table(measures[shown], "Separation of the genres, all three models")
 line, differs = knn_difference(best, worst)
-step.text(line)
-step.table(per_class[shown], class_caption)
+step.text(f"{line}\n\n{knn_difference('cnn_mel', worst)[0]}")
+step.table(per_class[["clips", *shown]], class_caption)
 gap = (per_class[titles[best]] - per_class[titles[worst]]).idxmax()
 answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
-**Is there a qualitative difference?** {answer}, by the 5-NN accuracy in the full space (see the
-line above the table): {knn[best][0]} for the best LSTM, {knn[worst][0]} for the worst. Training
-has changed it from {knn[best][1]} and {knn[worst][1]}. In the plane it is
-{kept[best]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}; always naming
-the most common class gives {commonest:.3f}. The best LSTM is furthest ahead in {gap}:
-{per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}. Look in the picture
-for classes that lie apart.
+**Is there a qualitative difference?** {answer}, by the 5-NN accuracy of best and worst LSTM in the
+full space (see the lines above the table): {knn[best][0]} for the best LSTM, {knn["cnn_mel"][0]}
+for the CNN, {knn[worst][0]} for the worst LSTM. Before training it was {knn[best][1]},
+{knn["cnn_mel"][1]} and {knn[worst][1]}. In the plane it is
+{kept[best]["PCA"]["knn_accuracy"]:.3f}, {kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and
+{kept[worst]["PCA"]["knn_accuracy"]:.3f}. The best LSTM is furthest ahead of the worst in {gap}:
+{per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}.
+
+In the pictures: which genres have a region of their own in the upper panels, and do they have one
+in the lower left panel? Does that panel look more like the upper ones, or like its own network
+before training?
 """)
 
 # %% 11d. More methods of dimensionality reduction
@@ -299,8 +306,8 @@ PCA is linear: it projects onto the plane with the largest variance. Isomap ({n_
 Tenenbaum et al., 2000) keeps distances along a graph of neighbours. t-SNE (perplexity
 {perplexity:.0f}; van der Maaten & Hinton, 2008) and UMAP ({n_umap} neighbours; McInnes et al.,
 2018) keep neighbours together and do not keep large distances. So look for groups; their size and
-the distances between them mean little. Both draw random numbers, so they run with {len(seeds)}
-seeds, and the pictures show the first.
+the distances between them mean little. t-SNE and UMAP use random numbers, so each runs with
+{len(seeds)} seeds. The pictures show the first seed.
 """)
 # If the graph of neighbours is in pieces, Isomap joins their nearest points and warns about it.
 warnings.filterwarnings("ignore", "The number of connected components")
@@ -356,15 +363,18 @@ for name, title in titles.items():
         for one, other in itertools.permutations(methods, 2)
         if all(min(facts[one][key]) > max(facts[other][key]) for key in keys)
     ]
-    better.append(f"- {title}: {', '.join(won) or 'no method works better than another'}.")
+    better.append(f"- {title}: {', '.join(won) or 'no method is better by all three criteria'}.")
 step.text("""
-We say that one method works better than another only if it is better by all three criteria for the
-same model, and if the ranges over the seeds do not overlap. This rule does not show how much the
-result depends on the choice of test clips. With a high trustworthiness, neighbours in the map are
+**Which method works better for these data?** With a high trustworthiness, neighbours in the map are
 real neighbours. With a high silhouette and 5-NN accuracy, the genres are well separated in the map.
-By this rule:
+We say that one method works better than another only if it is better by all three criteria for the
+same model, and if the ranges over the seeds do not overlap. By this rule:
 """)
 step.text("\n".join(better))
+step.text("""
+The rule does not show how much the result depends on the choice of test clips. If no method is
+better by all three, the choice depends on the criterion that matters for your question:
+""")
 table = pd.DataFrame(best_by).T.rename_axis("model")
 step.table(table, "Best method by each criterion (mean over the seeds, to three digits)")
 step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

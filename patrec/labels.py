@@ -128,6 +128,13 @@ def merge_classes(entries) -> list[Entry]:
     return merged
 
 
+def label_line(root, clip_id, beat=False) -> str:
+    """The line of a genre training clip in train_labels.txt, with its tab made visible."""
+    text = (part_folder(root, "genre", beat) / "train_labels.txt").read_text("utf-8-sig")
+    line = next(x for x in text.splitlines() if x.split(".")[0].strip() == clip_id)
+    return line.replace("\t", "<TAB>")
+
+
 def label_file(entries) -> Path:
     """The file that named these clips, for messages."""
     folder = entries[0].path.parent

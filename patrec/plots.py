@@ -20,8 +20,8 @@ plt.rcParams["font.family"] = ["sans-serif", *(f for f in ASIAN_FONTS if f in IN
 
 # Ten colours that colour-blind readers can tell apart (Wong, 2011, two added), and marks for print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
-          "#56B4E9", "#000000", "#F0E442", "#7F3C8D", "#999999")  # fmt: skip
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
+          "#000000", "#56B4E9", "#F0E442", "#7F3C8D", "#999999")  # fmt: skip
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "p", "<", ">")
 
 
 def plot_spectrogram(ax, array, kind="mel", beat=False):
@@ -79,7 +79,7 @@ def plot_activations(columns, label):
             ax.set(xticks=[], yticks=[], frame_on=False)
             ax.set_ylabel(f"{name}\n±{limit:.2g}", rotation=0, ha="right", va="center")
         column[0].set_title(title)
-        bars = column[-1].bar(range(10), chances, color=COLORS[5])
+        bars = column[-1].bar(range(10), chances, color=COLORS[6])
         bars[label].set_color(COLORS[1])
         column[-1].set(ylim=(0, 1), xticks=range(10), xlabel="Digit (orange: the true one)")
     axes[-1, 0].set_ylabel("Probability")
@@ -140,19 +140,23 @@ def plot_history(ax, history, title, score_name):
 
 
 def plot_histories(histories, score_name):
-    """One panel of `plot_history` per run, {name: history}, with equal axes, three in a row."""
-    fig, axes = panel_grid(len(histories), min(3, len(histories)), 5, 3.6)
+    """One panel of `plot_history` per run, {name: history}, with equal axes."""
+    n_columns = 3 if len(histories) == 3 else min(2, len(histories))
+    fig, axes = panel_grid(len(histories), n_columns, 4.6, 3.2)
     rights = [
         plot_history(ax, history, run_title(name), score_name)
         for ax, (name, history) in zip(axes, histories.items(), strict=True)
     ]
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
     plt.setp(rights, ylim=(lowest, 1))
+    for index, right in enumerate(rights, start=1):
+        if index % n_columns and index < len(rights):  # the last panel of a row says it for all
+            right.set_ylabel("")
     losses = np.concatenate([ax.get_ylim() for ax in axes])
     plt.setp(axes, ylim=(losses.min(), losses.max()))
     drawn = [one for ax in (*axes, *rights) for one in ax.get_legend_handles_labels()[0]]
     by_label = {one.get_label(): one for one in drawn}
-    columns = {1: 2, 2: 3}.get(len(histories), 5)  # one or two panels are narrow
+    columns = (2, 3, 5)[n_columns - 1]
     fig.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns)
     return fig
 
@@ -162,7 +166,7 @@ def plot_overfit(checks):
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, check), color in zip(checks.items(), COLORS, strict=False):
         ax.semilogy("pass", "loss", data=check.history, color=color, label=run_title(name))
-    ax.axhline(0.01, color="grey", linestyle=":", label="goal")
+    ax.axhline(0.01, color="grey", linestyle=":", label="goal: 0.01")
     ax.set(xlabel="Pass over the batches", ylabel="Training loss (log scale)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize="small")
@@ -210,7 +214,7 @@ def plot_scores(ax, names, values, intervals, xlabel):
     """Horizontal bars with 95% intervals, the first name on top, the values at the right."""
     y = np.arange(len(names))[::-1]
     errors = np.abs(np.array(intervals, dtype=float).T - np.array(values))
-    ax.barh(y, values, xerr=errors, color=COLORS[5], ecolor="black", capsize=3)
+    ax.barh(y, values, xerr=errors, color=COLORS[6], ecolor="black", capsize=3)
     ax.set_yticks(y, [run_title(name) for name in names])
     ax.set(xlabel=xlabel, xlim=(min(0, np.nanmin(np.array(intervals)) - 0.02), 1))
     for position, value in zip(y, values, strict=True):
@@ -233,7 +237,7 @@ def plot_emotion_scores(scores):
     return fig
 
 
-def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
+def plot_panels(panels, n_columns, kind="mel", size=(4.8, 2.8)):
     """Spectrograms side by side under one colour scale.
 
     panels : list of (title, (F, T) array, whether its steps are beats), row by row
@@ -247,7 +251,7 @@ def plot_panels(panels, n_columns, kind="mel", size=(6.0, 3.0)):
             ax.set(ylabel="", yticklabels=[])
         if index + n_columns < len(panels):
             ax.set_xlabel("")
-    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Chroma (full: a frame's strongest = 1)"
+    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Strength (full: strongest = 1)"
     shrink = min(1, 5 / fig.get_figheight())
     fig.colorbar(image, ax=fig.axes, label=mel if kind == "mel" else chroma, shrink=shrink)
     return fig

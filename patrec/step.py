@@ -52,6 +52,12 @@ class Step:
         if lab := self.args.recipe == "lab":  # its networks must not replace the others
             self.out /= "recipe_lab"
         self.searched = "all epochs" if lab else "the last 20% of the epochs"  # for the best one
+        self.curves = "The dot marks the kept epoch. The training loss is measured with dropout"
+        if not (lab or getattr(self.args, "plain", False)):
+            self.curves += (
+                " and augmentation, validation without them, and with the averaged weights, which "
+                "lag behind in the first epochs"
+            )
         self.folder = self.out / name
         if self.args.overfit_batch:  # a check must not replace the results of a full run
             self.folder = self.folder / "overfit_batch"

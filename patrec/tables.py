@@ -19,14 +19,22 @@ def epochs_kept(run) -> str:
     return ", ".join("{epochs} ({best_epoch})".format(**member.facts) for member in run.members)
 
 
+# Below tables of trainings, and above paired differences.
+SECONDS = "Wall-clock seconds; trainings may run in parallel, so compare them roughly"
+INTERVALS = (
+    "The intervals show how much a difference depends on the choice of the clips. They do not show "
+    "how much it depends on the seed of the training."
+)
+
+
 def parts_table(kind) -> tuple[pd.DataFrame, str]:
     """The parts of a training and what each is worth to an 'lstm' or a 'cnn', with a caption."""
     rows = {part: (what, effects[kind]) for part, (what, effects) in PARTS.items()}
     columns = ["what is done, and why", "log loss, macro-F1 without it"]
     caption = (
         f"Parts of the training. Last column: the change of the {kind.upper()}'s scores on mel "
-        "without the part, in cross-validation on the small data set of docs/experiments.md. It is "
-        "worse if the log loss rises or macro-F1 falls. After ±: one standard error"
+        "without the part, in cross-validation on the small data set of docs/experiments.md. The "
+        "network is worse without it if the log loss rises or macro-F1 falls. ±: one standard error"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 
@@ -86,7 +94,8 @@ def difference_line(first, second, difference) -> str:
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
         better = first if low > 0 else second if high < 0 else None
-        shown = f"`{better}` is better" if better else "no difference is shown"
+        unclear = "no difference is shown: the interval contains 0"
+        shown = f"`{better}` is better" if better else unclear
         values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}] ({shown})")
     return f"`{first}` minus `{second}`, {difference['n_clips']} clips: {', '.join(values)}"
 

@@ -67,7 +67,10 @@ def test_two_clips_of_different_classes_are_read_and_measured(run, small_data):
     assert first["genre"] != second["genre"] and first["id"] != second["id"]
     summary, table = (folder / "summary.md").read_text(), read_table(folder, "The two arrays")
     assert "np.load(path)" in summary and "spectrogram[:128]" in summary
+    labels = (small_data / "fma_genre_spectrograms" / "train_labels.txt").read_text().splitlines()
     for clip in (first, second):
+        (line,) = re.findall(rf"- `({clip['id']}\..*)`", summary)
+        assert line.replace("<TAB>", "\t") in labels and line.endswith(clip["genre"])
         path = small_data / "fma_genre_spectrograms" / "train" / f"{clip['id']}.fused.full.npy"
         array, row = np.load(path), table.loc[f"{clip['genre']} ({clip['id']})"]
         assert row["array"] == f"140 x {array.shape[1]}"

@@ -53,8 +53,8 @@ def test_the_loss_before_training_is_that_of_a_batch(runs):
         assert term == pytest.approx(weighted + order) and 0 <= order <= 1
         assert 0.2 < weighted < 5 and weighted != 1  # near the mean label, measured on a batch
     raw, weighted, terms = (list(losses[key].values()) for key in ("raw", "weighted", "term"))
-    numbers = (np.mean(raw), np.mean(weighted), max(raw) / min(raw), max(weighted) / min(weighted))
-    said = "from {:.3f} to {:.3f},.* is {:.2f} times the .* without weights, {:.2f} times with"
+    numbers = (max(raw) / min(raw), max(weighted) / min(weighted), np.mean(raw), np.mean(weighted))
+    said = "is {:.2f} without weights and {:.2f} with .* is {:.3f} without weights and {:.3f} with"
     summary = (runs.multitask.folder / "summary.md").read_text()
     assert re.search(said.format(*numbers), " ".join(summary.split()))
     assert f"sum of the three: {sum(terms):.3f}**" in summary

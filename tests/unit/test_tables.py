@@ -25,7 +25,7 @@ from patrec.tables import (
 
 
 @pytest.mark.parametrize("low, high, shown", [
-    (-0.05, 0.25, "no difference is shown"), (0.01, 0.25, "`a` is better"),
+    (-0.05, 0.25, "no difference is shown: the interval contains 0"), (0.01, 0.25, "`a` is better"),
     (-0.25, -0.01, "`b` is better"),
 ])  # fmt: skip
 def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
@@ -36,7 +36,7 @@ def test_a_difference_in_one_line_and_what_it_shows(low, high, shown):
     found |= {"macro_f1": 0.2, "macro_f1_ci95": [-0.1, 0.4]}
     line = difference_line("a", "b", found)
     assert "accuracy +0.200 [+0.100, +0.300] (`a` is better), macro" in line
-    assert "macro-F1 +0.200 [-0.100, +0.400] (no difference is shown)" in line
+    assert "macro-F1 +0.200 [-0.100, +0.400] (no difference is shown: the interval" in line
 
 
 def test_rows_of_predictions_by_hand():
