@@ -170,9 +170,9 @@ for name, to in MERGE.items():
     if name != to:
         table.setdefault(to, []).append(name)
 removed = ", ".join(table.pop(None))
-become = "; ".join(f"{', '.join(names)}: {to}" for to, names in table.items())
+become = ", ".join(f"{' and '.join(names)} into {to}" for to, names in table.items())
 step.text(f"""
-The lab's table merges these classes into others: {become}. It leaves out {removed}.
+The lab's table merges {become}. It leaves out {removed}.
 
 Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
 {train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
@@ -186,7 +186,7 @@ classes with {left_out.sum()} training clips are left out.
 # The lab: two histograms. Unequal classes matter: training favours the large ones, and accuracy
 # hardly shows errors in the small ones (step 6).
 step.heading("4c. Number of samples per class, before and after")
-fig, axes = plt.subplots(1, 2, figsize=(12, 0.3 * len(before) + 1.5), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(10, 0.3 * len(before) + 1.5), layout="constrained")
 title = "After" if merge else "Not merged (--no-merge)"
 for ax, when, frame in ((axes[0], "Before", before), (axes[1], title, after)):
     frame = frame.loc[frame.sum(axis=1).sort_values(kind="stable").index]
