@@ -313,10 +313,10 @@ for label in changed:
     difference, clear = means[label] - means[whole], spreads[label] + spreads[whole]
     unlike = "lower" if difference < 0 else "higher"
     effects[unlike if abs(difference) > clear else "not clearly different"].append(label)
-effects = "; ".join(f"{effect}: {', '.join(of)}" for effect, of in effects.items() if of)
+effects = ", ".join(f"{effect} ({'; '.join(of)})" for effect, of in effects.items() if of)
 step.text(f"""
-The accuracy, compared with all four operations, is {effects}. (A difference that is smaller than
-the two standard deviations together is not clear.) Leaving out pooling or ReLU may cost nothing. In
+Compared with all four operations, the accuracy is {effects}. A difference that is smaller than the
+two standard deviations together is not clear. Leaving out pooling or ReLU may cost nothing. In
 small images pooling has little to summarise (scikit-learn's have 8 x 8 pixels), and without it the
 output layer has more weights. Without ReLU, max pooling still makes the network non-linear.
 """)
