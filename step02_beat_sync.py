@@ -108,7 +108,7 @@ for form, step_s, color in zip(arrays, (FRAME_S, beat_s), COLORS, strict=False):
         "share of the clip": f"{far / len(norms):.1%}",
         "relative gradient at the earliest step": f"{norms[-1]:.1e}",
     }
-ax.axhline(0.01, color="grey", linestyle=":", label="1% of the last step's")
+ax.axhline(0.01, color="grey", linestyle=":", label="1% of the gradient at the last step")
 ax.set(xlabel="Time before the end of the clip (s)", ylabel="Gradient norm, last step = 1")
 ax.set(xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-30), 10))
 ax.legend(fontsize="small")
@@ -117,12 +117,13 @@ caption = (
     f"Mean over {n_batch} clips (over fewer where some are shorter). Below 1e-30 nothing is shown"
 )
 step.figure(fig, "lstm_gradient", caption)
-caption = "How far back the gradient of the last output stays above 1% of the last step's"
+caption = "How far back the gradient of the last output is above 1% of its value at the last step"
 step.table(pd.DataFrame(table).T.rename_axis("spectrograms"), caption)
 step.text(f"""
 So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats.
-Going back from the end of a clip, the gradient of the last output stays above 1% for
-{reach["full"]["seconds"]:.1f} s on full clips, {reach["beat-synced"]["seconds"]:.1f} s on beats.
+Going back from the end of a clip, the gradient of the last output stays above 1% of its value at
+the last step for {reach["full"]["seconds"]:.1f} s on full clips and for
+{reach["beat-synced"]["seconds"]:.1f} s on beats.
 
 Why: on its way back from the last step the gradient is multiplied by one Jacobian per step. If the
 norms of these matrices are below 1, the product vanishes exponentially (Hochreiter, 1991; Bengio et
@@ -136,14 +137,17 @@ gets a gradient directly, not only through the later steps. The LSTM is trained 
 
 # %% 2b. Step 1 on beat-synchronised spectrograms
 # The lab: repeat step 1 with the files in which the frames between two beats have become one,
-# their median band by band, and comment on the differences. The onset rate needs frames.
+# their median band by band, and comment on the differences.
 step.heading("2b. Step 1 on beat-synchronised spectrograms")
 mels = {form: [array[BANDS["mel"]] for array in some] for form, some in arrays.items()}
 panels = [(f"{titles[i]}, {FORMS[form]}", mels[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synchronised mel spectrograms: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2), "two_clips", caption)
 measures = pd.DataFrame([mel_measures(mels[form][i], beat=True) for i, form in cells], names)
-step.table(measure_table(measures, "clip"), "The two clips, measured in both forms")
+caption = (
+    "The two clips, measured in both forms. The onset rate is missing, because it needs frames"
+)
+step.table(measure_table(measures, "clip"), caption)
 full, on_beats = measures[::2].to_dict("records"), measures[1::2].to_dict("records")
 step.text(f"""
 In a beat-synchronised spectrogram one column is the median of the frames between two beats. What

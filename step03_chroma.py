@@ -50,7 +50,7 @@ def chroma_measures(chroma) -> dict:
 
 # %% 3, as 1a-b. The same two clips, their chromagrams
 # The seed of steps 1 and 2 draws the same clips; a chromagram is rows 128 to 139 of their arrays.
-step.heading("3, as 1a-b. The same two clips")
+step.heading("3, step 1a-b repeated: The same two clips")
 per_genre = 2 if smoke else 20
 clips = sample_clips(step.source.root, per_genre, step.args.seed, step.args.skip_bad)
 titles = [f"{clip.genre} ({clip.clip_id})" for clip in clips]
@@ -66,7 +66,7 @@ clip's array, one row per pitch class.
 # %% 3, as 1c. What they show
 # The lab: show them with specshow and comment on what they tell and how the two differ. Full and
 # beat-synchronised lie side by side, since step 2 asks the same of both.
-step.heading("3, as 1c. What they show")
+step.heading("3, step 1c repeated: What they show")
 panels = [(f"{titles[i]}, {FORMS[form]}", chroma[form][i], form != "full") for i, form in cells]
 caption = f"Full and beat-synchronised chromagrams: {titles[0]} and {titles[1]}"
 step.figure(plot_panels(panels, 2, kind="chroma"), "two_clips", caption)
@@ -96,7 +96,7 @@ second.
 # %% 3, as 1c. Two clips or two genres?
 # Songs are in all keys, so a mean over a genre's clips blurs the notes. So each clip is rotated
 # until its strongest note is row 0, and shows intervals. Values: shares of a clip's sum.
-step.heading("3, as 1c. Two clips or two genres?")
+step.heading("3, step 1c repeated: Two clips or two genres?")
 genres = np.array([clip.genre for clip in clips])
 profiles = np.array([c.mean(1, dtype=float) for c in chroma["full"]])  # (clips, 12)
 profiles = [np.roll(profile, -profile.argmax()) / profile.sum() for profile in profiles]
@@ -104,14 +104,16 @@ by_interval = pd.DataFrame(profiles).groupby(genres).mean()  # (genres, 12)
 size = (7, 0.32 * len(by_interval) + 1.6)
 fig, ax = plt.subplots(figsize=size, layout="constrained")
 highest = by_interval.iloc[:, 1:].to_numpy().max()  # the strongest pitch class is above all others
-image = ax.imshow(by_interval, vmax=highest, interpolation="nearest", aspect="auto")
+colors = plt.get_cmap("viridis").with_extremes(over="lightgrey")
+look = {"vmax": highest, "cmap": colors, "interpolation": "nearest", "aspect": "auto"}
+image = ax.imshow(by_interval, **look)
 ax.set_xticks(range(N_CHROMA))
 ax.set_yticks(range(len(by_interval)), by_interval.index)
 ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
 caption = (
     "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0, which "
-    "is above the colour scale. 7 semitones are a fifth, 5 a fourth, 4 and 3 a major, minor third"
+    "is above the colour scale (grey). 7 semitones are a fifth, 5 a fourth, 4 and 3 a major, minor third"
 )
 step.figure(fig, "genre_chroma", caption)
 
@@ -133,7 +135,7 @@ the genres. If a measure has nothing to do with genre, this share is near 0 and 
 # The lab's questions of step 2 for chromagrams: 12 rows instead of 128, but as many steps. Two
 # measurements of step 2 are repeated in the same way: what a training pass costs, and how far back
 # the gradient of an untrained LSTM's last output reaches.
-step.heading("3, as 2a. Dimensions, and is training an LSTM efficient?")
+step.heading("3, step 2a repeated: Dimensions, and is training an LSTM efficient?")
 shapes = [" x ".join(map(str, chroma[form][i].shape)) for i, form in cells]
 caption = "Pitch classes x time steps of the two clips"
 step.table(pd.DataFrame({"chromagram": shapes}, names).rename_axis("clip"), caption)
@@ -168,12 +170,12 @@ after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass
 and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
 for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats it
 is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The reasons
-are those of step 2. (All is measured again, so the times differ a little from those of step 2.)
+are those of step 2. (The times of mel are measured again here, so they differ a little from those of step 2.)
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
 # The measures above, in both forms.
-step.heading("3, as 2b. What beat synchronisation changes")
+step.heading("3, step 2b repeated: What beat synchronisation changes")
 means = pd.DataFrame({form: measures[form][["strong", "change"]].mean() for form in measures}).T
 caption = f"Chromagrams, full and beat-synchronised: mean over {len(clips)} clips"
 step.table(means.rename(index=FORMS, columns=COLUMNS).rename_axis("chromagrams"), caption)
@@ -181,15 +183,15 @@ full, beat = means.loc["full"], means.loc["beat-synced"]
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 shown = []
 for i in (0, 1):
-    notes = [f"{measures[form]['strongest'].iloc[i]} ({FORMS[form]})" for form in FORMS]
-    shown.append(f"{' and '.join(notes)} in {titles[i]}")
+    notes = (measures[form]["strongest"].iloc[i] for form in FORMS)
+    shown.append("in {} it is {} in the full and {} in the other form".format(titles[i], *notes))
 step.text(f"""
-- The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips. It is
+- The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips:
   {shown[0]}, {shown[1]}.
 - A pitch class changes by {full["change"]:.3f} from one frame to the next, by {beat["change"]:.3f}
   from one beat to the next. Beats are about {frames_per_beat:.0f} times as far apart as frames, so
   the harmony has more time to change between them.
-- On average {full["strong"]:.1f} pitch classes of a frame are strong, {beat["strong"]:.1f} of a
+- On average {full["strong"]:.1f} pitch classes are strong in a frame and {beat["strong"]:.1f} in a
   beat. The median over a beat removes what is shorter than half of the beat.
 """)
 

@@ -79,7 +79,8 @@ OPERATIONS = {
     "class numbers": (
         "scikit-learn's LabelEncoder, fitted separately for the training set and for the test set",
         "`encode_labels`: the sorted names of the training part, also for the test set",
-        "fitted separately, training and test agree only if both contain the same classes",
+        "if the encoder is fitted twice, a class has the same number in both sets only if both sets "
+        "contain the same classes",
     ),
     "item": (
         "pads with zeros to `max_length`, or cuts; returns (array, label, length)",
@@ -198,7 +199,7 @@ for ax, when, frame in ((axes[0], "Before", before), (axes[1], title, after)):
     ax.set_title(f"{when}: {len(frame)} classes, {frame.to_numpy().sum()} samples")
     ax.margins(x=0.15)
     ax.legend(loc="lower right")
-step.figure(fig, "classes", "Number of samples per class, before and after 4b")
+step.figure(fig, "classes", "Number of samples per class (training + test), before and after 4b")
 share = (after["train"] / kept).map("{:.1%}".format)
 step.table(after.assign(**{"share of train": share}), f"{title}: samples per class")
 largest, smallest = after["train"].idxmax(), after["train"].idxmin()
@@ -303,7 +304,9 @@ for where, rows in clips.groupby("where", sort=False):
     folders[where]["steps"] = f"{n.min():.0f} / {n.median():.0f} / {n.max():.0f}" if len(n) else "-"
 caption = "Clips, faults, and time steps (shortest / median / longest)"
 step.table(pd.DataFrame(folders).T.rename_axis("folder"), caption)
-caption = "Clips in two sets that should share none (two clips of one track are not detected)"
+caption = (
+    "Clips that two sets share; there should be none (two clips of one track are not detected)"
+)
 step.table(pd.DataFrame(leaks).T.rename_axis("sets"), caption)
 problems = []
 for (where, kind), rows in faults.groupby(["where", "fault"], sort=False):

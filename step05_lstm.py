@@ -155,9 +155,9 @@ step.figure(
 
 lowest = {name: run.history.loc[run.history["val_loss"].idxmin()] for name, run in runs.items()}
 lines = [
-    f"`{name}` {row['epoch']:.0f} of {len(runs[name].history)}" for name, row in lowest.items()
+    f"{row['epoch']:.0f} of {len(runs[name].history)} for `{name}`" for name, row in lowest.items()
 ]
-step.text(f"The epoch with the lowest validation loss: {', '.join(lines)}.")
+step.text(f"The validation loss is lowest at epoch {', '.join(lines)}.")
 late = [name for name, row in lowest.items() if row["epoch"] > 0.8 * len(runs[name].history)]
 last = {name: run.history.iloc[-1] for name, run in runs.items()}
 overfits = [n for n in names if n not in late and last[n]["train_loss"] < lowest[n]["train_loss"]]
@@ -179,8 +179,8 @@ if late:
 step.heading("Scores on the test set")
 step.text("""
 LSTMs of beats are scored on the beat-synchronised test set, the others on the full one. A test clip
-is cut into windows of the size of the training crops, which cover the clip, and the outputs for the
-windows are averaged. Step 6 compares the LSTMs on the same clips.
+is cut into windows as long as the training crops. Together the windows cover the whole clip, and
+their outputs are averaged. Step 6 compares the LSTMs on the same clips.
 """)
 rows, scores = [], {}
 for name, run in runs.items():

@@ -79,10 +79,10 @@ step.text(f"""
 """)
 step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Validation scores")
 step.text(f"""
-    The best LSTM by validation macro-F1 is `{best}` ({run_title(best)}). This choice is noisy,
-    because there are only {n_val} validation clips. The LSTMs' scores are those of the kept epoch,
-    which are optimistic. The SVMs' scores are from cross-validation on training and validation
-    clips. So do not compare LSTMs and SVMs in this table.
+    The best LSTM by validation macro-F1 is `{best}` ({run_title(best)}). This choice is uncertain,
+    because there are only {n_val} validation clips. Do not compare LSTMs and SVMs in this table.
+    The LSTMs' scores are those of the kept epoch, the highest of several. The SVMs' scores are from
+    cross-validation on training and validation clips, the highest of several settings.
 """)
 
 # %% Predictions for both test sets
@@ -151,7 +151,8 @@ step.heading("6b. Precision, recall and F1 of each class")
 step.text("""
 One report per model, on the test set of its own kind of input. The reports on the other test set
 are in the files `report_<model>_<test set>.txt`. The precision of a class that is never predicted
-is 0/0 and counts as 0. `support` is the number of test clips of a class.
+is 0/0 and counts as 0. `support` is the number of test clips of a class. `weighted avg` is the mean
+over the classes, weighted by support.
 """)
 for (name, set_name), table in predictions.items():
     options = {"labels": classes, "digits": 3, "zero_division": 0}
@@ -172,7 +173,7 @@ step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "conf
 step.heading("6c. Macro-averaged precision, recall and F1")
 step.text("A macro average is the mean over the classes. Each class counts the same.")
 step.table(both_sets(lambda s: {name: s[f"macro_{name}"] for name in METRICS}), "Macro averages")
-fig, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(own_set) + 1.3), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(11, 0.4 * len(own_set) + 1.3), layout="constrained")
 for ax, set_name in zip(axes, SETS, strict=True):
     found = {name: scores[name, set_name] for name in own_set if (name, set_name) in scores}
     values, intervals = ([s[key] for s in found.values()] for key in ("macro_f1", "macro_f1_ci95"))
@@ -188,8 +189,8 @@ for set_name, svm in SVMS.items():
     pairs.append((max(lstms, key=val.get), svm))
 step.text("""
 Paired differences on the same clips, each model on its own kind of input, with 95% intervals over
-test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. Of many
-such intervals, some exclude 0 by chance.
+test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. With so
+many comparisons, an interval can exclude 0 by chance alone.
 """)
 own = {name: predictions[name, set_name] for name, set_name in own_set.items()}
 labels = true["full"].combine_first(true["beat"])  # an unreadable clip may be missing in one
@@ -199,9 +200,10 @@ step.text(difference_lines(labels, own, pairs))
 # The lab: the same three, averaged over clips.
 step.heading("6d. Micro-averaged precision, recall and F1")
 step.text("""
-A micro average pools all predictions before dividing. Each clip counts the same. A clip has one
-true and one predicted class, so every false positive of one class is a false negative of another.
-Therefore micro precision, recall and F1 are all equal to the accuracy.
+A micro average adds up the true positives, false positives and false negatives of all classes and
+computes the score from these sums. Each clip counts the same. A clip has one true and one predicted
+class, so every false positive of one class is a false negative of another. Therefore micro
+precision, recall and F1 are all equal to the accuracy.
 """)
 step.table(both_sets(lambda s: {name: s[f"micro_{name}"] for name in METRICS}), "Micro averages")
 

@@ -149,8 +149,10 @@ def plot_histories(histories, score_name):
     ]
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
     plt.setp(rights, ylim=(lowest, 1))
-    for index, right in enumerate(rights, start=1):
-        if index % n_columns and index < len(rights):  # the last panel of a row says it for all
+    for index, (ax, right) in enumerate(zip(axes, rights, strict=True), start=1):
+        if index % n_columns != 1 % n_columns:  # the first panel of a row says it for all
+            ax.set_ylabel("")
+        if index % n_columns and index < len(rights):  # and the last one
             right.set_ylabel("")
     losses = np.concatenate([ax.get_ylim() for ax in axes])
     plt.setp(axes, ylim=(losses.min(), losses.max()))
@@ -249,9 +251,10 @@ def plot_panels(panels, n_columns, kind="mel", size=(4.8, 2.8)):
         ax.set_title(title, fontsize="medium")
         if index % n_columns:
             ax.set(ylabel="", yticklabels=[])
-        if index + n_columns < len(panels):
-            ax.set_xlabel("")
-    mel, chroma = "Power (dB, 0: the clip's loudest cell)", "Strength (full: strongest = 1)"
+    mel, chroma = (
+        "Power (dB, 0: the array's loudest cell)",
+        "Strength (full: a frame's maximum is 1)",
+    )
     shrink = min(1, 5 / fig.get_figheight())
     fig.colorbar(image, ax=fig.axes, label=mel if kind == "mel" else chroma, shrink=shrink)
     return fig
