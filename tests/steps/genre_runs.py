@@ -5,6 +5,7 @@ same networks, before a test split of other arrays and labels.
 """
 
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -69,7 +70,8 @@ class GenreRuns:
             set_val_scores(root / "out", VAL_SCORES | {RIVAL: 0.95})
             # --smoke saves time on digits; a subset larger than the set is all clips.
             flags = ("--ensemble", "--epochs", 6, "--smoke", "--subset", 1000)
-            run_forked("step07_cnn.py", *flags, *where)
+            keep = functools.partial(keep_averages, root / "out")
+            run_forked("step07_cnn.py", *flags, *where, prepare=keep)
             set_val_scores(root / "out", found)
 
         root = once(self.factory, "genre_learned", make)
@@ -92,6 +94,20 @@ class GenreRuns:
         root = once(self.factory, "genre_spoiled", make)
         donors = json.loads((root / "donors.json").read_text())
         return GenreRun(root / "data", root / "out", donors)
+
+
+def keep_averages(out):
+    """Let a step write each average of predictions that it takes: average_0.csv, ..."""
+    from patrec import scores  # the step's, see run_forked
+
+    average, places = scores.average_predictions, itertools.count()
+
+    def average_and_keep(frames):
+        table = average(frames)
+        table.to_csv(out / f"average_{next(places)}.csv")
+        return table
+
+    scores.average_predictions = average_and_keep
 
 
 def is_beat(model):

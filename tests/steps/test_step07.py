@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import functions_of, genre_predictions, labels_of, read_metrics, run_forked
+from conftest import CLASSES, functions_of, genre_predictions, labels_of, read_metrics, run_forked
 from genre_runs import (
     CNNS,
     FULL,
@@ -20,6 +20,7 @@ from genre_runs import (
     assert_own_predictions,
     assert_predictions,
     assert_scores,
+    log_probabilities,
 )
 from torch import nn
 
@@ -94,9 +95,15 @@ def test_ensemble_is_of_different_networks(learned):
 @pytest.mark.slow
 def test_the_average_takes_in_the_lstm_that_validated_best(learned):
     metrics = read_metrics(learned.out / STEP)
-    for average, members in AVERAGES.items():
+    for place, (average, members) in enumerate(AVERAGES.items()):
         assert metrics["runs"][average]["members"] == members
         assert_average(learned, STEP, average, members)
+        # A class alone hardly depends on how much each member counts.
+        table = pd.read_csv(learned.out / f"average_{place}.csv", dtype={0: str}, index_col=0)
+        each = [log_probabilities(learned, name, table.index) for name in members]
+        weights = [1 / 3] * 3 if place == 0 else [1 / 6] * 3 + [1 / 2]
+        expected = np.tensordot(weights, each, 1)
+        np.testing.assert_allclose(table[CLASSES], expected, atol=0.02, err_msg=average)
     val = {name: run["val"]["macro_f1"] for name, run in metrics["compared_with"].items()}
     assert val == {"mel": VAL_SCORES["mel"], RIVAL: 0.95}
     step5 = read_metrics(learned.out / "step05_lstm")["runs"]

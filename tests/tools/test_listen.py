@@ -252,6 +252,13 @@ def test_a_song_of_any_length_is_covered(listened):
         assert np.shape(song["genre_over_time"]) == (len(song["classes"]), len(times))
 
 
+def test_after_a_silent_block_the_curves_keep_their_time(outputs, tmp_path):
+    path = tmp_path / "song.wav"
+    soundfile.write(path, np.concatenate([np.zeros(30 * SR), tones(8)]), SR, subtype="FLOAT")
+    song, _, _ = listen.listen(path, networks_of(outputs), 1.0, None)
+    assert song["times_s"][0] == pytest.approx(30 + 128 * HOP / SR, abs=0.05)
+
+
 def test_a_training_clip_is_nearest_to_itself(data, outputs, listened):
     """By its own latent vector; the other clips follow by distance."""
     known = listen.training_vectors(networks_of(outputs)["cnn"], data)

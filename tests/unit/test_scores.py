@@ -81,6 +81,9 @@ def test_spearman_is_over_the_whole_set():
     for i, axis in enumerate(EMOTIONS):
         assert scores[axis] == pytest.approx(spearmanr(targets[:, i], predictions[:, i]).statistic)
         assert scores[f"{axis}_ci95"][0] < scores[axis] < scores[f"{axis}_ci95"][1]
+        resampled = resampled_spearman(targets[::-1, i], predictions[::-1, i])
+        interval = np.percentile(resampled, [2.5, 97.5]).tolist()
+        assert scores[f"{axis}_ci95"] == pytest.approx(interval)
     drawn = np.random.default_rng(0).integers(0, 60, (500, 60))  # the resamples, scored one by one
     by_scipy = [spearmanr(targets[rows, 0], predictions[rows, 0]).statistic for rows in drawn]
     np.testing.assert_allclose(resampled_spearman(targets[:, 0], predictions[:, 0]), by_scipy)
