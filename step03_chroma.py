@@ -113,7 +113,7 @@ ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre"
 fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
 caption = (
     "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0, which "
-    "is above the colour scale (grey). 7 semitones are a fifth, 5 a fourth, 4 and 3 a major, minor third"
+    "is above the colour scale (grey). 7 semitones are a fifth, 5 a fourth, 4 a major third"
 )
 step.figure(fig, "genre_chroma", caption)
 
@@ -170,7 +170,8 @@ after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass
 and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
 for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats it
 is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The reasons
-are those of step 2. (The times of mel are measured again here, so they differ a little from those of step 2.)
+are those of step 2. (The times of mel are measured again here, so they differ a little from those
+of step 2.)
 """)
 
 # %% 3, as 2b. What beat synchronisation changes

@@ -79,8 +79,8 @@ OPERATIONS = {
     "class numbers": (
         "scikit-learn's LabelEncoder, fitted separately for the training set and for the test set",
         "`encode_labels`: the sorted names of the training part, also for the test set",
-        "if the encoder is fitted twice, a class has the same number in both sets only if both sets "
-        "contain the same classes",
+        "if it is fitted twice, a class has the same number in both sets only if both sets contain "
+        "the same classes",
     ),
     "item": (
         "pads with zeros to `max_length`, or cuts; returns (array, label, length)",

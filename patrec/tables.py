@@ -32,9 +32,10 @@ def parts_table(kind) -> tuple[pd.DataFrame, str]:
     rows = {part: (what, effects[kind]) for part, (what, effects) in PARTS.items()}
     columns = ["what is done, and why", "change of log loss, of macro-F1, if left out"]
     caption = (
-        f"Parts of the training. Last column: how the scores of the {kind.upper()} on mel change if "
-        "the part is left out, in cross-validation on the small data set of docs/experiments.md. The "
-        "part helps if the log loss rises or macro-F1 falls. ±: one standard error"
+        f"Parts of the training. Last column: how the scores of the {kind.upper()} on mel change "
+        "if the part is left out, in cross-validation on the small data set of "
+        "docs/experiments.md. The part helps if the log loss rises or macro-F1 falls. ±: one "
+        "standard error"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 
