@@ -49,7 +49,7 @@ def test_every_test_clip_is_predicted_once_by_each_lstm_on_its_own_kind_of_clips
         assert_learned(rows, name)
         assert_scores(metrics["runs"][name]["test"], rows)
         losses = pd.read_csv(learned.out / STEP / name / "history.csv")["val_loss"]
-        said = f"`{name}` {losses.argmin() + 1} of {len(losses)}"  # the lowest loss
+        said = f"{losses.argmin() + 1} of {len(losses)} for `{name}`"  # the lowest loss
         assert said in (learned.out / STEP / "summary.md").read_text()
 
 
