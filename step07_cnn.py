@@ -203,15 +203,15 @@ true_digit = int(digits[3][0])
 step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
 before, early, after = (float(chances[true_digit]) for _, chances in columns.values())
 step.text(f"""
-The map of a filter of the first convolution is reddest where the image looks like its 3 x 3
-weights, for example at one edge of a stroke (compare *filters 1* and *Conv2d 1*). The filter's bias
-is added everywhere, also where the image is empty. Batch normalisation shifts and scales each map,
-ReLU removes what is negative, and max pooling keeps the strongest response in each 2 x 2 square.
-The second block does the same with the maps of the first. The output layer gives one number per
-digit, and softmax turns these into probabilities. The true digit, {true_digit}, has a probability
-of {before:.2f} before training, {early:.2f} after one epoch, {after:.2f} at the end. Before
-training, batch normalisation changes nothing in evaluation mode, because its stored mean is still 0
-and its variance 1.
+The map of a filter of the first convolution is reddest where bright pixels lie under the red
+weights of the filter and dark ones under the blue weights, for example at one edge of a stroke
+(compare *filters 1* and *Conv2d 1*). The filter's bias is added everywhere, also where the image is
+empty. Batch normalisation shifts and scales each map, ReLU removes what is negative, and max
+pooling keeps the strongest response in each 2 x 2 square. The second block does the same with the
+maps of the first. The output layer gives one number per digit, and softmax turns these into
+probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before training,
+{early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation changes
+nothing in evaluation mode, because its stored mean is still 0 and its variance 1.
 
 *Patterns*: compare the row *filters 1* before and after training. A row or column of red beside one
 of blue responds to an edge, a filter of one colour to brightness. In 3 x 3 weights only simple
@@ -254,8 +254,8 @@ The network is trained as the LSTMs of step 5 are: Adam with a constant learning
 layer, and the epoch with the highest validation macro-F1 among {step.searched}. The score of this
 epoch is an optimistic estimate. The default recipe also has the parts in the table; `--recipe lab`
 trains without them and keeps the best of all epochs. For the CNN the shift of the bands had no
-measurable effect. It lowers the log loss of the LSTM, and both networks should be trained in the
-same way.
+measurable effect. We keep it because it lowers the log loss of the LSTM, and both networks are to
+be trained in the same way.
 """)
 step.table(*tables.parts_table("cnn"))
 step.table(tables.training_table(runs, "macro-F1"), tables.SECONDS)
@@ -316,7 +316,7 @@ for label in changed:
 effects = ", ".join(f"{effect} ({'; '.join(of)})" for effect, of in effects.items() if of)
 step.text(f"""
 Compared with all four operations, the accuracy is {effects}. A difference that is smaller than the
-two standard deviations together is not clear. Leaving out pooling or ReLU may cost nothing. In
+sum of the two standard deviations is not clear. Leaving out pooling or ReLU may cost nothing. In
 small images pooling has little to summarise (scikit-learn's have 8 x 8 pixels), and without it the
 output layer has more weights. Without ReLU, max pooling still makes the network non-linear.
 """)
@@ -333,8 +333,8 @@ maps = {name: output for (_, name), output in activations(backbone.blocks[:1], i
 channel = int(maps["ReLU"][0].flatten(1).std(1).argmax())  # the one that varies most in a clip
 caption = (
     "The operations of block 1, from left to right. Above: one channel of a clip (red positive, "
-    "blue negative; a column is 46 ms, after pooling 186 ms). Below: all values of all channels "
-    f"and {len(x)} clips"
+    "blue negative; a column is 46 ms, after pooling 186 ms; the scales differ). Below: all "
+    f"values of all channels and {len(x)} clips"
 )
 step.figure(plots.plot_operations(maps, channel, n_frames * HOP / SR), "block_operations", caption)
 
@@ -408,7 +408,10 @@ if step.args.ensemble:
     step.table(pd.DataFrame(seed_spread).T.rename_axis("score"), caption)
 
 # %% 7e. Differences on the same clips, and class by class
-step.text(f"Each line compares two models on the same test clips. {tables.INTERVALS}")
+step.text(f"""
+Each line compares two models on the same test clips. The two scores can disagree, because macro-F1
+counts every genre equally and accuracy every clip. {tables.INTERVALS}
+""")
 paired = {}
 for name in lstms:
     paired[name] = paired_difference(true["cnn_mel"], predicted["cnn_mel"], predicted[name])

@@ -103,7 +103,7 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
 runs = common.train_all(step.training, trainings)
 n_val = runs["cnn_valence"].facts["n_val"]
 fold = " in the first fold" if step.args.folds > 1 else ""
-chance = f"where chance alone gives correlations of about ±{1 / math.sqrt(n_val - 1):.1f}"
+chance = f"where 95% of random predictions score within ±{2 / math.sqrt(n_val - 1):.1f}"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
@@ -117,7 +117,7 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
 step.text("""
 How to read these curves: if the validation score falls while the training loss still falls, the
 network overfits. An earlier epoch then has the higher score, but on so few clips this can be
-chance. 8e has the scores on other clips.
+chance. For the same reason these scores and those of 8e, on other clips, can differ much.
 """)
 
 # %% 8e. Spearman's correlation on the held-out clips
@@ -129,6 +129,13 @@ predictions = {
     for kind in networks
 }
 true = pd.concat([runs[f"cnn_{emotion}"].truth for emotion in EMOTIONS], axis=1)
+facts = runs["cnn_valence"].facts
+step.text(f"""
+    The lab's test clips have no public labels. So {len(true)} labelled clips are held out: the
+    network that predicts them was not trained on them, and its epoch was not chosen by them. Of the
+    others, {facts["n_train"]} clips are for training and {facts["n_val"]} for the choice of the
+    epoch. With `--folds K`, every labelled clip is held out once.
+""")
 predictions |= common.emotion_baselines(step.source, step.args.folds)
 scores = {name: emotion_scores(true, table) for name, table in predictions.items()}
 rmse = {name: ((table - true) ** 2).mean() ** 0.5 for name, table in predictions.items()}
@@ -175,7 +182,8 @@ unlabelled = read_entries(step.source.root, "emotion", "test")
 step.text(f"""
     `submission.csv` has the predictions of `{best}` for {len(unlabelled)} clips. `{best}` has the
     higher mean of the three validation scores ({both}). On the held-out clips of 8e the means are
-    {held_out}. We do not choose by them: then the score of the chosen network would be optimistic.
+    {held_out}. We do not choose by them. If we did, the score of the chosen network would be too
+    high.
 """)
 if unlabelled:
     chosen = [runs[f"{best}_{emotion}"] for emotion in EMOTIONS]

@@ -55,8 +55,8 @@ a network for the other half, and then froze or fine-tuned them. They conclude:
 
 1. The first layers learn general features, the last layers learn features of their task.
 2. Copied and frozen layers lower the score for two reasons. Their features may be too specific to
-   the old task (the last layers). Or the copy ends between layers that had learned to work together
-   (the middle layers).
+   the old task (the last layers). Or layers that had learned to work together are separated,
+   because one is copied and the next is trained anew (the middle layers).
 3. The more the two tasks differ, the less the copied features help. They are still better than
    random ones.
 4. Copied and then fine-tuned layers generalise better than training from scratch, even if the new
@@ -201,17 +201,17 @@ frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
 table = tables.training_table(done)
 table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 step.table(table, tables.SECONDS)
-full = f"`{twin}` of step 8, which is not trained again here" if twin else "trained here too"
+full = f"It is `{twin}` of step 8 and is not trained again." if twin else "It is trained here too."
 step.text(f"""
     `head` is the first phase, `transfer` the second one. `scratch` starts from random weights and
-    has at most the epochs of both phases. `scratch_full` has those of step 8; it is {full}. The
-    input of the copied network is standardised as in genre training, that of the others by the
-    emotion training clips.
+    has at most the epochs of both phases. `scratch_full` has those of step 8. {full} The input of
+    the copied network is standardised as in genre training, that of the others by the emotion
+    training clips.
 
     Do not rank the models by these scores: {len(data.val)} validation clips are few, and 9e
-    compares them on the held-out clips. For the same reason an earlier epoch can have a higher
-    score in the figure than the kept one. The kept epoch is the best among {step.searched} (at
-    least one).
+    compares them on the held-out clips. The kept epoch is the best among {step.searched} (at least
+    one). An earlier epoch can have a higher score in the figure. If the validation loss rises after
+    it, this may be overfitting. On so few clips it may also be chance.
 """)
 shown = itertools.product(("head", "transfer", "scratch"), emotions)
 curves = {names[key]: runs[key].history for key in shown}
@@ -241,15 +241,17 @@ axis = emotions[0]  # all are trained on as many examples
 facts = step8.runs[f"{twin}_{axis}"] if twin else runs["scratch_full", axis].facts
 n_full = facts["epochs"] * facts["examples_per_epoch"]
 questions = {
-    "scratch": "Do the genre weights help, if both networks are trained for equally many epochs?",
-    full: f"Is the short fine-tuning as good as a training from scratch on {n_full:,} examples?",
+    "scratch": "Do the genre weights help, if both networks are trained for equally many epochs? "
+    f"({HEAD_EPOCHS} of the epochs of `transfer` train the head only.)",
+    full: "Is there a difference between the short fine-tuning and a training from scratch on "
+    f"{n_full:,} examples?",
 }
 for name, question in questions.items():
     step.text(f"{question}\n\n{tables.difference_lines(true, shown, [('transfer', name)])}")
 others = [name for name in shown if name not in ("transfer", "constant (step 8)", *questions)]
 step.text("The other models, on the same clips:")
 step.text(tables.difference_lines(true, shown, [("transfer", name) for name in others]))
-step.text(f"{tables.INTERVALS} Of several 95% intervals, one may exclude 0 by chance.")
+step.text(tables.INTERVALS)
 if step.args.compare_depths:
     step.text("In `transfer_frozenN` the first N blocks keep the weights of genre training.")
 

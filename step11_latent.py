@@ -221,7 +221,8 @@ def knn_difference(first, second):
 
 
 panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
-step.figure(plot_maps(panels, 2), "pca", "The test clips by genre on the first two PCA axes")
+caption = "The test clips by genre on the first two PCA axes. Each panel has its own scale"
+step.figure(plot_maps(panels, 2), "pca", caption)
 commonest = counts.max() / counts.sum()
 shown = [titles[best], titles["cnn_mel"]]
 lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
@@ -235,11 +236,11 @@ step.text(f"""
 *5-NN accuracy*: the {N_NEIGHBOURS} nearest other clips of a clip vote for its class. The accuracy
 is the share of clips for which the vote is right. (If n classes have equally many votes and the
 right one is among them, the clip counts 1/n.) Always naming the most common class gives
-{commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips;
-a is a clip's mean distance to its own class, b to the nearest other class. *Untrained*: the same
-network with random weights. A silhouette depends on the number of dimensions, so compare each
-model with its untrained network first. 95% intervals are over test clips. They are approximate: the
-clips are not independent, each is also a neighbour of others.
+{commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is a clip's mean
+distance to its own class, b to the nearest other class. *Untrained*: the same network with random
+weights. Models with different numbers of dimensions cannot be compared by their silhouettes alone,
+so first compare each model with its own untrained network. 95% intervals are over test clips. They
+are approximate: the clips are not independent, each is also a neighbour of others.
 
 **How far are the classes apart?** In the PCA plane the silhouette of the LSTM is
 {lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; 0 or less: the
@@ -275,17 +276,17 @@ step.table(per_class[["clips", *shown]], class_caption)
 gap = (per_class[titles[best]] - per_class[titles[worst]]).idxmax()
 answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
-**Is there a qualitative difference?** {answer}, by the 5-NN accuracy of best and worst LSTM in the
-full space (see the lines above the table): {knn[best][0]} for the best LSTM, {knn["cnn_mel"][0]}
-for the CNN, {knn[worst][0]} for the worst LSTM. Before training it was {knn[best][1]},
-{knn["cnn_mel"][1]} and {knn[worst][1]}. In the plane it is
-{kept[best]["PCA"]["knn_accuracy"]:.3f}, {kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and
-{kept[worst]["PCA"]["knn_accuracy"]:.3f}. The best LSTM is furthest ahead of the worst in {gap}:
-{per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}.
+**Is there a difference?** {answer}, by the 5-NN accuracy of best and worst LSTM in the full space
+(see the lines above the table): {knn[best][0]} for the best LSTM, {knn["cnn_mel"][0]} for the CNN,
+{knn[worst][0]} for the worst LSTM. Before training it was {knn[best][1]}, {knn["cnn_mel"][1]} and
+{knn[worst][1]}. In the plane it is {kept[best]["PCA"]["knn_accuracy"]:.3f},
+{kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. The best
+LSTM is furthest ahead of the worst in {gap}: {per_class[titles[best]][gap]:.3f} against
+{per_class[titles[worst]][gap]:.3f}.
 
-In the pictures: which genres have a region of their own in the upper panels, and do they have one
-in the lower left panel? Does that panel look more like the upper ones, or like its own network
-before training?
+**Is the difference qualitative?** Look at the pictures: which genres have a region of their own in
+the upper panels, and do they have one in the lower left panel? Does that panel look more like the
+upper ones, or like its own network before training?
 """)
 
 # %% 11d. More methods of dimensionality reduction
@@ -376,5 +377,7 @@ The rule does not show how much the result depends on the choice of test clips. 
 better by all three, the choice depends on the criterion that matters for your question:
 """)
 table = pd.DataFrame(best_by).T.rename_axis("model")
-step.table(table, "Best method by each criterion (mean over the seeds, to three digits)")
+step.table(
+    table, "Best method by each criterion: the highest mean over the seeds. Ranges can overlap"
+)
 step.finish(runs, roles=roles, separation=kept, criteria=list(CRITERIA))

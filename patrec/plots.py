@@ -129,6 +129,7 @@ def plot_history(ax, history, title, score_name):
     right.plot("epoch", "val_score", "--", data=history, color=green, label=label)
     ax.set(xlabel="Epoch", ylabel="Loss", title=title)
     right.set_ylabel(f"Validation {score_name}", color=green)
+    right.tick_params(labelcolor=green)
     settled = history.query("settled == 1")["epoch"]
     if 0 < len(settled) < len(history):  # the best of them is kept; a run cut short may have none
         span, look = (settled.min() - 0.5, settled.max() + 0.5), {"color": "0.92", "zorder": 0}
@@ -142,7 +143,8 @@ def plot_history(ax, history, title, score_name):
 def plot_histories(histories, score_name):
     """One panel of `plot_history` per run, {name: history}, with equal axes."""
     n_columns = 3 if len(histories) == 3 else min(2, len(histories))
-    fig, axes = panel_grid(len(histories), n_columns, 4.6, 3.2)
+    width = 4.6 if n_columns > 1 else 6  # the legend needs it
+    fig, axes = panel_grid(len(histories), n_columns, width, 3.2)
     rights = [
         plot_history(ax, history, run_title(name), score_name)
         for ax, (name, history) in zip(axes, histories.items(), strict=True)

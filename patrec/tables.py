@@ -23,7 +23,8 @@ def epochs_kept(run) -> str:
 SECONDS = "Wall-clock seconds; trainings may run in parallel, so compare them roughly"
 INTERVALS = (
     "The intervals show how much a difference depends on the choice of the clips. They do not show "
-    "how much it depends on the seed of the training."
+    "how much it depends on the seed of the training. Of several 95% intervals, one may exclude 0 "
+    "by chance."
 )
 
 
@@ -34,8 +35,8 @@ def parts_table(kind) -> tuple[pd.DataFrame, str]:
     caption = (
         f"Parts of the training. Last column: how the scores of the {kind.upper()} on mel change "
         "if the part is left out, in cross-validation on the small data set of "
-        "docs/experiments.md. The part helps if the log loss rises or macro-F1 falls. ±: one "
-        "standard error"
+        "docs/experiments.md. The part helps if the log loss rises or macro-F1 falls "
+        "by clearly more than the standard error (after ±)"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 

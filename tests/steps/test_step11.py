@@ -176,7 +176,7 @@ def test_the_tables_of_step_11_say_what_metrics_json_says(folder):
     assert [pair[:2] for pair in lines] == pairs
     (low, high), *_ = re.findall(r"`beat_chroma`,.* accuracy \S+ \[(.+), (.+)\]", summary)
     answer = "Yes" if float(low) > 0 or float(high) < 0 else "No difference is shown"
-    assert f"qualitative difference?** {answer}" in summary
+    assert f"Is there a difference?** {answer}" in summary
     text, rows = " ".join(summary.split()), r"\| (\S+) \| \d+ \| (\S+) \| \S+ \| (\S+) \|"
     rows = re.findall(rows, summary.partition("## 11c")[2].partition("## 11d")[0])
     ahead = max(rows, key=lambda row: float(row[1]) - float(row[2]))
