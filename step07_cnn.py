@@ -86,16 +86,16 @@ step.text("""
 > <https://cs.stanford.edu/people/karpathy/convnetjs/demo/mnist.html>. The training starts by itself
 > as soon as the digits are loaded.
 >
-> 1. The network is in the text field under the loss curve (ConvNetJS has no batch normalisation):
->    convolution of 8 filters 5 x 5, ReLU, pooling 2 x 2, convolution of 16 filters, ReLU, pooling
->    3 x 3, softmax. *change network* restarts the training with the network in that field.
+> 1. The network is in the text field *Instantiate a Network and Trainer*: convolution of 8 filters
+>    5 x 5, ReLU, pooling 2 x 2, convolution of 16 filters, ReLU, pooling 3 x 3, softmax (ConvNetJS
+>    has no batch normalisation). *change network* restarts the training with that network.
 > 2. Press *pause* in the first seconds. Take a screenshot of *Network Visualization* and one of
 >    *Training Stats* (examples seen, validation accuracy).
 > 3. Press *resume*, wait for about 20,000 examples, press *pause*, and take both again.
 > 4. Describe what you see, layer by layer. Do the *Weights* of the first convolution show strokes
 >    and edges, or noise? Where are its *Activations* bright? What does relu turn black? How small
 >    does pool make the maps? Which digits get a high probability in softmax? The bottom of the page
->    shows the digits that are confused.
+>    shows test digits with their most probable classes. Which digits are confused?
 """)
 
 # %% 7a. The same experiment here: a small network on small digits
@@ -213,9 +213,9 @@ probabilities. The true digit, {true_digit}, has a probability of {before:.2f} b
 {early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation changes
 nothing in evaluation mode, because its stored mean is still 0 and its variance 1.
 
-*Patterns*: compare the row *filters 1* before and after training. A row or column of red beside one
-of blue responds to an edge, a filter of one colour to brightness. In 3 x 3 weights only simple
-patterns are possible; the 5 x 5 filters of ConvNetJS show more.
+*Patterns*: compare the row *filters 1* before and after training. A filter with a red row or column
+beside a blue one responds to an edge. A filter of one colour responds to brightness. In 3 x 3
+weights only simple patterns are possible; the 5 x 5 filters of ConvNetJS show more.
 """)
 
 # %% 7b. The network
@@ -316,9 +316,10 @@ for label in changed:
 effects = ", ".join(f"{effect} ({'; '.join(of)})" for effect, of in effects.items() if of)
 step.text(f"""
 Compared with all four operations, the accuracy is {effects}. A difference that is smaller than the
-sum of the two standard deviations is not clear. Leaving out pooling or ReLU may cost nothing. In
-small images pooling has little to summarise (scikit-learn's have 8 x 8 pixels), and without it the
-output layer has more weights. Without ReLU, max pooling still makes the network non-linear.
+sum of the two standard deviations is not clear. Leaving out pooling or ReLU may cost nothing. Two
+possible reasons: in small images pooling has little to summarise (scikit-learn's have 8 x 8
+pixels), and without it the output layer has more weights. Without ReLU, max pooling still makes the
+network non-linear.
 """)
 
 # %% 7c. The trained genre network at work
@@ -390,9 +391,10 @@ facts["examples"] = facts["epochs"] * facts["examples_per_epoch"]
 caption = "Scores on the test set, with 95% intervals over its clips"
 step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), caption)
 step.text(f"""
-`mel` is the LSTM of step 5a and has the same input as the CNN. `{best_lstm}` is the LSTM of step 5
-with the highest validation macro-F1, {plots.run_title(best_lstm)}. The models differ in more than
-the network: the CNN is trained on crops of 6 s, the LSTMs on crops of 15 s.
+`mel` is the LSTM of step 5a and has the same input as the CNN. `{best_lstm}`
+({plots.run_title(best_lstm)}) is the LSTM of step 5 with the highest validation macro-F1. The
+models differ in more than the network: the CNN is trained on crops of 6 s, the LSTMs on crops of 15
+s.
 """)
 if GENRE_NETWORKS[best_lstm].beat:
     step.text(f"`{best_lstm}` is tested on the beat-synchronised arrays of the same clips.")

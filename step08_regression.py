@@ -115,9 +115,9 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
         f"{chance}. {step.curves}",
     )
 step.text("""
-How to read these curves: if the validation score falls while the training loss still falls, the
-network overfits. An earlier epoch then has the higher score, but on so few clips this can be
-chance. For the same reason these scores and those of 8e, on other clips, can differ much.
+How to read these curves: if the validation score falls and the validation loss rises while the
+training loss still falls, this is a sign of overfitting. On so few clips it can also be chance. For
+the same reason these scores and those of 8e, on other clips, can differ much.
 """)
 
 # %% 8e. Spearman's correlation on the held-out clips

@@ -57,7 +57,7 @@ a network for the other half, and then froze or fine-tuned them. They conclude:
 2. Copied and frozen layers lower the score for two reasons. Their features may be too specific to
    the old task (the last layers). Or layers that had learned to work together are separated,
    because one is copied and the next is trained anew (the middle layers).
-3. The more the two tasks differ, the less the copied features help. They are still better than
+3. The more the two tasks differ, the less the copied features help. They can still be better than
    random ones.
 4. Copied and then fine-tuned layers generalise better than training from scratch, even if the new
    task has much data.
@@ -132,7 +132,7 @@ step.text(f"""
 The fine-tuning has two phases:
 
 1. Only the new head is trained, for at most {HEAD_EPOCHS} epochs. The gradients of a random head
-   would distort the copied features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained
+   can distort the copied features (Kumar et al., 2022, Fine-Tuning can Distort Pretrained
    Features and Underperform Out-of-Distribution).
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
@@ -210,12 +210,12 @@ step.text(f"""
 
     Do not rank the models by these scores: {len(data.val)} validation clips are few, and 9e
     compares them on the held-out clips. The kept epoch is the best among {step.searched} (at least
-    one). An earlier epoch can have a higher score in the figure. If the validation loss rises after
+    one), so another epoch can have a higher score in the figure. If the validation loss rises after
     it, this may be overfitting. On so few clips it may also be chance.
 """)
 shown = itertools.product(("head", "transfer", "scratch"), emotions)
 curves = {names[key]: runs[key].history for key in shown}
-caption = f"Loss and Spearman's correlation on {len(data.val)} validation clips. {step.curves}"
+caption = f"Losses, and Spearman's correlation on {len(data.val)} validation clips. {step.curves}"
 step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
 
 # %% 9e. Against step 8

@@ -193,9 +193,10 @@ for name, title in titles.items():
     facts["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
     right, facts["full space"] = separation(spaces[name], labels)
     _, facts["full space, untrained"] = separation(untrained[name], labels)
-    _, facts["PCA"] = separation(pca_panel("", name, spaces[name])[3], labels)
-    hits[name] = pd.Series(right, latent[name]["ids"])
-    per_class[title] = hits[name].groupby(latent[name]["classes"][labels]).mean()
+    plane, facts["PCA"] = separation(pca_panel("", name, spaces[name])[3], labels)
+    ids = latent[name]["ids"]
+    hits[name] = {"full space": pd.Series(right, ids), "PCA plane": pd.Series(plane, ids)}
+    per_class[title] = hits[name]["full space"].groupby(latent[name]["classes"][labels]).mean()
     column = measures[title] = {}
     for space in (*SPACES, "PCA"):
         column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
@@ -208,15 +209,15 @@ counts = np.bincount(latent["cnn_mel"]["labels"])
 per_class["clips"] = pd.Series(counts, latent["cnn_mel"]["classes"][: len(counts)])
 
 
-def knn_difference(first, second):
-    """5-NN accuracy in the full space, one model minus another on the same clips.
+def knn_difference(first, second, space="full space"):
+    """5-NN accuracy, one model minus another on the same clips.
 
     Returns a line about it, and whether the interval shows a difference.
     """
-    gain = (hits[first] - hits[second]).dropna().to_numpy()  # pandas subtracts by id
+    gain = (hits[first][space] - hits[second][space]).dropna().to_numpy()  # subtracted by id
     low, high = bootstrap(lambda i: gain[i].mean(), len(gain))
     facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": (low, high)}
-    line = f"5-NN in the full space, {difference_line(first, second, facts)}."
+    line = f"5-NN in the {space}, {difference_line(first, second, facts)}."
     return line, low > 0 or high < 0
 
 
@@ -252,7 +253,8 @@ an overlap in the plane says little about the test accuracy. In the full space t
 {knn["cnn_mel"][0]} (CNN). By class, the LSTM separates {apart[best]}; the CNN separates
 {apart["cnn_mel"]}. Look in the two pictures for classes that lie apart.
 """)
-step.text(knn_difference("cnn_mel", best)[0])
+for space in ("PCA plane", "full space"):
+    step.text(knn_difference("cnn_mel", best, space)[0])
 class_caption = "5-NN accuracy by class, in the full space"
 step.table(per_class[["clips", *shown]], class_caption)
 
@@ -280,9 +282,9 @@ step.text(f"""
 (see the lines above the table): {knn[best][0]} for the best LSTM, {knn["cnn_mel"][0]} for the CNN,
 {knn[worst][0]} for the worst LSTM. Before training it was {knn[best][1]}, {knn["cnn_mel"][1]} and
 {knn[worst][1]}. In the plane it is {kept[best]["PCA"]["knn_accuracy"]:.3f},
-{kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. The best
-LSTM is furthest ahead of the worst in {gap}: {per_class[titles[best]][gap]:.3f} against
-{per_class[titles[worst]][gap]:.3f}.
+{kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. By class,
+in the full space, the best LSTM is furthest ahead of the worst in {gap}:
+{per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}.
 
 **Is the difference qualitative?** Look at the pictures: which genres have a region of their own in
 the upper panels, and do they have one in the lower left panel? Does that panel look more like the

@@ -171,7 +171,11 @@ def test_the_tables_of_step_11_say_what_metrics_json_says(folder):
                 written = float(column[f"silhouette, {space}"])
                 assert written == pytest.approx(facts[space]["silhouette"], abs=6e-4)
     summary = (folder / "summary.md").read_text()
-    lines = re.findall(r"`(\w+)` minus `(\w+)`, \d+ clips: accuracy ([-+.\d]+) \[", summary)
+    minus = r"5-NN in the {}, `(\w+)` minus `(\w+)`, \d+ clips: accuracy ([-+.\d]+) \["
+    lines = re.findall(minus.format("full space"), summary)
+    ((*names, gain),) = re.findall(minus.format("PCA plane"), summary)
+    one, other = (kept[name]["PCA"]["knn_accuracy"] for name in names)
+    assert names == ["cnn_mel", "chroma"] and float(gain) == pytest.approx(one - other, abs=6e-4)
     pairs = [("cnn_mel", "chroma"), ("chroma", "beat_chroma"), ("cnn_mel", "beat_chroma")]
     assert [pair[:2] for pair in lines] == pairs
     (low, high), *_ = re.findall(r"`beat_chroma`,.* accuracy \S+ \[(.+), (.+)\]", summary)
