@@ -182,7 +182,7 @@ def pca_panel(title, run, vectors):
 # %% 11b. The pictures and the numbers
 # The worst LSTM is measured along with the two; it is shown under 11c.
 spaces = {name: scaled(clips["vectors"]) for name, clips in latent.items()}
-untrained, hits, kept, measures, per_class = {}, {}, {}, {}, {}
+untrained, planes, hits, kept, measures, per_class = {}, {}, {}, {}, {}, {}
 for name, title in titles.items():
     labels = latent[name]["labels"]
     seed_everything(step.args.seed)
@@ -193,7 +193,8 @@ for name, title in titles.items():
     facts["pca_axes_for_90"] = int((shares.cumsum() < 0.9).sum() + 1)
     right, facts["full space"] = separation(spaces[name], labels)
     _, facts["full space, untrained"] = separation(untrained[name], labels)
-    plane, facts["PCA"] = separation(pca_panel("", name, spaces[name])[3], labels)
+    planes[name] = pca_panel(title, name, spaces[name])
+    plane, facts["PCA"] = separation(planes[name][3], labels)
     ids = latent[name]["ids"]
     hits[name] = {"full space": pd.Series(right, ids), "PCA plane": pd.Series(plane, ids)}
     per_class[title] = hits[name]["full space"].groupby(latent[name]["classes"][labels]).mean()
@@ -221,7 +222,7 @@ def knn_difference(first, second, space="full space"):
     return line, low > 0 or high < 0
 
 
-panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel")]
+panels = [planes[name] for name in (best, "cnn_mel")]
 caption = "The test clips by genre on the first two PCA axes. Each panel has its own scale"
 step.figure(plot_maps(panels, 2), "pca", caption)
 commonest = counts.max() / counts.sum()
@@ -262,7 +263,7 @@ step.table(per_class[["clips", *shown]], class_caption)
 # The lab: is there a qualitative difference to the others? Its PCA picture stands beside those of
 # 11b, and beside that of its own network with random weights, to show what training did.
 step.heading("11c. The same for the worst LSTM")
-panels = [pca_panel(titles[name], name, spaces[name]) for name in (best, "cnn_mel", worst)]
+panels = [planes[name] for name in (best, "cnn_mel", worst)]
 panels.append(pca_panel(f"{titles[worst]}, untrained", worst, untrained[worst]))
 on = part_folder(".", "genre", models[worst].settings["beat"]).name
 caption = (

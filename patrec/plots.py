@@ -151,10 +151,10 @@ def plot_histories(histories, score_name):
     ]
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
     plt.setp(rights, ylim=(lowest, 1))
-    for index, (ax, right) in enumerate(zip(axes, rights, strict=True), start=1):
-        if index % n_columns != 1 % n_columns:  # the first panel of a row says it for all
+    for index, (ax, right) in enumerate(zip(axes, rights, strict=True)):
+        if index % n_columns:  # the first panel of a row says it for all
             ax.set_ylabel("")
-        if index % n_columns and index < len(rights):  # and the last one
+        if (index + 1) % n_columns and index + 1 < len(rights):  # and the last one
             right.set_ylabel("")
     losses = np.concatenate([ax.get_ylim() for ax in axes])
     plt.setp(axes, ylim=(losses.min(), losses.max()))

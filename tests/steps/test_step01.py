@@ -6,14 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import (
-    FEW_GENRES,
-    assert_clean_error,
-    genre_level,
-    read_table,
-    run_forked,
-    run_smoke,
-)
+from conftest import FEW_GENRES, assert_clean_error, genre_level, read_table, run_forked, run_smoke
 from scipy.io import wavfile
 
 from patrec.clips import sample_clips
