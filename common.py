@@ -363,8 +363,8 @@ def average_frames(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
 def frame_statistics(x, lengths, n) -> tuple[torch.Tensor, torch.Tensor]:
     """Describe every n frames: (B, T, F) -> (B, ceil(T / n), 3 F).
 
-    Mean, standard deviation and mean absolute change from frame to frame of each band, which
-    the SVM baseline has too, there of a whole clip (`band_features`).
+    Mean, standard deviation and mean absolute change from frame to frame of each band. The
+    SVM baseline uses the same measures, there over a whole clip (`band_features`).
     """
     mean, n_steps = average_frames(x, lengths, n)
     square, _ = average_frames(x.square(), lengths, n)
@@ -394,11 +394,11 @@ def masked_mean_max(x, mask):
 class CNNBackbone(Backbone):
     """Four blocks of convolution, batch normalisation, ReLU, max pooling (lab, step 7b).
 
-    The spectrogram is an image of one channel. What the blocks leave is pooled over time
-    only: when something happens tells little about a clip, but at which frequency it happens
-    tells much, so the 8 rows left of the frequency axis stay in the vector. No size depends
-    on the clip's length, and padding is cut off after every block, so that a clip gives the
-    same vector however far it is padded.
+    The spectrogram is an image of one channel. The output of the last block is pooled over
+    time, but not over frequency: the time of an event says little about the genre, its
+    frequency says much. So the 8 remaining rows of the frequency axis stay in the vector.
+    Padding is set to zero after every block, so that the vector of a clip does not depend on
+    how far the clip is padded.
 
     Parameters
     ----------
@@ -406,12 +406,11 @@ class CNNBackbone(Backbone):
     channels : sequence of 4 ints
     kernel_size : int, odd
     frames_per_step : int
-        Frames averaged into one column of the image: 2 are 46 ms, half of what the lab's
-        FFT window spans anyway.
+        Frames averaged into one column of the image. Two frames are 46 ms, half the length
+        of the lab's FFT window, so little detail is lost.
     first_pool : int
-        The first block pools this many columns in time. Bands, and time in the later blocks,
-        are pooled by 2. So the first block sees events of 46 ms, and the later, costlier
-        blocks work on a quarter of the columns.
+        The first block pools over this many columns in time. All other poolings, in time and
+        in frequency, are by 2. So the later blocks, which cost more, have fewer columns.
     """
 
     def __init__(
@@ -537,10 +536,10 @@ def layer_table(model, data) -> tuple[pd.DataFrame, str]:
 def regression_loss(outputs, targets, std) -> torch.Tensor:
     """Squared error in units of the labels' spread, plus half of 1 - Pearson's r.
 
-    The first term fits the values. The second rewards predictions that rise linearly with the
-    labels, a differentiable stand-in for the ranks that Spearman's score judges. (Atmaja &
-    Akagi, 2020, found a correlation-based loss, CCC, above squared error for speech emotion,
-    scored by CCC; this sum is not theirs.)
+    The first term makes the predicted values fit. The second is small if the predictions rise
+    linearly with the labels. It replaces Spearman's correlation, which has no useful gradient.
+    (For speech emotion, scored by the correlation coefficient CCC, Atmaja & Akagi, 2020, found
+    CCC to be a better loss than the squared error. The sum used here is our own.)
 
     outputs, targets : torch.Tensor [shape=(B,)]
     std : float, of the training labels of this emotion

@@ -126,7 +126,7 @@ step.text(f"""
       .08 on new clips (docs/experiments.md). The validation score of the kept epoch is optimistic,
       because it is the highest of several.
 
-    The default recipe also has the parts in the table. `--recipe lab` trains without them, with
+    The default recipe adds the parts in the table. `--recipe lab` trains without them, with
     Adam, cross-entropy, dropout and random crops only, and keeps the best of all epochs, so that
     you can measure the difference on your clips. `--plain` does without them too. The parts lower
     the log loss of the LSTM; no effect on its macro-F1 was shown.

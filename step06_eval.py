@@ -4,15 +4,14 @@ The lab asks, for every model of step 5, on the test sets of fma_genre_spectrogr
 fma_genre_spectrograms_beat: a) accuracy; b) precision, recall and F1 per class; c) their macro
 averages; d) their micro averages; and what these metrics mean.
 
-    python step06_eval.py              # every LSTM; trains those that step 5 has not trained
-    python step06_eval.py --ensemble   # also scores the average of all their predictions
+    python step06_eval.py   # every LSTM; trains those that step 5 has not trained
 
 Input: the checkpoints of step 5, the genre data set. Output, in outputs/step06_eval/: tables,
 a confusion matrix, classification reports and the lab's questions (summary.md, report_*.txt), all
 scores (metrics.json), each test clip's true and predicted class (predictions.csv).
 """
 
-# %% Setup. In a notebook, flags go here: Step(..., flags="--ensemble").
+# %% Setup. In a notebook, flags go here: Step(..., flags="--smoke").
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,7 +28,7 @@ from patrec.files import part_folder, write_text
 from patrec.labels import read_entries
 from patrec.plots import plot_confusions, plot_scores, run_title
 from patrec.recipes import LSTM_NAMES
-from patrec.scores import average_predictions, genre_scores
+from patrec.scores import genre_scores
 from patrec.splits import encode_labels
 from patrec.step import Step
 from patrec.tables import difference_lines, prediction_rows, with_interval, write_predictions
@@ -38,13 +37,7 @@ SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronis
 SVMS = {"full": "svm", "beat": "beat_svm"}  # the baseline of each
 METRICS = ("precision", "recall", "f1")
 
-
-def add_flags(parser):
-    also = "score the average of all LSTMs' predictions too"
-    parser.add_argument("--ensemble", action="store_true", help=also)
-
-
-step = Step("step06_eval", __doc__, parts=("genre",), add_flags=add_flags)
+step = Step("step06_eval", __doc__, parts=("genre",))
 
 # %% The models of step 5 and the baselines
 # Everything is trained before a test clip is read. The best LSTM is chosen here too, by its
@@ -74,8 +67,7 @@ step.text(f"""
     frames. There are three baselines. `majority` always predicts the most frequent training class,
     {commonest}. `svm` (for frames) and `beat_svm` (for beats) are support vector machines. Their
     input is the mean, standard deviation, percentiles and mean change of each mel band over the
-    clip. Their C and class weights are chosen by cross-validation. With `--ensemble`,
-    `lstm_ensemble` is the mean of the log-probabilities of all LSTMs, each on its own input.
+    clip. Their C and class weights are chosen by cross-validation.
 """)
 step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Validation scores")
 step.text(f"""
@@ -110,10 +102,6 @@ for set_name, svm in SVMS.items():  # as a network's: a score per class, 1 for t
     for name, numbers in (("majority", always), (svm, predicted)):
         predictions[name, set_name] = pd.DataFrame(np.eye(len(classes))[numbers], ids, classes)
 own_set |= {"majority": "full", "svm": "full", "beat_svm": "beat"}
-if step.args.ensemble:  # the mean of the log-probabilities, clip by clip
-    own = [predictions[name, own_set[name]] for name in models]
-    predictions["lstm_ensemble", "full"] = average_predictions(own)
-    own_set["lstm_ensemble"] = "full"
 scores = {key: genre_scores(true[key[1]], table) for key, table in predictions.items()}
 rows = []
 for (name, set_name), table in predictions.items():

@@ -59,10 +59,10 @@ def learn_by_heart(step, data):
     facts = check.facts
     step.text(f"""
     As in step 5b, {facts["clips"]} clips in {facts["batches"]} fixed batches are learned without
-    dropout and augmentation. After {facts["passes"]} passes the loss is {facts["loss"]:.4f} (the
-    goal: under .01), the accuracy {facts["accuracy"]:.3f}.
+    dropout and without the shift of the bands. After {facts["passes"]} passes the loss is
+    {facts["loss"]:.4f} (the goal: under .01), the accuracy {facts["accuracy"]:.3f}.
     """)
-    caption = "Training loss on fixed batches of training crops, regularisation off"
+    caption = "Training loss on fixed batches of training crops, without regularisation"
     step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
     step.require(check.learned, f"four batches were not learned by heart: {facts}")
     return {"cnn_mel": facts}
@@ -179,9 +179,9 @@ digit_models, accuracy = train_digits(digits, step.args.seed, n_epochs)
 size = " x ".join(map(str, x.shape[2:]))
 step.text(f"""
 The same experiment here: two blocks of the four operations of 7b and an output layer
-({common.count_weights(digit_models[0])} weights), trained on {len(known)} images of {size} pixels
-from {digit_file or "scikit-learn's digits"}. Accuracy on {len(tested)} others: {accuracy[0]:.3f}
-untrained, {accuracy[1]:.3f} after one epoch, {accuracy[-1]:.3f} after {n_epochs}.
+({common.count_weights(digit_models[0]):,} weights), trained on {len(known):,} images of {size}
+pixels from {digit_file or "scikit-learn's digits"}. Accuracy on {len(tested)} others:
+{accuracy[0]:.3f} untrained, {accuracy[1]:.3f} after one epoch, {accuracy[-1]:.3f} after {n_epochs}.
 """)
 
 # %% 7a. One digit through every layer
@@ -252,7 +252,7 @@ step.text(f"""
 The network is trained as the LSTMs of step 5 are: Adam with a constant learning rate of
 {step.args.lr:g}, batches of {step.args.batch_size} crops, cross-entropy, dropout before the output
 layer, and the epoch with the highest validation macro-F1 among {step.searched}. The score of this
-epoch is an optimistic estimate. The default recipe also has the parts in the table; `--recipe lab`
+epoch is an optimistic estimate. The default recipe adds the parts in the table. `--recipe lab`
 trains without them and keeps the best of all epochs. For the CNN the shift of the bands had no
 measurable effect. We keep it because it lowers the log loss of the LSTM, and both networks are to
 be trained in the same way.
@@ -303,7 +303,7 @@ for label, without in variants.items():
     means[label], spreads[label] = np.mean(last), np.std(last, ddof=1)
     left_out[label] = {
         "test accuracy": f"{means[label]:.3f} ± {spreads[label]:.3f}",
-        "weights": str(common.count_weights(twins[0][0][0])),
+        "weights": f"{common.count_weights(twins[0][0][0]):,}",
     }
 caption = f"Digits, {n_epochs} epochs: one operation changed, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
@@ -393,8 +393,8 @@ step.table(tables.genre_table(scores).join(facts[["examples", "weights"]]), capt
 step.text(f"""
 `mel` is the LSTM of step 5a and has the same input as the CNN. `{best_lstm}`
 ({plots.run_title(best_lstm)}) is the LSTM of step 5 with the highest validation macro-F1. The
-models differ in more than the network: the CNN is trained on crops of 6 s, the LSTMs on crops of 15
-s.
+models differ in more than the network: the CNN is trained on crops of 6 s, the LSTMs on crops of
+15 s.
 """)
 if GENRE_NETWORKS[best_lstm].beat:
     step.text(f"`{best_lstm}` is tested on the beat-synchronised arrays of the same clips.")

@@ -67,17 +67,17 @@ step.text(f"""
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
       batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. A
       small change of a prediction mostly leaves its rank as it is, so Spearman's correlation has
-      no useful gradient and cannot be the loss. Pearson's correlation of the values has one. It too
-      rewards predictions that rise with the labels.
+      no useful gradient and cannot be the loss. Pearson's correlation of the values has a useful
+      gradient, and it too is high if the predictions rise with the labels.
 
     If outputs and labels have different shapes, the loss stops with an error. Without this check,
     PyTorch would subtract every label from every prediction (B x B differences) and not warn.
 
-    Optimiser, learning rate and augmentation are those of steps 5 and 7; the number of examples is
-    smaller. As in step 5 we keep the best epoch among {step.searched}, here by the validation
-    Spearman. The validation clips are few, so this score is noisy, and as the highest of several
-    it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM differ in
-    architecture, in the number of examples, {also}.
+    The optimiser, the learning rate and the parts of the training are those of steps 5 and 7. The
+    number of examples is smaller. As in step 5 we keep the best epoch among {step.searched}, here
+    by the validation Spearman. The validation clips are few, so this score is noisy, and as the
+    highest of several it is optimistic. The clips of 8e play no part in this choice. CNN and LSTM
+    differ in architecture, in the number of examples, {also}.
 """)
 step.show_source(common.make_regressor, common.Regressor.forward, common.regression_loss)
 

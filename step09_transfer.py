@@ -136,10 +136,11 @@ The fine-tuning has two phases:
    Features and Underperform Out-of-Distribution).
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
-An epoch takes as many crops of each clip as in step 8. Both phases use the recipe of step 8,
-learning rate included, and nothing was tuned for them. So `transfer` and `scratch` differ in the
-weights that they start from, in the first phase, and in how the input is standardised. In the
-second phase the backbone changes too, so its first epochs may score lower than the first phase.
+In each epoch, as many crops of each clip are used as in step 8. Both phases use the recipe and the
+learning rate of step 8. We did not tune them for the fine-tuning. So `transfer` and `scratch`
+differ in the weights that they start from, in the first phase, and in how the input is
+standardised. In the second phase the backbone changes too, so its first epochs may score lower than
+the first phase.
 """)
 
 

@@ -197,9 +197,10 @@ elif "cnn" in single:
     step.text(f"""
         {tables.INTERVALS} The multitask network has {facts["multitask"]["weights"]:,} weights and
         was trained in {facts["multitask"]["train_seconds"]:.0f} s. The three networks of step 8
-        have {step8.runs["cnn"]["weights"]:,} weights and were trained in {seconds:.0f} s, added up;
-        each of them saw as many examples as the one network here. The multitask network keeps one
-        epoch for all three emotions. In step 8 each emotion has its own.
+        together have {step8.runs["cnn"]["weights"]:,} weights, and their trainings took
+        {seconds:.0f} s in total. Each of them saw as many examples as the one network here. The
+        multitask network keeps one epoch for all three emotions. In step 8 each emotion has its
+        own.
     """)
 step.text(BASELINES)
 step.text("""

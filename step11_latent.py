@@ -57,8 +57,8 @@ val = {name: fit.facts["val"]["macro_f1"] for name, fit in models.items()}
 best = max((name for name in LSTM_NAMES if not GENRE_NETWORKS[name].beat), key=val.get)
 worst = min((name for name in LSTM_NAMES if name != best), key=val.get)
 roles = {best: "best LSTM", "cnn_mel": "CNN", worst: "worst LSTM"}
-titles = {best: f"best {run_title(best)}", "cnn_mel": run_title("cnn_mel")}
-titles[worst] = f"worst {run_title(worst)}"
+titles = {best: f"Best {run_title(best)}", "cnn_mel": run_title("cnn_mel")}
+titles[worst] = f"Worst {run_title(worst)}"
 
 
 def write_arrays(name, arrays):
@@ -203,7 +203,7 @@ for name, title in titles.items():
         column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
         column[f"silhouette, {space}"] = f"{facts[space]['silhouette']:+.3f}"
     column["variance on 2 PCA axes"] = f"{facts['pca_variance_2d']:.1%}"
-    column["PCA axes for 90% of it"] = facts["pca_axes_for_90"]
+    column["PCA axes for 90% of the variance"] = facts["pca_axes_for_90"]
 measures = pd.DataFrame(measures).rename_axis("measure")
 per_class = pd.DataFrame(per_class).rename_axis("class")
 counts = np.bincount(latent["cnn_mel"]["labels"])
@@ -233,7 +233,7 @@ apart = {}  # the classes that are separated best and worst
 for name in (best, "cnn_mel"):
     by = per_class[titles[name]]
     apart[name] = f"{by.idxmax()} best ({by.max():.3f}) and {by.idxmin()} worst ({by.min():.3f})"
-step.table(measures[shown], "Separation of the genres, and the plane's share")
+step.table(measures[shown], "Separation of the genres, and the variance in the PCA plane")
 step.text(f"""
 *5-NN accuracy*: the {N_NEIGHBOURS} nearest other clips of a clip vote for its class. The accuracy
 is the share of clips for which the vote is right. (If n classes have equally many votes and the

@@ -23,8 +23,8 @@ def epochs_kept(run) -> str:
 SECONDS = "Wall-clock seconds; trainings may run in parallel, so compare them roughly"
 INTERVALS = (
     "The intervals show how much a difference depends on the choice of the clips. They do not show "
-    "how much it depends on the seed of the training. Of several 95% intervals, one may exclude 0 "
-    "by chance."
+    "how much it depends on the seed of the training. Among several 95% intervals, one can exclude "
+    "0 by chance alone."
 )
 
 
@@ -98,7 +98,8 @@ def difference_line(first, second, difference) -> str:
         better = first if low > 0 else second if high < 0 else None
         unclear = "no difference is shown: the interval contains 0"
         shown = f"`{better}` is better" if better else unclear
-        values.append(f"{titles[key]} {difference[key]:+.3f} [{low:+.3f}, {high:+.3f}] ({shown})")
+        found = f"{difference[key]:+z.3f} [{low:+z.3f}, {high:+z.3f}]"  # z: no "-0.000"
+        values.append(f"{titles[key]} {found} ({shown})")
     return f"`{first}` minus `{second}`, {difference['n_clips']} clips: {', '.join(values)}"
 
 
@@ -148,7 +149,9 @@ def markdown_table(frame) -> str:
 
     def cell(value):
         if isinstance(value, float | np.floating):
-            return "" if math.isnan(value) else f"{value:.3f}"
+            return "" if math.isnan(value) else f"{value:z.3f}"
+        if isinstance(value, int | np.integer) and not isinstance(value, bool):
+            return f"{value:,}"
         return str(value).replace("|", "\\|")
 
     frame = frame.rename(index=str).reset_index(names=frame.index.name or "").map(cell)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = {"step05_lstm": "", "step06_eval": "--ensemble", "step07_cnn": "--ensemble"}
+FLAGS = {"step05_lstm": "", "step06_eval": "", "step07_cnn": "--ensemble"}
 FLAGS |= {"step10_multitask": "--folds 5"}
 TABLES = ["accuracy", "macro_f1"], ["valence", "energy", "danceability", "mean_spearman"]
 

@@ -64,7 +64,7 @@ class GenreRuns:
             data = hard_data_set(root / "data", n_frames=(270, 320))
             where = ("--data-dir", data, "--out-dir", root / "out")
             run_forked("step05_lstm.py", "--epochs", 30, "--lr", 0.002, *where)
-            run_forked("step06_eval.py", "--ensemble", *where)
+            run_forked("step06_eval.py", *where)
             paths = {name: folder_of(root / "out", name) / "best.pt" for name in LSTMS}
             found = {name: load_checkpoint(path)["val_score"] for name, path in paths.items()}
             set_val_scores(root / "out", VAL_SCORES | {RIVAL: 0.95})
@@ -228,12 +228,3 @@ def assert_scores(scores, rows):
     pd.testing.assert_frame_equal(found.loc[CLASSES, expected.columns].astype(float), expected)
     # Rows: the true class.
     assert scores["confusion"] == confusion_matrix(truth, prediction, labels=CLASSES).tolist()
-
-
-def assert_average(run, step, average, members):
-    """The mean of its members' log-probabilities, clip by clip."""
-    rows = genre_predictions(run.out / step).query("model == @average")
-    each = [log_probabilities(run, name, rows["clip"]) for name in members]
-    half = average == "cnn_lstm_ensemble"  # the CNNs and the LSTM half and half
-    mean = np.mean(each[:-1], axis=0) + each[-1] if half else np.mean(each, axis=0)
-    assert (rows["prediction"].to_numpy() != classes_of(mean)).sum() <= 1

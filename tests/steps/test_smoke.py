@@ -18,8 +18,7 @@ FLAGS = ("--smoke", "--epochs", 1, "--batch-size", 8, "--lr", 0.003)
 # Step: flags, the lab's items, runs that are trained in its folder, other rows of metrics.json.
 STEPS = {
     "step05_lstm": (("--features", "beat_mel"), "abc", ["beat_mel"], []),
-    "step06_eval": (("--ensemble",), "abcd", [], [*LSTMS, "lstm_ensemble", "majority", "svm",
-                                                  "beat_svm"]),
+    "step06_eval": ((), "abcd", [], [*LSTMS, "majority", "svm", "beat_svm"]),
     "step08_regression": ((), "abcde", SINGLE, ["lstm", "cnn", "constant", "ridge", "svr"]),
     "step09_transfer": (("--axis", "energy"), "abcde",
                         ["head_energy", "transfer_energy", "scratch_energy"], []),

@@ -92,7 +92,8 @@ def test_what_was_frozen_and_how_much_was_trained(runs):
         frozen = {name: depth for depth, name in names.items()}
         for name, depth in (frozen | {f"head_{axis}": 4, f"scratch_{axis}": 0}).items():
             assert int(table.loc[name, "frozen blocks"]) == depth
-            assert int(table.loc[name, "trained weights"]) == run.runs[name]["trained_weights"]
+            weights = run.runs[name]["trained_weights"]
+            assert table.loc[name, "trained weights"] == f"{weights:,}"
         trained = [run.runs[name]["trained_weights"] for name in names.values()]
         assert sorted(set(trained), reverse=True) == trained, "each block has weights"
         # Both phases together, and the training from scratch beside them, have one budget.

@@ -28,7 +28,7 @@ from patrec.tables import with_interval
 
 STEP = "step11_latent"
 # Best and worst LSTM by VAL_SCORES, and the CNN: {run: how tables name it}.
-TITLES = {"chroma": "best LSTM, chroma", "beat_chroma": "worst LSTM, chroma, beats"}
+TITLES = {"chroma": "Best LSTM, chroma", "beat_chroma": "Worst LSTM, chroma, beats"}
 TITLES |= {"cnn_mel": "CNN, mel"}
 CRITERIA = {"trustworthiness": "Trustworthiness", "silhouette": "Silhouette of"}
 CRITERIA |= {"knn_accuracy": "5-NN accuracy of"}
@@ -72,7 +72,7 @@ def test_best_lstm_is_of_full_clips_and_worst_is_of_all(folder):
             read_metrics(folder)["runs"][name]["test"],
             latent(folder, name)["vectors"].shape,
         )
-        cells = [set_of(name), *map(str, shape), with_interval(test, "accuracy")]
+        cells = [set_of(name), *(f"{n:,}" for n in shape), with_interval(test, "accuracy")]
         assert table.loc[title].tolist() == cells
     summary = (folder / "summary.md").read_text()
     assert "the worst LSTM on its own test set (fma_genre_spectrograms_beat)" in summary

@@ -76,6 +76,12 @@ def test_a_bar_in_a_name_does_not_begin_another_cell():
     assert table.splitlines() == rows
 
 
+def test_numbers_in_a_table():
+    """Thousands have a comma, and a rounded -0.0004 is no negative zero."""
+    frame = pd.DataFrame({"n": [1234567], "x": [-0.0004], "y": [float("nan")], "z": [0.1235]})
+    assert markdown_table(frame).splitlines()[-1] == "| 0 | 1,234,567 | 0.000 |  | 0.123 |"
+
+
 def test_a_training_in_a_row():
     facts = {"n_train": 20, "trained_weights": 7, "weights": 90, "epochs": 3, "best_epoch": 2}
     facts |= {"examples_per_epoch": 40, "train_seconds": 5.4, "val": {"energy": 0.25}}
