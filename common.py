@@ -1,6 +1,6 @@
 """The Dataset, the networks, the losses and the training loop that all steps share.
 
-Read it from top to bottom. Genre, one emotion and three emotions take the same way:
+Read it from top to bottom. The way is the same for genre, one emotion and three emotions:
 
     label file -> entries -> arrays -> one tensor in memory -> Dataset -> Subset -> batch
     -> backbone -> head -> loss -> predictions (clip x target) -> scores -> files
@@ -9,7 +9,7 @@ Read it from top to bottom. Genre, one emotion and three emotions take the same 
 2. Networks    LSTMBackbone, CNNBackbone, Classifier, Regressor
 3. Losses      RegressionLoss
 4. Training    train (with overfit_batch), train_epoch, predict
-5. The trainings of a step    train_all, what earlier steps have saved, checkpoints
+5. The trainings of a step    train_all, networks that earlier steps have saved, checkpoints
 
 Shapes are written with B clips in a batch, T frames, F feature bands, S steps,
 C channels, H hidden units, K classes or emotions, N clips.
@@ -134,7 +134,7 @@ def band_statistics(store, indices, features="mel") -> tuple[torch.Tensor, torch
 
 @dataclasses.dataclass
 class Data:
-    """What one network learns from: parts of one SpectrogramDataset that no clip shares."""
+    """The clips of one network: parts of one SpectrogramDataset with no clip in common."""
 
     train: Subset
     val: Subset
@@ -148,17 +148,17 @@ class Data:
 def load_data(
     source, features="mel", beat=False, target="genre", *, crop=None, fold=0, n_folds=1, stats=None
 ) -> Data:
-    """Load the training split of genre or emotion and cut it into parts.
+    """Load the training split of genre or emotion and divide it into parts.
 
-    The same clips train, validate and are held out for every kind of input (frames or beats,
-    mel or chroma): the split is made on the ids, in the order of the full clips' label file.
+    The split is the same for every kind of input (frames or beats, mel or chroma), because it
+    is made on the clip ids, in the order of the label file of the full clips.
 
     Parameters
     ----------
     target : 'genre', 'emotion' (three values per clip), 'valence', 'energy', 'danceability'
-    crop : int or None, train on random crops of this many frames; other parts see whole clips
-    fold, n_folds : int, emotion: which fold is held out, of how many; one fold is a fifth
-    stats : (mean, std) of the network that is continued; None: of the training part
+    crop : int or None, train on random crops of this many frames; the other parts hold whole clips
+    fold, n_folds : int, emotion: the held-out fold, and how many there are (1: a fifth of the clips)
+    stats : (mean, std) of the network that is continued; None: those of the training part
     """
     part = "genre" if target == "genre" else "emotion"
     entries = read_entries(source.root, part, "train", beat, source.merge)
@@ -194,7 +194,7 @@ def load_data(
 
 
 def load_test(source, settings, *, beat=None) -> SpectrogramDataset:
-    """Load the test split the way a trained network wants it; only after training.
+    """Load the test split, prepared as a trained network expects it. Only call it after training.
 
     Genre clips have classes; the lab publishes no labels for the emotion clips, whose
     targets are NaN. Rows are sorted by id.
@@ -276,13 +276,13 @@ class LSTMBackbone(Backbone):
     n_bands : int, F, bands of a frame
     hidden_size : int, H, units of one direction
     frames_per_step : int
-        Frames described by one step, see `frame_statistics`. 1,292 steps are slow and the
-        gradient does not survive them (step 2 measures both); 8 frames are 0.19 s. 1: the
-        frames as they are.
+        Number of frames that one time step describes (`frame_statistics`); 8 frames are 0.19 s.
+        Over all 1,292 frames of a clip the LSTM is slow and the gradient vanishes (step 2
+        measures both). With 1 the frames are used as they are.
     projection : int, units of a dense layer with layer normalisation before the LSTM; 0: none
     readout : 'pool' or 'last'
-        Mean and maximum over the clip's steps, or the last step of the clip: never the
-        last step of the padding.
+        Mean and maximum over the clip's steps, or the last step of the clip. The padding
+        after a clip is never used.
     """
 
     def __init__(
@@ -607,10 +607,10 @@ def make_regressor(network, data) -> nn.Module:
 
 @dataclasses.dataclass
 class TrainedModel:
-    """A trained network and how it came about."""
+    """A trained network and the facts of its training."""
 
     model: nn.Module  # with the weights of the epoch that was kept
-    settings: dict  # what its checkpoint holds to prepare and judge new clips
+    settings: dict  # from its checkpoint: how to prepare new clips
     facts: dict  # for metrics.json: epochs, best_epoch, weights, n_train, val ...
     history: pd.DataFrame  # a row per epoch
     path: Path  # of the checkpoint
@@ -618,7 +618,7 @@ class TrainedModel:
 
 @dataclasses.dataclass
 class OverfitCheck:
-    """What `train` with overfit_batch found."""
+    """The result of `train` with overfit_batch."""
 
     learned: bool  # whether the loss came under the goal with every clip right
     facts: dict  # batches, clips, passes, loss, accuracy (None for regression)
@@ -691,10 +691,9 @@ def train(
     """Train a network, for genre or emotion; or only check that it can learn (lab, step 5b).
 
     With `overfit_batch` the same loop learns four fixed batches by heart, see `overfit`. Without
-    it, the training is normal: after each epoch the averaged weights are scored on the
-    validation clips, and the best of the last fifth of the epochs is kept in
-    ``folder/best.pt`` (of a run cut short: the best so far), the state to go on from in
-    ``folder/last.pt``, the curve in ``folder/history.csv``.
+    it, the averaged weights are scored on the validation clips after each epoch. The best epoch
+    among the last fifth is saved in ``folder/best.pt`` (the best so far, if the training is cut
+    short), the state for `resume` in ``folder/last.pt``, the curve in ``folder/history.csv``.
 
     Parameters
     ----------
@@ -702,8 +701,8 @@ def train(
     data : Data, see `load_data`
     loss_fn : nn.Module, (outputs, targets) -> scalar tensor
     optimizer : torch.optim.Optimizer, of the model's weights
-    resume : bool, go on from ``last.pt`` if it is there
-    max_seconds : float, no epoch is begun that would end later than this; one always runs
+    resume : bool, go on from ``last.pt`` if it exists
+    max_seconds : float, stop before an epoch that would end later; at least one epoch is run
 
     Raises
     ------
@@ -722,7 +721,7 @@ def train(
     if resume and (folder / "last.pt").exists():
         state.load(folder / "last.pt", settings)
         print(f"{folder.name}: going on after epoch {len(state.history)} of {recipe.epochs}")
-    elif not resume:  # stopped in its first epoch, a new run must not go on as the old one
+    elif not resume:  # if it stops in its first epoch, --resume must not find the old run's state
         (folder / "last.pt").unlink(missing_ok=True)
     write_text(folder / UNFINISHED, "")  # so that no step takes the network for a finished one
     began = time.monotonic()
@@ -770,10 +769,10 @@ def record_epoch(folder, state, settings, row, n_epochs) -> None:
 def overfit(model, data, loss_fn, optimizer, recipe, device, n_batches=4, goal=0.01):
     """Learn a few fixed batches by heart, without regularisation; returns an OverfitCheck.
 
-    Where a network cannot bring the loss to 0 on four batches, most likely gradients, loss
-    or learning rate are at fault (Karpathy, 2019, A Recipe for Training Neural Networks).
-    It does not find wrong labels, which can be learned by heart too. Each pass is `train_epoch`,
-    the loop of every training.
+    If a network cannot bring the loss close to 0 on four batches, most likely the gradients, the
+    loss or the learning rate are wrong (Karpathy, 2019, A Recipe for Training Neural Networks).
+    The check does not find wrong labels, which can be learned by heart too. Each pass is
+    `train_epoch`, as in every training.
     """
     loader = DataLoader(data.train, recipe.batch_size, shuffle=True)
     batches = list(itertools.islice(loader, n_batches))
@@ -810,7 +809,7 @@ def batch_accuracy(model, batches, device) -> float | None:
 
 
 def training_facts(model, data, recipe, examples_per_epoch) -> dict:
-    """What is known of a training before it begins, for metrics.json."""
+    """The facts of a training that are known before it begins, for metrics.json."""
     return {
         "planned_epochs": recipe.epochs,
         "lr": recipe.lr,
@@ -837,7 +836,7 @@ def trained_model(model, checkpoint, path) -> TrainedModel:
 
 
 def load_trained(path, device="cpu") -> TrainedModel:
-    """What `train` has left in a folder: the kept network and the facts of its training."""
+    """Load what `train` has saved in a folder: the kept network and the facts of its training."""
     return trained_model(*load_model(path, device), path)
 
 
@@ -884,8 +883,9 @@ def predict(model, loader, device="cpu", window=None):
 
     Parameters
     ----------
-    window : int or None, average the outputs of windows of this many frames, as few as cover
-        the clip; None: whole clips
+    window : int or None
+        Cut each clip into windows of this many frames, as few as cover it, and average the
+        outputs. None: whole clips.
 
     Returns outputs [shape=(N, ...)], float32, and targets [shape=(N,) or (N, K)], on the CPU.
     """
@@ -896,7 +896,8 @@ def predict(model, loader, device="cpu", window=None):
         counts = [1] * len(x)
         if window and x.shape[1] > window:
             x, lengths, counts = cut_windows(x, lengths, window)
-        # 128 at once: the activations of 700 windows are gigabytes, on a CPU four times slower.
+        # At most 128 at once: the activations of 700 windows need gigabytes, and on a CPU they
+        # take four times as long.
         batches = zip(x.split(128), lengths.split(128), strict=True)
         with fast:
             out = torch.cat([model(part, n).float() for part, n in batches])
@@ -950,18 +951,18 @@ class Experiment:
     make_loss: Callable  # data -> nn.Module
     optimizer: type  # e.g. torch.optim.Adam
     target: str = "genre"  # or 'emotion' (all three) or the name of one emotion
-    seed: int | None = None  # another one than the step's: other weights, batches, validation clips
+    seed: int | None = None  # instead of the step's: other weights, batches, validation clips
     n_folds: int = 1  # emotion: 1 holds out a fifth of the clips; more: cross-validation
     stats: tuple | None = None  # (mean, std) of the network that is continued
-    epochs: int | None = None  # at most so many, for a fine-tuning
+    epochs: int | None = None  # at most this many, for fine-tuning
 
 
 @dataclasses.dataclass
 class Result:
-    """A run that is done: one TrainedModel per fold.
+    """A finished run: one TrainedModel per fold.
 
-    Of several folds, `facts` (for metrics.json) has epochs and seconds summed and val averaged;
-    all else is the first fold's.
+    With several folds, `facts` (for metrics.json) has the sums of epochs and seconds and the
+    mean of val; everything else is from the first fold.
     """
 
     members: list[TrainedModel]
@@ -980,9 +981,9 @@ def train_all(training, runs, to_come=0) -> dict[str, Result]:
     """Train the networks of a step, genre or emotion, side by side; returns them by name.
 
     Each training is a process with its share of the processor's cores, or with a graphics
-    card of its own; one alone trains in this process, with all of them. What a training
-    gives does not depend on what trains beside it. The first one that fails stops the others,
-    whose finished epochs are kept.
+    card of its own. A single training runs in this process, with all cores. The result of a
+    training does not depend on the others. If one fails, it stops the others, whose finished
+    epochs are kept.
 
     to_come : trainings still to come in this step, which share what is left of --max-minutes
     """
@@ -1080,11 +1081,11 @@ def genre_experiment(name) -> Experiment:
 
 
 def find_genre_checkpoint(training, name) -> Path | None:
-    """Find what the step that trains a genre run has left for these clips.
+    """Find the checkpoint of a genre run that its step has saved for these clips.
 
-    A checkpoint of other clips or labels, another seed, recipe or window, a part of the clips
-    (--subset), another network or a smoke run is passed over, saying so; only a smoke run takes
-    those of smoke runs, only a --subset run those of its own N.
+    A checkpoint of other clips or labels, of another seed, recipe, window or network is passed
+    over with a message. Checkpoints of smoke runs are for smoke runs only, and those of a
+    --subset run only for runs with the same N.
     """
     network, source = GENRE_NETWORKS[name], training.source
     owner = "step07_cnn" if network.kind == "cnn" else "step05_lstm"
@@ -1131,7 +1132,7 @@ def genre_models(training, names) -> dict[str, TrainedModel]:
 
 
 def genre_val_scores(training) -> pd.DataFrame:
-    """The genre networks that earlier runs have left, by validation macro-F1, best first.
+    """The genre networks that earlier runs have saved, by validation macro-F1, best first.
 
     Columns: val macro-F1, val clips, epochs (of planned).
     """
@@ -1199,7 +1200,7 @@ def load_backbone(path, frozen=0) -> nn.Module:
 
 
 def overfit_emotions(step, runs) -> None:
-    """The regressors' --overfit-batch: learn four batches by heart, show it, end the step.
+    """The --overfit-batch of a regressor: learn four batches by heart, show it, end the step.
 
     runs : {name: (Network, target)}, see `load_data` for the target
     """
@@ -1215,7 +1216,7 @@ def overfit_emotions(step, runs) -> None:
         checks[name], facts[name] = check, {key: check.facts[key] for key in ("passes", "loss")}
     step.heading("Overfitting a few batches")
     step.table(pd.DataFrame(facts).T.astype({"passes": int}).rename_axis("run"))
-    caption = "Regression loss on up to four fixed batches of training crops, regularisation off"
+    caption = "Regression loss on up to four fixed training batches, without regularisation"
     step.figure(plot_overfit(checks), "overfit", caption)
     learned = all(check.learned for check in checks.values())
     step.require(learned, f"four batches were not learned by heart: {facts}")
