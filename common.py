@@ -157,7 +157,7 @@ def load_data(
     ----------
     target : 'genre', 'emotion' (three values per clip), 'valence', 'energy', 'danceability'
     crop : int or None, train on random crops of this many frames; the other parts hold whole clips
-    fold, n_folds : int, emotion: the held-out fold, and how many there are (1: a fifth of the clips)
+    fold, n_folds : int, emotion: the held-out fold, and the number of folds (1: a fifth of clips)
     stats : (mean, std) of the network that is continued; None: those of the training part
     """
     part = "genre" if target == "genre" else "emotion"
