@@ -720,7 +720,7 @@ def train(
     state = TrainingState(model, loss_fn, optimizer, recipe, len(loader), device)
     if resume and (folder / "last.pt").exists():
         state.load(folder / "last.pt", settings)
-        print(f"{folder.name}: going on after epoch {len(state.history)} of {recipe.epochs}")
+        print(f"{folder.name}: continuing after epoch {len(state.history)} of {recipe.epochs}")
     elif not resume:  # if it stops in its first epoch, --resume must not find the old run's state
         (folder / "last.pt").unlink(missing_ok=True)
     write_text(folder / UNFINISHED, "")  # so that no step takes the network for a finished one
@@ -999,7 +999,7 @@ def train_all(training, runs, to_come=0) -> dict[str, Result]:
     try:
         results = iter(list(parallel_map(train_fold, tasks, workers)))
     except WorkerDied as error:
-        cure = "fewer --workers need less memory; --resume goes on from the finished epochs"
+        cure = "fewer --workers need less memory; --resume continues after the finished epochs"
         raise StepFailed(f"{error}; {cure}") from None
     return {
         run.name: join_folds(list(itertools.islice(results, run.n_folds)), training.source.device)
@@ -1118,7 +1118,7 @@ def find_genre_checkpoint(training, name) -> Path | None:
 
 
 def genre_models(training, names) -> dict[str, TrainedModel]:
-    """Find the trained networks of genre runs; those that are missing are trained, saying so."""
+    """Find the trained networks of genre runs; missing ones are trained here, with a message."""
     found, device = {}, training.source.device
     for name in names:
         if path := find_genre_checkpoint(training, name):

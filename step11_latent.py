@@ -296,7 +296,7 @@ upper ones, or like its own network before training?
 # The lab: t-SNE and others; which works better for these data? The criteria are named before
 # the methods are compared.
 step.heading("11d. More methods of dimensionality reduction")
-others = min(map(len, spaces.values())) - 1  # a clip has at most so many neighbours
+others = min(map(len, spaces.values())) - 1  # a clip has at most this many neighbours
 n_isomap, n_umap, perplexity = min(10, others), min(15, others), min(30, others / 3)
 seeds = range(step.args.seed, step.args.seed + (2 if step.args.smoke else 5))
 step.text(f"""

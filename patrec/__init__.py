@@ -1,4 +1,4 @@
-"""What the steps share and what knows no network."""
+"""What the steps share and what does not depend on a network."""
 
 import os
 import sys

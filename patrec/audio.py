@@ -32,7 +32,7 @@ class Sound:
         self.fault = ""  # why decoding ended before the end of the file
 
     def blocks(self, seconds=CLIP_S):
-        """Yield the mean of the channels, float32 (n,), in blocks of so many seconds.
+        """Yield the mean of the channels, float32 (n,), in blocks of this many seconds.
 
         Raises InputError: no such file, no sound in it, or samples that are no numbers.
         """
@@ -78,7 +78,7 @@ class Sound:
             fault = f"holds samples that are not finite or beyond {HIGHEST:g}"
             raise InputError(f"{self.path}: {fault}; export it again, with samples in [-1, 1]")
         mono, levels = np.mean(block.T, axis=0), block.std(axis=0)
-        if mono.std() < 0.01 * levels.max():  # opposite channels cancel: one of them has it all
+        if mono.std() < 0.01 * levels.max():  # opposite channels cancel out; take the louder one
             mono = block[:, levels.argmax()]
         self.rate = self.rate or rate
         self.seconds += len(mono) / rate

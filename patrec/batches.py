@@ -36,8 +36,8 @@ def window_starts(length, window) -> torch.Tensor:
 def cut_windows(x, lengths, window) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Cut clips (B, T, F), T >= window, into the windows of `window_starts`.
 
-    Returns the windows (W, window, F) of all clips, clip after clip, their lengths (W,) and how
-    many each clip has. A clip's windows do not depend on the clips beside it.
+    Returns the windows (W, window, F) of all clips, clip after clip, their lengths (W,), and the
+    number of windows of each clip, which does not depend on the other clips.
     """
     starts = [window_starts(int(length), window) for length in lengths]
     counts = [len(part) for part in starts]

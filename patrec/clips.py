@@ -1,4 +1,4 @@
-"""Arrays of clips: read, checked, cached and compared between splits."""
+"""Arrays of clips: reading, checks, cache, and comparison between splits."""
 
 import contextlib
 import dataclasses

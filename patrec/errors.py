@@ -36,6 +36,6 @@ def end_in_one_line(kind, error, traceback):
             print(f"{error.label}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if issubclass(kind, KeyboardInterrupt):
-        print("stopped; finished epochs are kept, --resume goes on from them", file=sys.stderr)
+        print("stopped; finished epochs are kept, --resume continues after them", file=sys.stderr)
         sys.exit(130)
     sys.__excepthook__(kind, error, traceback)

@@ -21,8 +21,8 @@ def integrated_gradients(model, x, lengths, classes, n_steps=16) -> torch.Tensor
     Returns torch.Tensor [shape=(B, T, F)], on the CPU.
     Source: Sundararajan et al., 2017, Axiomatic Attribution for Deep Networks.
     """
-    if model.training:  # where the other clips of a batch and chance have a say
-        raise ValueError("attributions are of a network in evaluation mode")
+    if model.training:  # the output depends on chance and on the batch
+        raise ValueError("attributions need a network in evaluation mode")
     total = torch.zeros_like(x)
     for step in range(n_steps):
         point = (x * ((step + 0.5) / n_steps)).requires_grad_()

@@ -103,7 +103,7 @@ def percussive_part(waveform, size=31) -> np.ndarray:
 
 
 def mel_to_waveform(mel_db, n_iter=16, seed=0) -> np.ndarray:
-    """Make sound of a mel spectrogram again, at a level of its own.
+    """Make sound from a mel spectrogram; the absolute level is lost.
 
     The bands are spread over the FFT's frequencies by the pseudo-inverse of the mel filters
     (three times as fast as librosa's non-negative least squares, and as close). The phase,

@@ -147,8 +147,8 @@ def load_torch(path) -> dict:
 def lock_folder(folder) -> filelock.FileLock:
     """Keep other processes out of an output folder until this one ends, however it ends.
 
-    A notebook's second run of a cell has the lock already. Nobody else being there, what a
-    killed process has left half-written is removed.
+    The second run of a notebook's cell has the lock already. Half-written files of a killed
+    process are removed, because no other process can be writing.
     """
     lock = filelock.FileLock(folder / ".lock", is_singleton=True)
     try:

@@ -1,4 +1,4 @@
-"""The command line that the steps share, and what its flags say."""
+"""The command line that the steps share."""
 
 import argparse
 import contextlib
@@ -75,7 +75,7 @@ def make_parser(description, training=False) -> Parser:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Which clips there are and how they are read: what the data flags of a step say."""
+    """Which clips there are and how they are read, from the data flags of a step."""
 
     root: Path  # folder of the four parts
     seed: int = 42  # of all splits
@@ -83,7 +83,7 @@ class Source:
     merge: bool = True
     skip_bad: bool = False
     allow_leak: bool = False
-    subset: int | None = None  # train on so many clips only
+    subset: int | None = None  # train on this many clips only
     smoke: bool = False
 
     demo = property(lambda self: (self.root / "DEMO.txt").exists())
@@ -91,7 +91,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-    """How a step trains and where it looks for what others have trained: what its flags say."""
+    """How a step trains and where it looks for networks of other steps, from its flags."""
 
     source: Source
     out: Path  # folder of all steps' outputs
@@ -144,7 +144,7 @@ def source_from(args, parts=("genre", "emotion")) -> Source:
 
 
 def options_from(args, source, out, folder) -> TrainingOptions:
-    """What the flags say of the trainings of a step that writes into `folder`, within `out`."""
+    """The TrainingOptions of a step that writes into `folder`, within `out`."""
     minutes = math.inf if args.max_minutes is None else args.max_minutes
     same = ("epochs", "batch_size", "lr", "recipe", "resume", "workers")
     return TrainingOptions(

@@ -44,10 +44,10 @@ def on_kaggle() -> bool:
 
 
 def pick_device(name="auto") -> torch.device:
-    """Return a device that was seen to compute.
+    """Return a device that passed a small computation.
 
     A card that torch has no code for says is_available() and fails at the first
-    operation (P100 on Kaggle), so one small operation is run before believing it.
+    operation (P100 on Kaggle), so one small operation is tried first.
     """
     found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     kinds = [kind for kind in found if found[kind]()] + ["cpu"]
@@ -99,7 +99,7 @@ def fast_dtype(device_type) -> torch.dtype:
 
 
 def environment(device) -> dict:
-    """Facts that a reader needs to place a number: versions, processor, threads."""
+    """Versions, processor and threads, which a reader needs to compare numbers."""
     packages = ("torch", "numpy", "librosa", "scikit-learn", "matplotlib", "pandas", "scipy")
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: importlib.metadata.version(name) for name in packages}

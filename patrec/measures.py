@@ -102,10 +102,10 @@ def lstm_gradient(x, lengths) -> np.ndarray:
 
     x, lengths : a batch (B, T, F) and its clips' lengths (B,)
 
-    Returns the norm of d(last output)/d(input), (median length,), by steps before the clip's
-    last one, relative to the last one, averaged over the clips that are so long. The 128 outputs
-    are added with random signs, so that one backward pass serves all: the squared norm of the sum's
-    gradient is on average that of the Jacobian (Hutchinson, 1990).
+    Returns the norm of d(last output)/d(input), (median length,), by steps before the clip's last
+    one, relative to the last one, averaged over the clips that are long enough. The 128 outputs
+    are added with random signs, so that one backward pass serves all: the squared norm of the
+    sum's gradient is on average that of the Jacobian (Hutchinson, 1990).
     """
     # In double precision: in single, what is below 1e-45 would read as 0.
     lstm = nn.LSTM(x.shape[2], 128, batch_first=True).double()
@@ -113,7 +113,7 @@ def lstm_gradient(x, lengths) -> np.ndarray:
     last = lstm(x)[0][torch.arange(len(x)), lengths - 1]  # (B, 128)
     (last * torch.randn_like(last).sign()).sum().backward()
     norms = x.grad.norm(dim=2)  # (B, T)
-    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # the step so far back
+    back = lengths[:, None] - 1 - torch.arange(int(lengths.median()))  # the step this far back
     relative = norms.gather(1, back.clamp(min=0)) / norms.gather(1, lengths[:, None] - 1)
     return relative.masked_fill(back < 0, torch.nan).nanmean(0).numpy()
 

@@ -20,11 +20,11 @@ class WorkerDied(StepFailed):
 
 
 def parallel_map(function, tasks, workers, dask=None, order="generator"):
-    """Yield function(*task) for every task, from so many processes or from a Dask cluster.
+    """Yield function(*task) for every task, run in several processes or on a Dask cluster.
 
-    The order is that of the tasks or, with "generator_unordered", in which they are done.
-    One worker without Dask is this very process. WorkerDied says that one was killed; the
-    results that came before are good.
+    The results come in the order of the tasks or, with "generator_unordered", as they are
+    done. One worker without Dask is this process itself. WorkerDied is raised if a process was
+    killed; the results yielded before it are valid.
     """
     if workers == 1 and not dask:
         yield from itertools.starmap(function, tasks)
@@ -69,9 +69,9 @@ def dask_cluster(address):
 
 
 def in_worker(parent, function, *task):
-    """Call a function in a worker process that ends with its parent (None: with nobody).
+    """Call a function in a worker process that ends when its parent ends (None: no parent).
 
-    A killed step must not leave behind what goes on writing into its folder.
+    After a step is killed, no worker may continue to write into its folder.
     """
 
     def end_with_parent():

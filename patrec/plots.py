@@ -65,7 +65,7 @@ def in_a_row(maps):
 
 
 def plot_activations(columns, label):
-    """What a digit becomes, layer by layer, and the probabilities of the ten digits.
+    """The output of every layer for a digit, and the probabilities of the ten digits.
 
     columns : {title: ({layer: maps (C, h, w)}, probabilities (10,))}
     label : int, the true digit

@@ -9,7 +9,7 @@ from patrec.labels import EMOTIONS
 
 
 def average_predictions(frames) -> pd.DataFrame:
-    """Mean of several tables of predictions, for the clips that all of them have."""
+    """Mean of several tables of predictions, for the clips that are in all of them."""
     frames = list(frames)
     return (sum(frames[1:], frames[0]) / len(frames)).dropna()  # pandas adds by clip id
 
@@ -101,7 +101,7 @@ def resampled_spearman(targets, predictions, n_resamples=500, seed=0) -> np.ndar
 
 
 def emotion_scores(true, predictions) -> dict:
-    """Spearman per emotion and, if all three are there, their mean (step 8e), with intervals.
+    """Spearman per emotion and, if there are all three, their mean (step 8e), with intervals.
 
     true, predictions : pd.DataFrame (clip x emotion); `predictions` may have fewer columns
     """

@@ -9,7 +9,7 @@ from patrec.errors import InputError
 from patrec.files import part_folder
 from patrec.labels import label_file, read_entries
 
-VAL_FRACTION = 0.1  # of the training clips; a tenth shows the curve, and each clip taught counts
+VAL_FRACTION = 0.1  # of the training clips; few, because every training clip counts
 N_FOLDS = 5  # a fifth of the emotion clips is held out: the lab gives no labels for its test clips
 
 

@@ -115,7 +115,7 @@ class Step:
         show_in_notebook(f"*{caption}*", (waveform, SR))
 
     def show_source(self, *objects):
-        """Add the source of functions or classes: what the page speaks of, word by word."""
+        """Add the source code of functions or classes that the text describes."""
         for thing in objects:
             with contextlib.suppress(OSError, TypeError):  # a class that a notebook's cell defines
                 self.show(f"```python\n{textwrap.dedent(inspect.getsource(thing)).strip()}\n```")

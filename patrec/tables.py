@@ -91,7 +91,7 @@ def emotion_table(scores) -> pd.DataFrame:
 
 
 def difference_line(first, second, difference) -> str:
-    """One line: what `paired_difference` measured between two named models, and what it shows."""
+    """One line about the `paired_difference` of two named models and what it shows."""
     titles, values = {"accuracy": "accuracy", "macro_f1": "macro-F1", "spearman": "Spearman"}, []
     for key in [key for key in titles if key in difference]:
         low, high = difference[f"{key}_ci95"]
@@ -170,7 +170,7 @@ def genre_table(scores) -> pd.DataFrame:
 
 
 def training_table(runs, score="Spearman") -> pd.DataFrame:
-    """{run: Result} -> table of what each was trained on, for how long, and its best score.
+    """{run: Result} -> table of the training clips, the time and the best score of each.
 
     score : str, what the column of the validation score is called
     """

@@ -1,4 +1,4 @@
-"""From outputs to what the course wants: a report to write on, and the zip.
+"""From outputs to what the course wants: a draft of the report, and the zip.
 
     python -m tools.handin draft                                      # -> report_draft.md
     python -m tools.handin draft --to report.docx --lang el --name1 "Μαρία Νίκα" --id1 03100001
@@ -194,7 +194,7 @@ def rows_of(models, summary) -> list[str]:
 
 
 def find_folder(outputs, script) -> Path | None:
-    """Where a step that has run left its results: it writes metrics.json last.
+    """The folder of a step that has finished: it writes metrics.json last.
 
     What --overfit-batch leaves counts as long as there is no full run, which has that check too.
     """
@@ -203,7 +203,7 @@ def find_folder(outputs, script) -> Path | None:
 
 
 def flaws_of(folder) -> list[str]:
-    """Why what a step left is no result."""
+    """Reasons why the outputs of a step are no result."""
     if folder is None:
         return ["not run"]
     metrics, args = (read_json(folder / name) for name in ("metrics.json", "args.json"))
@@ -281,9 +281,9 @@ def make_draft(args):
 
 
 def save_report(text, base, target):
-    """Write a report in the form that its name asks for, but never over what was edited since.
+    """Write a report in the format of its name, but never over a file that was edited since.
 
-    What was made is remembered by its checksum in a hidden file beside it.
+    A hidden file in the same folder keeps the checksum of what was written.
     """
     form, memory = target.suffix.lower(), target.parent / ".handin.json"
     if form not in RENDER:

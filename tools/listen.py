@@ -162,7 +162,7 @@ def predict_block(networks, rows, first_frame) -> dict[str, torch.Tensor]:
 
 
 def listen(path, networks, temperature, known):
-    """Everything about one song: a dict for listen.json, and its picture and sound (PNG, MP3)."""
+    """Predict for one song: a dict for listen.json, and its picture and sound (PNG, MP3)."""
     import soundfile
 
     seconds, n_frames, mels, blocks, encoded = 0.0, 0, [], [], io.BytesIO()

@@ -1,4 +1,4 @@
-"""Make a data set in the lab's layout of your own audio files.
+"""Make a data set in the lab's layout from your own audio files.
 
     python -m tools.make_dataset --audio-dir songs --out data      # songs/<genre>/<file>.mp3
     python -m tools.make_dataset --audio-dir songs --out data --emotions emotions.csv
@@ -18,7 +18,7 @@ are the lab's, odd file names included, so that every step reads them unchanged.
           the emotion test clips get no label file.
 
 The label files are written last, so no step takes an unfinished set. After an interruption, the
-same command goes on where it stopped. Run again later, it adds new files, makes changed ones
+same command continues where it stopped. Run again later, it adds new files, makes changed ones
 again and removes deleted ones; all others keep their id and their split.
 """
 
@@ -56,7 +56,7 @@ SOURCES = ["id", "file", "split", "size", "modified"]  # columns of sources.csv
 
 
 class Song(NamedTuple):
-    """An audio file and what the set says of it; the first five stand in sources.csv."""
+    """An audio file and its facts in the set; the first five are columns of sources.csv."""
 
     clip_id: int
     name: str  # <genre>/<file>
@@ -211,7 +211,7 @@ def make_arrays(root, audio_dir, song) -> tuple[int, str, str]:
 
 
 def begun(root, song) -> Path:
-    """The mark of a song that is being made: it outlives a worker process that dies of it."""
+    """The mark file of a song that is being made; it remains if the worker process dies."""
     return root / ".begun" / str(song.clip_id)
 
 
@@ -252,7 +252,7 @@ def make_all(root, audio_dir, songs, workers=None, dask=None) -> dict[Song, str]
             except WorkerDied:
                 new = [song for song in some if song.clip_id in left and begun(root, song).exists()]
                 if not new:  # it died before its first clip, or between two
-                    raise StepFailed("a worker process died; the same command goes on") from None
+                    raise StepFailed("a worker process died; the same command continues") from None
                 suspects += new
         for song in suspects:
             try:
@@ -282,7 +282,7 @@ def write_labels(root, songs, seed) -> None:
 
 
 def check_folder(out, arguments) -> None:
-    """InputError if something else stands in `out`, or a set made with other arguments."""
+    """InputError if `out` holds something else, or a set made with other arguments."""
     cure = "name another folder in --out"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; {cure}")
@@ -329,7 +329,7 @@ def write_table(path, rows, columns) -> None:
 
 
 def make_set(args) -> None:
-    """Make a set of a folder of audio files."""
+    """Make a set from a folder of audio files."""
     out, audio_dir = args.out, args.audio_dir.resolve()
     files, others = find_audio(audio_dir)
     require_decoder(files)
@@ -370,7 +370,7 @@ def make_set(args) -> None:
 
 
 def finish(args, songs, failed) -> None:
-    """Write unreadable.csv and the label files; say what is left out."""
+    """Write unreadable.csv and the label files; print what is left out."""
     unreadable = args.out / "unreadable.csv"
     unreadable.unlink(missing_ok=True)
     if failed:
@@ -415,14 +415,14 @@ def make_parser() -> Parser:
 
 
 def main(argv=None) -> dict:
-    """Read the command line, make the set, say what is in it."""
+    """Read the command line, make the set, print what is in it."""
     args = make_parser().parse_args(argv)
     args.out = args.out.absolute()  # a Dask worker has another working directory
     began = time.monotonic()
     try:
         make_set(args)
     except KeyboardInterrupt:
-        print("stopped; finished clips are kept, the same command goes on", file=sys.stderr)
+        print("stopped; finished clips are kept, the same command continues", file=sys.stderr)
         sys.exit(130)
     counts = {
         f"{part} {split}": len(list((part_folder(args.out, part) / split).glob("[!.]*.npy")))

@@ -1,4 +1,4 @@
-"""The maps of step 11 as a page to walk in: hover, filter, click to hear a clip.
+"""The maps of step 11 as an interactive page: hover, filter, click to hear a clip.
 
     python step11_latent.py
     python -m tools.maps

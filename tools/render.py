@@ -1,6 +1,6 @@
 """A report in Markdown -> Word, LaTeX or PDF, by pandoc and Typst.
 
-Its first heading is the title, what stands before the first rule is the title page, quotes are the
+Its first heading is the title, the text before the first rule is the title page, quotes are the
 boxes for own words, a bold line before a table and the alternative text of a figure are captions.
 
 report.docx is the template of the Word file: pandoc's own, with A4 pages, page numbers, smaller

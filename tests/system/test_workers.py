@@ -78,7 +78,7 @@ def test_nothing_goes_on_without_its_step_but_by_resume(tiny_data, alone, tmp_pa
         (line,) = [line for line in stderr.splitlines() if line.startswith("failed: ")]
         assert "killed" in line and "--workers" in line and "--resume" in line
     elif event == "Ctrl-C":
-        assert "--resume goes on" in stderr
+        assert "--resume continues" in stderr
     assert not (tmp_path / STEP / "metrics.json").exists()
     if event == "worker killed":
         flags = (*FLAGS, "--workers", 1, "--resume", "--data-dir", tiny_data, "--out-dir", tmp_path)

@@ -9,7 +9,7 @@ from patrec.errors import Finished, InputError, StepFailed, end_in_one_line
     (InputError("a.txt: empty"), 2, "error: a.txt: empty"),
     (StepFailed("loss is nan"), 1, "failed: loss is nan"),
     (Finished("done"), 0, ""),
-    (KeyboardInterrupt(), 130, "stopped; finished epochs are kept, --resume goes on from them"),
+    (KeyboardInterrupt(), 130, "stopped; finished epochs are kept, --resume continues after them"),
 ])  # fmt: skip
 def test_ends_are_one_line_and_a_code(capsys, error, code, line):
     with pytest.raises(SystemExit) as stop:
