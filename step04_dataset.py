@@ -197,7 +197,7 @@ for ax, when, frame in ((axes[0], "Before", before), (axes[1], title, after)):
         ax.text(n_train + n_test, y, f" {n_train} + {n_test}", va="center", fontsize="small")
     ax.set(xlabel="Number of samples", ylabel="Class")
     ax.set_title(f"{when}: {len(frame)} classes, {frame.to_numpy().sum()} samples")
-    ax.margins(x=0.15)
+    ax.margins(x=0.25)
     ax.legend(loc="lower right")
 step.figure(fig, "classes", "Number of samples per class (training + test), before and after 4b")
 share = (after["train"] / kept).map("{:.1%}".format)
