@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from common import band_statistics, genre_models, load_test, predict_clips, true_labels
+from patrec import tables
 from patrec.baselines import band_features
 from patrec.clips import load_clips
 from patrec.files import part_folder, write_text
@@ -31,7 +32,6 @@ from patrec.recipes import LSTM_NAMES
 from patrec.scores import genre_scores
 from patrec.splits import encode_labels
 from patrec.step import Step
-from patrec.tables import difference_lines, prediction_rows, with_interval, write_predictions
 
 SETS = {"full": False, "beat": True}  # the two test sets; True: beat-synchronised
 SVMS = {"full": "svm", "beat": "beat_svm"}  # the baseline of each
@@ -106,8 +106,8 @@ scores = {key: genre_scores(true[key[1]], table) for key, table in predictions.i
 rows = []
 for (name, set_name), table in predictions.items():
     where = {"test_set": part_folder(".", "genre", SETS[set_name]).name, "seed": step.args.seed}
-    rows.append(prediction_rows(name, true[set_name], table, **where))
-write_predictions(step.folder, rows)
+    rows.append(tables.prediction_rows(name, true[set_name], table, **where))
+tables.write_predictions(step.folder, rows)
 
 
 def both_sets(cell):
@@ -129,7 +129,7 @@ step.text(f"""
     one beat per time step. A beat has no deviation and no change within the step, so both are set
     to their training means.
 """)
-table = both_sets(lambda s: {"accuracy": with_interval(s, "accuracy")})
+table = both_sets(lambda s: {"accuracy": tables.with_interval(s, "accuracy")})
 step.table(table, "Accuracy on the test sets, with 95% intervals over test clips, for one seed")
 
 # %% 6b. Precision, recall and F1 of each class
@@ -175,14 +175,13 @@ pairs = [(best, name) for name in models if name != best]
 for set_name, svm in SVMS.items():
     lstms = [name for name in models if own_set[name] == set_name]
     pairs.append((max(lstms, key=val.get), svm))
-step.text("""
-Paired differences on the same clips, each model on its own kind of input, with 95% intervals over
-test clips. Each SVM is compared with the best LSTM (by validation) of its kind of input. With so
-many comparisons, an interval can exclude 0 by chance alone.
+step.text(f"""
+Each line compares two models on the same test clips, each on its own kind of input. An SVM is
+compared with the best LSTM (by validation) of its kind of input. {tables.INTERVALS}
 """)
 own = {name: predictions[name, set_name] for name, set_name in own_set.items()}
 labels = true["full"].combine_first(true["beat"])  # an unreadable clip may be missing in one
-step.text(difference_lines(labels, own, pairs))
+step.text(tables.difference_lines(labels, own, pairs))
 
 # %% 6d. Micro averages
 # The lab: the same three, averaged over clips.
