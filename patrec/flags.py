@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(name, help=help, **options)
 
 
-def make_parser(description, training=False) -> Parser:
+def make_parser(description, training) -> Parser:
     """Build the command line that every step shares; `training` adds the flags of a training."""
     parser = Parser(description=description)
     add = parser.flag

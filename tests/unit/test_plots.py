@@ -163,6 +163,9 @@ def test_panels_show_their_own_arrays_over_seconds_or_beats():
         assert np.ptp(ax.collections[0].get_coordinates()[0, :, 0]) == array.shape[1] * unit
         labels[ax.get_title()] = ax.get_xlabel()
     assert labels == {"one": "Time (s)", "two": "Time (beats)"}
+    assert fig.axes[-1].get_ylabel().startswith("Power (dB")
+    chroma = plot_panels([("one", np.ones((12, 5)), False)], 1, kind="chroma")
+    assert chroma.axes[-1].get_ylabel().startswith("Strength")
     assert plot_spectrogram(fig.axes[0], np.ones((12, 5)), "chroma").get_clim() == (0, 1)
 
 
