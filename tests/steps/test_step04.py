@@ -148,8 +148,10 @@ def test_audit_finds_leaks_between_sets(audit):
     assert clips["leak by id"] in examples["multitask_dataset_beat", "same id"]
 
 
-def test_keeps_classes_of_ones_own(tmp_path):
+def test_keeps_classes_of_ones_own_and_names_a_label_file_with_a_fault(tmp_path):
     root = write_data_set(tmp_path / "data", per_class=(4, 1), n_emotion=(4, 2), n_frames=30)
+    labels = root / "multitask_dataset_beat" / "train_labels.txt"
+    labels.write_text(labels.read_text() + "1,loud,0.5,0.5\n")
     for folder in ("fma_genre_spectrograms", "fma_genre_spectrograms_beat"):
         for split in ("train", "test"):
             path = root / folder / f"{split}_labels.txt"
@@ -157,5 +159,7 @@ def test_keeps_classes_of_ones_own(tmp_path):
     flags = ["--smoke", "--data-dir", root, "--out-dir", tmp_path / "out"]
     assert_clean_error(run_forked(f"{STEP}.py", *flags, check=False), "Rebetiko", "--no-merge")
     run_forked(f"{STEP}.py", *flags, "--no-merge")
-    classes = read_metrics(tmp_path / "out" / STEP)["classes"]
+    metrics = read_metrics(tmp_path / "out" / STEP)
+    classes, (fault,) = metrics["classes"], metrics["problems"]
     assert classes["before"] == classes["after"] and classes["after"]["train"]["Rebetiko"] == 4
+    assert (fault["where"], fault["problem"]) == ("multitask_dataset_beat/train", "bad labels")
