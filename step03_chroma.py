@@ -150,7 +150,7 @@ for kind in ("chroma", "mel"):
         lstm[f"{kind}, {form}"] = {
             "rows": x.shape[2],
             "steps": n,
-            "pass (s)": lstm_seconds(x[:, :n].to(step.device)),
+            "pass (ms)": 1e3 * lstm_seconds(x[:, :n].to(step.device)),
             "steps above 1%": far,
             "seconds of music": far * frames * HOP / SR,
         }
@@ -166,12 +166,12 @@ full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced"
 step.text(f"""
 So training an LSTM on full chromagrams is not efficient either. They have {full["rows"]} rows
 instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
-after the other: a pass takes {full["pass (s)"]:.3f} s, compared with {mel["pass (s)"]:.3f} s on mel
-and {beat["pass (s)"]:.3f} s on chromagrams of beats. The gradient of the last output stays above 1%
-for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On beats it
-is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The reasons
-are those of step 2. (The times of mel are measured again here, so they differ a little from those
-of step 2.)
+after the other: a pass takes {full["pass (ms)"]:.1f} ms, compared with {mel["pass (ms)"]:.1f} ms on
+mel and {beat["pass (ms)"]:.1f} ms on chromagrams of beats. The gradient of the last output stays
+above 1% for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On
+beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The
+reasons are those of step 2. (The times of mel are measured again here, so they differ a little from
+those of step 2.)
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
