@@ -24,7 +24,8 @@ from conftest import (
 from scipy.stats import spearmanr
 from step_runs import once
 
-from common import load_checkpoint
+from common import Classifier, load_checkpoint, make_backbone, save_checkpoint
+from patrec.recipes import GENRE_NETWORKS, window_size
 
 STEP8, STEP9, STEP10 = "step08_regression", "step09_transfer", "step10_multitask"
 PER_GENRE, N_EMOTION = (4, 1), (64, 12)  # clips in training and test split
@@ -83,10 +84,22 @@ def make_runs(root):
         torch.save(load_checkpoint(path) | {"val_score": val}, path)
         facts["runs"][name]["test"] |= {"macro_f1": test, "accuracy": test}
     (out / "step05_lstm" / "metrics.json").write_text(json.dumps(facts))
+    leave_cnn(out, like=out / "step05_lstm" / "mel" / "best.pt", val_score=0.8)
     run_step(STEP8, data, out, *RECIPE)
-    shutil.move(out / "step05_lstm", root / "genre")  # so that step 9 trains the CNN
+    shutil.move(out / "step05_lstm", root / "genre")
+    shutil.rmtree(out / "step07_cnn")  # so that step 9 trains the CNN
     run_step(STEP9, data, out, *RECIPE, "--axis", "all", "--compare-depths", "--freeze", 4)
     run_step(STEP10, data, out, *RECIPE)
+
+
+def leave_cnn(out, like, val_score):
+    """An untrained CNN where step 7 leaves its own, made for the clips of another checkpoint."""
+    network, other = GENRE_NETWORKS["cnn_mel"], load_checkpoint(like)
+    settings = other["settings"] | {"run": "cnn_mel", "window": window_size(network)}
+    cnn = Classifier(make_backbone(network), len(settings["names"]))
+    path = out / "step07_cnn" / "cnn_mel" / "best.pt"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, cnn, settings, epoch=1, val_score=val_score, facts=other["facts"])
 
 
 def spearman(first, second):

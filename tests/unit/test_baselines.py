@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOTIONS, labels_of, patch_everywhere
+from scipy.stats import spearmanr
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import common
 from patrec.baselines import band_features, regression_baselines
@@ -46,6 +51,27 @@ def test_baselines_predict_held_out_clips_from_the_known_ones():
             else:
                 for column, truth in zip(part.T, targets[held_out].T, strict=True):
                     assert np.corrcoef(column, truth)[0, 1] > 0.8
+
+
+def test_settings_of_a_baseline_are_those_that_rank_best():
+    """By the lab's metric: here the squared error would choose a weaker penalty."""
+    rng = np.random.default_rng(1)
+    features = rng.standard_normal((40, 6))
+    targets = features[:, :1] + rng.standard_normal((40, 1))
+    known, held_out = np.arange(30), np.arange(30, 40)
+
+    def predict(alpha, rows, new):
+        model = make_pipeline(StandardScaler(), Ridge(alpha=alpha))
+        return model.fit(features[rows], targets[rows, 0]).predict(features[new])
+
+    def quality(alpha):
+        parts = KFold(5, shuffle=True, random_state=0).split(known)
+        ranks = [spearmanr(predict(alpha, rows, new), targets[new, 0]) for rows, new in parts]
+        return np.mean([rank.statistic for rank in ranks])
+
+    best = max(np.logspace(1, 5, 9), key=quality)
+    (found,) = regression_baselines(features, targets, [(known, held_out)], seed=0)["ridge"]
+    np.testing.assert_allclose(found[:, 0], predict(best, known, held_out))
 
 
 def test_emotion_baselines_know_all_clips_but_those_held_out(own_data, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from patrec.errors import InputError
 from patrec.files import FOLDERS, find_data, part_folder
-from patrec.labels import MERGE, fingerprint, read_entries, read_labels
+from patrec.labels import MERGE, fingerprint, label_line, read_entries, read_labels
 
 GENRE, EMOTION = "Id\tGenre\n", "Id,valence,energy,danceability\n"
 
@@ -132,6 +132,13 @@ def test_of_clips_without_labels_all_files_are_entries_but_hidden_ones(own_data)
         entry.path.with_name(f"._{entry.path.name}").write_bytes(b"\0\5\26\7")
         entry.path.rename(f"{entry.path}.gz")  # of what is still compressed read_array says it
     assert read_entries(own_data, "emotion", "test") == before
+
+
+def test_the_line_of_a_clip_is_its_own_and_not_that_of_a_longer_id(tmp_path):
+    folder = part_folder(tmp_path, "genre")
+    folder.mkdir()
+    write(folder / "train_labels.txt", GENRE + "10408.x\tJazz\n 104.x \tRock\n104085.x\tPop\n")
+    assert label_line(tmp_path, "104") == " 104.x <TAB>Rock"
 
 
 def test_labels_of_the_other_part_are_refused(own_data):

@@ -152,6 +152,19 @@ def test_earlier_predictions_are_those_for_the_same_clips_by_id(earlier):
             find(asked)
 
 
+def test_predictions_that_do_not_fit_do_not_hide_others(earlier, tmp_path, monkeypatch):
+    """On Kaggle an attached kernel may hold the step too; the working folder comes first."""
+    monkeypatch.setenv("PATREC_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    (kernel := tmp_path / "kaggle" / "input" / "kernel").mkdir(parents=True)
+    write, find = earlier
+    rows = [prediction_rows("cnn", FULL, FULL, test_set="emotion", seed=42)]
+    attached = write(rows).rename(kernel / "step08_regression")
+    write(rows, seed=43)
+    found = find(IDS)
+    assert list(found.predictions) == ["cnn"] and f"kernel/{attached.name}" in found.note
+
+
 def test_predictions_of_other_folds_are_not_compared(earlier):
     """The same clips, held out otherwise: other clips were trained on."""
     write, find = earlier
