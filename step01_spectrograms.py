@@ -147,11 +147,12 @@ maximum.
 - **Spectral centroid**: the power-weighted mean frequency, median over the frames; a high one
   sounds bright. That of {titles[0]} is {first["centroid_hz"]:.0f} Hz,
   that of {titles[1]} is {second["centroid_hz"]:.0f} Hz.
-- **Share of energy below 200 Hz**: bass and bass drum. It is {first["share_below_200_hz"]:.1%} in
-  the first clip and {second["share_below_200_hz"]:.1%} in the second.
-- **Dynamic range**: from the 10th to the 95th percentile of the frames' loudness. It is
-  {first["dynamic_range_db"]:.1f} dB in the first clip and {second["dynamic_range_db"]:.1f} dB in
+- **Share of energy below 200 Hz**: where the bass and the bass drum are. It is
+  {first["share_below_200_hz"]:.1%} in the first clip and {second["share_below_200_hz"]:.1%} in
   the second.
+- **Dynamic range**: the level of a loud frame (the 95th percentile) minus that of a quiet one (the
+  10th percentile). It is {first["dynamic_range_db"]:.1f} dB in the first clip and
+  {second["dynamic_range_db"]:.1f} dB in the second.
 - **Onset rate**: how often the bands suddenly get louder, as notes and drum hits start. The first
   clip has {first["onsets_per_s"]:.2f} onsets per second, the second {second["onsets_per_s"]:.2f}.
 """)
@@ -195,12 +196,17 @@ step.figure(fig, "genre_spectra", caption)
 share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measures}
 table = measure_table(mean, "genre")
 table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
-step.table(table, f"Mean over each genre's drawn clips, at most {per_genre} of a genre")
+caption = (
+    f"Mean over each genre's drawn clips, at most {per_genre} of a genre. Last row: the share of "
+    "the variance that the genre explains"
+)
+step.table(table, caption)
 most, least = max(share, key=share.get), min(share, key=share.get)
 step.text(f"""
 "Explained by genre" is the share of a measure's variance over clips that lies between the genres
-(epsilon squared). If a measure has nothing to do with genre, it is near 0 and may be negative.
-It is largest for the {most}, {share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}.
+(epsilon squared). For a measure that has nothing to do with genre, this share is near 0 and may be
+negative. Here it is largest for the {most}, {share[most]:.0%}, and smallest for the {least},
+{share[least]:.0%}.
 The rest of the variance lies between clips of the same genre.
 """)
 

@@ -68,11 +68,11 @@ exponent = float(np.polyfit(np.log(counts), np.log(list(seconds.values())), 1)[0
 ratio = seconds[n_full] / seconds[n_beat]
 
 fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-ax.loglog(counts, list(seconds.values()), color=COLORS[0], marker="o")
-ax.set(xlabel="Time steps", ylabel=f"Time of a training pass (s, {n_batch} clips)")
+ax.loglog(counts, [1e3 * s for s in seconds.values()], color=COLORS[0], marker="o")
+ax.set(xlabel="Time steps", ylabel=f"Time of a training pass (ms, {n_batch} clips)")
 ax.set_xticks([n for n in (20, 50, 100, 200, 500, 1000) if counts[0] <= n <= counts[-1]])
-round_seconds = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)]
-ax.set_yticks([s for s in round_seconds if seconds[counts[0]] <= s <= seconds[counts[-1]]])
+round_ms = [digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)]
+ax.set_yticks([t for t in round_ms if seconds[counts[0]] <= t / 1e3 <= seconds[counts[-1]]])
 ax.grid(alpha=0.3)
 threads = f" (threads: {torch.get_num_threads()})" if step.device.type == "cpu" else ""
 caption = (
@@ -84,8 +84,9 @@ step.text(f"""
 An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
 parallel on any device. The {n_batch} timed clips have {n_full} frames or {n_beat} beats (medians).
 To time fewer steps, the full clips are cut. A training pass takes {1e3 * seconds[n_full]:.1f} ms at
-{n_full} steps, {ratio:.0f} times the {1e3 * seconds[n_beat]:.1f} ms at {n_beat}. A line fitted to
-the figure has the slope {exponent:.2f}; with a slope of 1, twice as many steps take twice as long.
+{n_full} steps, {ratio:.0f} times the {1e3 * seconds[n_beat]:.1f} ms at {n_beat}. The slope of a
+straight line through the points of the figure is {exponent:.2f}. With a slope of 1, the time
+doubles when the number of steps doubles.
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
@@ -117,18 +118,22 @@ caption = (
     f"Mean over {n_batch} clips (over fewer where some are shorter). Below 1e-30 nothing is shown"
 )
 step.figure(fig, "lstm_gradient", caption)
-caption = "How far back the gradient of the last output is above 1% of its value at the last step"
+caption = (
+    "Number of steps, counted from the end of the clip, whose gradient is above 1% of that of the "
+    "last step"
+)
 step.table(pd.DataFrame(table).T.rename_axis("spectrograms"), caption)
 step.text(f"""
-So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats.
-Going back from the end of a clip, the gradient of the last output stays above 1% of its value at
-the last step for {reach["full"]["seconds"]:.1f} s on full clips and for
-{reach["beat-synced"]["seconds"]:.1f} s on beats.
+So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats. Seen
+backwards from the end of a clip, the gradient falls below 1% of its value at the last step after
+{reach["full"]["seconds"]:.1f} s on full clips and after {reach["beat-synced"]["seconds"]:.1f} s on
+beats. What lies earlier hardly changes the weights when the training begins.
 
-Why: on its way back from the last step the gradient is multiplied by one Jacobian per step. If the
-norms of these matrices are below 1, the product vanishes exponentially (Hochreiter, 1991; Bengio et
-al., 1994). The forget gate of an LSTM can preserve the gradient, if training has brought the gate
-close to 1. The numbers are from one random start.
+There are two reasons. The steps are computed one after the other, so the time grows with their
+number. And the gradient vanishes: on its way back from the last step it is multiplied by one
+Jacobian per step, and if the norms of these matrices are below 1, the product becomes small
+exponentially (Hochreiter, 1991; Bengio et al., 1994). The forget gate of an LSTM can preserve the
+gradient, if training has brought the gate close to 1. The numbers are from one random start.
 
 Step 5 therefore changes the LSTM (5a): eight frames of a full clip make one time step, it reads the
 clip in both directions, and the class is predicted from its outputs at all steps. So every step
@@ -173,7 +178,8 @@ changes = pd.DataFrame(
         "level change (dB)": level["beat-synced"] - level["full"],
     }
 )
-rows = pd.concat([changes[:2], changes.agg(["min", "median", "mean", "max"])])
+over_all = changes.agg(["min", "median", "mean", "max"]).rename("all: {}".format)
+rows = pd.concat([changes[:2], over_all])
 caption = f"What the synchronisation changes: the two clips, and all {len(clips)} drawn clips"
 step.table(rows.map("{:.1f}".format).rename_axis("clip"), caption)
 step.text(f"""

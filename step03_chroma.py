@@ -112,8 +112,9 @@ ax.set_yticks(range(len(by_interval)), by_interval.index)
 ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre")
 fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
 caption = (
-    "Mean chroma of each genre. Each clip is shifted so that its strongest pitch class is 0, which "
-    "is above the colour scale (grey). 7 semitones are a fifth, 5 a fourth, 4 a major third"
+    "Mean chroma of each genre. The rows of each clip are rotated, so that its strongest pitch "
+    "class is 0. It is grey, because its values are above the colour scale. Equal shares would be "
+    "1/12, or .083. 7 semitones are a fifth, 5 a fourth, 4 a major third"
 )
 step.figure(fig, "genre_chroma", caption)
 
@@ -124,11 +125,16 @@ by_genre = values.groupby(genres).mean()
 share = {name: genre_share(values[name], genres) for name in values}
 table = by_genre.map("{:.3f}".format).rename_axis("genre")
 table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
-step.table(table, f"Mean over each genre's drawn clips, at most {per_genre} of a genre")
+caption = (
+    f"Mean over each genre's drawn clips, at most {per_genre} of a genre. Last row: the share of "
+    "the variance that the genre explains"
+)
+step.table(table, caption)
 most = max(share, key=share.get)
 step.text(f"""
 Of these measures, *{most}* depends most on genre: {share[most]:.0%} of its variance lies between
-the genres. If a measure has nothing to do with genre, this share is near 0 and may be negative.
+the genres. For a measure that has nothing to do with genre, this share is near 0 and may be
+negative.
 """)
 
 # %% 3, as 2a. Dimensions, and is training an LSTM efficient?
@@ -157,9 +163,9 @@ for kind in ("chroma", "mel"):
 table = pd.DataFrame(lstm).T.rename(lambda name: name.replace("synced", "synchronised"))
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int}).rename_axis("input")
 caption = (
-    f"LSTM of 128 units, {n_batch} clips: wall-clock time of a training pass (the fastest of 8), "
-    "and for how many steps back the gradient stays above 1% of its value at the last step, before "
-    "training"
+    f"LSTM of 128 units, {n_batch} clips, before training. Pass: wall-clock time of forward and "
+    "backward, the fastest of 8. Steps above 1%: counted from the end of the clip, with a gradient "
+    "above 1% of that of the last step"
 )
 step.table(table, caption)
 full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced", "mel, full"))
@@ -167,11 +173,11 @@ step.text(f"""
 So training an LSTM on full chromagrams is not efficient either. They have {full["rows"]} rows
 instead of {mel["rows"]}, but as many steps as the mel spectrograms, and the steps are computed one
 after the other: a pass takes {full["pass (ms)"]:.1f} ms, compared with {mel["pass (ms)"]:.1f} ms on
-mel and {beat["pass (ms)"]:.1f} ms on chromagrams of beats. The gradient of the last output stays
-above 1% for {full["steps above 1%"]} of {full["steps"]} steps, {full["seconds of music"]:.1f} s. On
-beats it is {beat["steps above 1%"]} of {beat["steps"]} steps, {beat["seconds of music"]:.1f} s. The
-reasons are those of step 2. (The times of mel are measured again here, so they differ a little from
-those of step 2.)
+mel and {beat["pass (ms)"]:.1f} ms on chromagrams of beats. The gradient is above 1% of that of the
+last step for the last {full["steps above 1%"]} of {full["steps"]} frames
+({full["seconds of music"]:.1f} s) and for the last {beat["steps above 1%"]} of {beat["steps"]}
+beats ({beat["seconds of music"]:.1f} s). The reasons are those of step 2. (The times on mel are
+measured again here. They vary from run to run, so compare only those within one table.)
 """)
 
 # %% 3, as 2b. What beat synchronisation changes
@@ -180,12 +186,13 @@ step.heading("3, step 2b repeated: What beat synchronisation changes")
 means = pd.DataFrame({form: measures[form][["strong", "change"]].mean() for form in measures}).T
 caption = f"Chromagrams, full and beat-synchronised: mean over {len(clips)} clips"
 step.table(means.rename(index=FORMS, columns=COLUMNS).rename_axis("chromagrams"), caption)
-full, beat = means.loc["full"], means.loc["beat-synced"]
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 shown = []
 for i in (0, 1):
-    notes = (measures[form]["strongest"].iloc[i] for form in FORMS)
-    shown.append("in {} it is {} in the full and {} in the other form".format(titles[i], *notes))
+    full, beat = (measures[form]["strongest"].iloc[i] for form in FORMS)
+    unlike = f"{full} in the full form and {beat} in the beat-synchronised form"
+    shown.append(f"in {titles[i]} it is {f'{full} in both' if full == beat else unlike}")
+full, beat = means.loc["full"], means.loc["beat-synced"]
 step.text(f"""
 - The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips:
   {shown[0]}, {shown[1]}.

@@ -68,7 +68,8 @@ OPERATIONS = {
         "turned to (T, F), in a list",
         "`load_clips`: all clips in one tensor, time first, float16, in a cache file; rows are "
         "chosen when a batch is fetched",
-        "a quarter of the memory, and files are read only once; a broken file is named",
+        "a quarter of the memory; the cache serves all kinds of input and all later runs; a broken "
+        "file is named",
     ),
     "length": (
         "remembers each clip's length; `max_length` is the longest one or the given one",
@@ -175,8 +176,8 @@ become = ", ".join(f"{' and '.join(names)} into {to}" for to, names in table.ite
 step.text(f"""
 The lab's table merges {become}. It leaves out {removed}.
 
-Before, {len(before)} classes have from {train.min()} to {train.max()} training clips,
-{train.median():.0f} in the median. Afterwards {len(after)} classes have {kept} of the {train.sum()}
+Before, {len(before)} classes have from {train.min()} to {train.max()} training clips; the median is
+{train.median():.0f}. Afterwards {len(after)} classes have {kept} of the {train.sum()}
 training clips. The lab merges similar classes and removes those with very few samples: similar
 genres have no clear border, and a few clips do not suffice to learn a class or to measure its
 score. In these data {len(merged) or "no"} classes are merged with others, and {len(left_out)}

@@ -52,15 +52,19 @@ step.heading("5a. An LSTM for the spectrograms of step 4's Dataset")
 step.text("""
 A textbook LSTM, as you may have it from the second lab, reads one frame per time step, with two
 layers in one direction, and predicts the class from its output at the last time step. `--plain`
-trains such an LSTM. Here four things are changed:
+trains such an LSTM. Its input is the Dataset's: spectrograms x (clips, time steps, bands) and their
+lengths, which it needs to leave out the padding. It has as many inputs as a spectrogram has bands
+(128 mel, 12 chroma, 140 both) and as many outputs as there are classes. Here four things are
+changed:
 
 1. Eight frames make one time step. It holds the mean, the standard deviation and the mean absolute
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
    one frame (93 ms, every 23 ms) says little. In beat-synchronised input, one beat is one time
    step.
-2. Means, deviations and changes have different sizes, so each of these features is standardised
-   (`StepNorm`). Beats do not need this: their only features are the bands, which the Dataset has
-   standardised already. Then a dense layer with layer normalisation comes before the LSTM (`stem`).
+2. Means, deviations and changes have different ranges of values, so each of these features is
+   standardised (`StepNorm`). Beats do not need this: their only features are the bands, which the
+   Dataset has standardised already. Then a dense layer with layer normalisation comes before the
+   LSTM (`stem`).
 3. One layer reads the clip in both directions (`blocks`), instead of two layers in one direction.
 4. The class is predicted from the mean and the maximum of the LSTM's outputs over all time steps of
    the clip (`masked_mean_max`), because every part of a clip tells something about its genre.
@@ -95,7 +99,7 @@ step.text(f"""
     the gradients reach the weights and the network can be trained. Wrong labels would not be
     noticed, because they can be learned by heart too.
 """)
-caption = "Training loss on fixed batches of training crops, without regularisation"
+caption = f"Training loss on the {facts['batches']} fixed batches, without regularisation"
 step.figure(plot_overfit({names[0]: check}), "overfit", caption)
 step.require(check.learned, f"the network did not overfit {facts['batches']} batches: {facts}")
 if step.args.overfit_batch:
@@ -122,14 +126,14 @@ step.text(f"""
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
     - *Epoch*: we keep the epoch with the highest validation macro-F1 among {step.searched}. The
       best of all epochs can be an early one by chance, because the validation clips are few. In
-      cross-validation, the best of *all* epochs gave the LSTM on mel a macro-F1 that was lower by
-      .08 on new clips (docs/experiments.md). The validation score of the kept epoch is optimistic,
-      because it is the highest of several.
+      cross-validation of the LSTM on mel, the best of *all* epochs had a macro-F1 on new clips that
+      was .08 lower than that of the best of the last 20% (docs/experiments.md). The validation
+      score of the kept epoch is optimistic, because it is the highest of several.
 
-    The default recipe adds the parts in the table. `--recipe lab` trains without them, with
-    Adam, cross-entropy, dropout and random crops only, and keeps the best of all epochs, so that
-    you can measure the difference on your clips. `--plain` does without them too. The parts lower
-    the log loss of the LSTM; no effect on its macro-F1 was shown.
+    The default recipe is Adam, cross-entropy, dropout, random crops and the parts in the table.
+    `--recipe lab` leaves these parts out and keeps the best of all epochs, so you can measure the
+    difference on your clips. `--plain` leaves them out too. The parts lower the log loss of the
+    LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
 step.table(training_table(runs, "macro-F1"), f"The trainings, on {step.device}. {SECONDS}")
@@ -163,10 +167,10 @@ last = {name: run.history.iloc[-1] for name, run in runs.items()}
 overfits = [n for n in names if n not in late and last[n]["train_loss"] < lowest[n]["train_loss"]]
 if overfits:
     step.text(f"""
-        After that epoch the validation loss of {", ".join(f"`{name}`" for name in overfits)} rises
-        while the training loss still falls. This is overfitting: the network becomes too confident
-        on clips that it has not seen. The predicted classes can still become better, so the epoch
-        is chosen by macro-F1.
+        After its lowest point the validation loss rises while the training loss still falls, for
+        {", ".join(f"`{name}`" for name in overfits)}. This is overfitting: the network becomes too
+        confident on clips that it has not seen. The predicted classes can still become better, so
+        the epoch is chosen by macro-F1.
     """)
 if late:
     step.text(f"""

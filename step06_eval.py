@@ -64,10 +64,11 @@ for set_name, beat in SETS.items():
 commonest = pd.Series([entry.label for entry in trained["full"].entries]).mode()[0]
 step.text(f"""
     The LSTMs are those of step 5: the ones named `beat_...` were trained on beats, the others on
-    frames. There are three baselines. `majority` always predicts the most frequent training class,
-    {commonest}. `svm` (for frames) and `beat_svm` (for beats) are support vector machines. Their
-    input is the mean, standard deviation, percentiles and mean change of each mel band over the
-    clip. Their C and class weights are chosen by cross-validation.
+    frames. In figures, `beat_fused` is called *{run_title("beat_fused")}*, and so on. There are
+    three baselines. `majority` always predicts the most frequent training class, {commonest}. `svm`
+    (for frames) and `beat_svm` (for beats) are support vector machines. Their input is the mean,
+    standard deviation, percentiles and mean change of each mel band over the clip. Their C and
+    class weights are chosen by cross-validation.
 """)
 step.table(pd.DataFrame({"val macro-F1": val}).rename_axis("model"), "Validation scores")
 step.text(f"""
@@ -124,10 +125,10 @@ def both_sets(cell):
 step.heading("6a. Accuracy")
 step.text(f"""
     `full` is the test set of fma_genre_spectrograms and `beat` that of fma_genre_spectrograms_beat.
-    On the other test set, an LSTM gets a kind of input that it was not trained on. LSTMs of beats
-    get means of {frames_per_beat} frames, which is about the length of a beat. LSTMs of frames get
-    one beat per time step. A beat has no deviation and no change within the step, so both are set
-    to their training means.
+    On the test set of the other form, an LSTM gets a kind of input that it was not trained on.
+    LSTMs of beats get means of {frames_per_beat} frames, which is about the length of a beat. LSTMs
+    of frames get one beat per time step. A beat has no deviation and no change within the step, so
+    both are set to their training means.
 """)
 table = both_sets(lambda s: {"accuracy": tables.with_interval(s, "accuracy")})
 step.table(table, "Accuracy on the test sets, with 95% intervals over test clips, for one seed")
@@ -137,10 +138,10 @@ step.table(table, "Accuracy on the test sets, with 95% intervals over test clips
 # because they are equal where every clip has one label (6d).
 step.heading("6b. Precision, recall and F1 of each class")
 step.text("""
-One report per model, on the test set of its own kind of input. The reports on the other test set
-are in the files `report_<model>_<test set>.txt`. The precision of a class that is never predicted
-is 0/0 and counts as 0. `support` is the number of test clips of a class. `weighted avg` is the mean
-over the classes, weighted by support.
+One report per model, on the test set of its own kind of input. For the other test set there is a
+table of F1 below; the reports are in the files `report_<model>_<test set>.txt`. The precision of a
+class that is never predicted is 0/0 and counts as 0. `support` is the number of test clips of a
+class. `weighted avg` is the mean over the classes, weighted by support.
 """)
 for (name, set_name), table in predictions.items():
     options = {"labels": classes, "digits": 3, "zero_division": 0}
@@ -150,9 +151,16 @@ for (name, set_name), table in predictions.items():
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
+found = {
+    name: {label: row["f1"] for label, row in scores[name, set_name]["per_class"].items()}
+    for name, set_name in scores
+    if name in models and set_name != own_set[name]
+}
+caption = "F1 of each class on the test set of the other form"
+step.table(pd.DataFrame(found).rename_axis("class"), caption)
 caption = (
     f"Confusion matrix of `{best}`, the best LSTM by validation, on the {own_set[best]} test set. "
-    "Number: clips. Colour: share of the true class, darker is more"
+    "Number: clips (empty: none). Colour: share of the true class, darker is more"
 )
 step.figure(plot_confusions({best: scores[best, own_set[best]]}, classes), "confusion", caption)
 
@@ -172,6 +180,8 @@ for ax, set_name in zip(axes, SETS, strict=True):
 caption = "Macro-F1. Pale bars: LSTMs on the kind of input that they were not trained on"
 step.figure(fig, "macro_f1", caption)
 pairs = [(best, name) for name in models if name != best]
+twins = [(name, f"beat_{name}") for name in models if f"beat_{name}" in models]
+pairs += [pair for pair in twins if best not in pair]  # frames against beats
 for set_name, svm in SVMS.items():
     lstms = [name for name in models if own_set[name] == set_name]
     pairs.append((max(lstms, key=val.get), svm))
@@ -225,10 +235,11 @@ predicts {commonest}: accuracy {lowest["accuracy"]:.3f} and macro-F1 {lowest["ma
 macro-F1 above the accuracy often means that small classes are recognised better than large ones. In
 a task with one rare class, its F1 can be near 0 while the accuracy is near 1.
 
-**When do micro and macro F1 differ much?** They differ much if some classes are recognised much
-better than others, most often if the classes also have unequal sizes (here from {support.min():.0f}
-to {support.max():.0f} test clips). A micro-F1 far above the macro-F1 means that some classes are
-recognised badly, usually the small ones. A micro-F1 far below the macro-F1 means that the badly
+**When do micro and macro F1 differ much?** They can differ much if the classes have unequal sizes
+(here from {support.min():.0f} to {support.max():.0f} test clips) and the small ones are recognised
+much worse or much better than the large ones. With equal sizes they are mostly close, unless the
+model hardly ever predicts some classes. A micro-F1 far above the macro-F1 means that some classes
+are recognised badly, usually the small ones. A micro-F1 far below the macro-F1 means that the badly
 recognised classes are usually the large ones. Micro minus macro F1 is
 {one["micro_f1"] - one["macro_f1"]:+.3f}; the smallest class, {support.idxmin()}, has an F1 of
 {per_class.loc[support.idxmin(), "f1"]:.3f}.
@@ -237,8 +248,8 @@ recognised classes are usually the large ones. Micro minus macro F1 is
 accuracy or F1 enough then?** Yes, there are, and no, it is not enough. A playlist of one genre
 needs precision: a metal song among lullabies is worse than a missing lullaby. A search for an
 illness needs recall: a missed case is worse than a false alarm. Accuracy and F1 do not tell these
-errors apart. For the illness, for example, we can choose, among the models with a recall of at
-least .9, the one with the highest precision.
+errors apart. For the illness we can keep only the models with a recall of at least .9. Of these we
+choose the one with the highest precision.
 
 **Which one for this task?** We choose by macro-F1. All genres matter equally, but their sizes
 differ, and macro-F1 shows when a model recognises only the frequent classes.

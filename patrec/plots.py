@@ -53,6 +53,7 @@ def run_title(name) -> str:
     run, _, seed = name.partition("_seed")
     if not (network := GENRE_NETWORKS.get(run)):
         words = name.replace("_", " ")
+        words = re.sub(r"^beat (.*)", r"\1, beats", words)
         return re.sub(r"\b(cnn|lstm|sv[mr])\b", lambda found: found[0].upper(), words)
     features = "mel and chroma" if network.features == "fused" else network.features
     marks = {"beats": network.beat, "textbook": network.plain, f"seed {seed}": seed}
@@ -151,11 +152,6 @@ def plot_histories(histories, score_name):
     ]
     lowest = min(0, *(min(history["val_score"]) for history in histories.values()))
     plt.setp(rights, ylim=(lowest, 1))
-    for index, (ax, right) in enumerate(zip(axes, rights, strict=True)):
-        if index % n_columns:  # the first panel of a row says it for all
-            ax.set_ylabel("")
-        if (index + 1) % n_columns and index + 1 < len(rights):  # and the last one
-            right.set_ylabel("")
     losses = np.concatenate([ax.get_ylim() for ax in axes])
     plt.setp(axes, ylim=(losses.min(), losses.max()))
     drawn = [one for ax in (*axes, *rights) for one in ax.get_legend_handles_labels()[0]]

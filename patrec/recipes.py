@@ -69,13 +69,15 @@ class Recipe:
 # cross-validation (docs/experiments.md), of the LSTM and of the CNN on mel.
 PARTS = {
     "averaged weights": (
-        "A running average is scored and saved, because the weights keep moving around a minimum. "
+        "A running average of the weights is scored and saved, because they keep moving around a "
+        "minimum. "
         "In the first epochs the average still holds early weights, so its scores lag behind.",
-        {"lstm": "+.06 ± .03, +.02 ± .03", "cnn": "+.25 ± .06, -.03 ± .02"},
+        {"lstm": ("+.06 ± .03", "+.02 ± .03"), "cnn": ("+.25 ± .06", "-.03 ± .02")},
     ),
     "shifted bands": (
-        "Mel bands are moved up or down by up to 2, as if the music were a little higher or lower.",
-        {"lstm": "+.12 ± .06, +.02 ± .03", "cnn": "-.00 ± .03, -.01 ± .02"},
+        "Mel bands are moved up or down by up to 2, as if the music were a little higher or lower. "
+        "Chroma is not moved.",
+        {"lstm": ("+.12 ± .06", "+.02 ± .03"), "cnn": ("-.00 ± .03", "-.01 ± .02")},
     ),
 }
 

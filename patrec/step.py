@@ -55,8 +55,9 @@ class Step:
         self.curves = "The dot marks the kept epoch. The training loss is measured with dropout"
         if not (lab or getattr(self.args, "plain", False)):
             self.curves += (
-                " and shifted bands. The validation loss and score are measured without them, with "
-                "the averaged weights, which lag behind in the first epochs"
+                " and, on mel bands, with shifted bands. The validation loss and score are "
+                "measured without them, with the averaged weights, which lag behind in the first "
+                "epochs"
             )
         self.folder = self.out / name
         if self.args.overfit_batch:  # a check must not replace the results of a full run

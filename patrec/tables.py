@@ -30,13 +30,13 @@ INTERVALS = (
 
 def parts_table(kind) -> tuple[pd.DataFrame, str]:
     """The parts of a training and what each is worth to an 'lstm' or a 'cnn', with a caption."""
-    rows = {part: (what, effects[kind]) for part, (what, effects) in PARTS.items()}
-    columns = ["what is done, and why", "change of log loss, of macro-F1, if left out"]
+    rows = {part: (what, *effects[kind]) for part, (what, effects) in PARTS.items()}
+    columns = ["what is done, and why", "log loss without it", "macro-F1 without it"]
     caption = (
-        f"Parts of the training. Last column: how the scores of the {kind.upper()} on mel change "
-        "if the part is left out, in cross-validation on the small data set of "
-        "docs/experiments.md. The part helps if the log loss rises or macro-F1 falls "
-        "by clearly more than the standard error (after ±)"
+        f"Parts of the training. Last columns: the change of the {kind.upper()}'s scores on mel if "
+        "the part is left out, in cross-validation on the small data set of docs/experiments.md. "
+        "If the log loss rises (+) or macro-F1 falls (-), the network is worse without the part. "
+        "Only changes clearly larger than the standard error (after ±) count"
     )
     return pd.DataFrame(rows, columns).T.rename_axis("part"), caption
 

@@ -56,7 +56,8 @@ def test_whether_an_lstm_is_efficient_is_answered_with_what_was_measured(run, sm
     said = "a pass takes {:.1f} ms, compared with {:.1f} ms on mel and {:.1f} ms on"
     assert said.format(*passes) in summary
     ratios = [c.full.shape[1] / c.beat.shape[1] for c in sample_clips(small_data, 2, 42)]
-    for row, frames in ((full, 1), (beat, np.median(ratios))):
+    for row, frames, unit in ((full, 1, "frames"), (beat, np.median(ratios), "beats")):
         seconds = row["steps above 1%"] * frames * 512 / 22_050
-        assert f" {row['steps above 1%']} of {row['steps']} steps, {seconds:.1f} s." in summary
+        said = f"{row['steps above 1%']} of {row['steps']} {unit} ({seconds:.1f} s)"
+        assert f"for the last {said}" in summary
     assert " nan" not in summary.lower() and "{" not in summary

@@ -116,6 +116,12 @@ def test_scores_are_those_of_the_predictions_on_each_test_set(runs):
     assert set(metrics["other_test_set"]) == set(LSTMS)
     for name, scores in metrics["other_test_set"].items():
         assert_scores(scores, table.query("model == @name").drop(own_rows(table, name).index))
+    shown = read_table(runs.spoiled.out / STEP, "F1 of each class on the test set of the other")
+    f1 = {
+        name: {label: f"{row['f1']:.3f}" for label, row in scores["per_class"].items()}
+        for name, scores in metrics["other_test_set"].items()
+    }
+    assert shown.to_dict() == f1
     assert {n: metrics["runs"][n]["val"]["macro_f1"] for n in LSTMS} == VAL_SCORES
     test = {name: metrics["runs"][name]["test"]["macro_f1"] for name in LSTMS}
     assert metrics["best_by_validation"] == "chroma"
@@ -158,6 +164,7 @@ def test_differences_in_the_report_have_the_sign_that_their_names_say(runs):
     lines = re.findall(pattern, (folder / "summary.md").read_text())
     # By validation, see VAL_SCORES: the best, and with the SVM the best of the same kind of input.
     expected = [("chroma", name) for name in LSTMS if name != "chroma"]
+    expected += [("mel", "beat_mel"), ("fused", "beat_fused")]  # frames against beats
     expected += [("chroma", "svm"), ("beat_fused", "beat_svm")]
     assert [tuple(pair) for *pair, _ in lines] == expected
     for *pair, gain in lines:
