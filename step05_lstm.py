@@ -136,7 +136,7 @@ step.text(f"""
     LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
-step.table(training_table(runs, "macro-F1"), f"The trainings, on {step.device}. {SECONDS}")
+step.table(training_table(runs, "macro-F1"), SECONDS)
 step.text(f"""
     The networks of the lab's items:
 

@@ -62,7 +62,9 @@ def learn_by_heart(step, data):
     dropout and without the shift of the bands. After {facts["passes"]} passes the loss is
     {facts["loss"]:.4f} (the goal: under .01), the accuracy {facts["accuracy"]:.3f}.
     """)
-    caption = "Training loss on fixed batches of training crops, without regularisation"
+    if check.learned:
+        step.text("So the gradients reach the weights, and the network can be trained.")
+    caption = f"Training loss on the {facts['batches']} fixed batches, without regularisation"
     step.figure(plots.plot_overfit({"cnn_mel": check}), "overfit", caption)
     step.require(check.learned, f"four batches were not learned by heart: {facts}")
     return {"cnn_mel": facts}
@@ -203,19 +205,20 @@ true_digit = int(digits[3][0])
 step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
 before, early, after = (float(chances[true_digit]) for _, chances in columns.values())
 step.text(f"""
-The map of a filter of the first convolution is reddest where bright pixels lie under the red
-weights of the filter and dark ones under the blue weights, for example at one edge of a stroke
-(compare *filters 1* and *Conv2d 1*). The filter's bias is added everywhere, also where the image is
-empty. Batch normalisation shifts and scales each map, ReLU removes what is negative, and max
-pooling keeps the strongest response in each 2 x 2 square. The second block does the same with the
-maps of the first. The output layer gives one number per digit, and softmax turns these into
-probabilities. The true digit, {true_digit}, has a probability of {before:.2f} before training,
-{early:.2f} after one epoch, {after:.2f} at the end. Before training, batch normalisation changes
-nothing in evaluation mode, because its stored mean is still 0 and its variance 1.
+The map of a filter of the first convolution is reddest where the stroke lies under its red weights
+and empty pixels under its blue ones. This can be at one edge of a stroke (compare *filters 1* and
+*Conv2d 1*). The filter's bias is added everywhere, also where the image is empty. Batch
+normalisation shifts and scales each map, ReLU removes what is negative, and max pooling keeps the
+strongest response in each 2 x 2 square. The second block does the same with the maps of the first.
+The output layer gives one number per digit, and softmax turns these into probabilities. The true
+digit, {true_digit}, has a probability of {before:.2f} before training, {early:.2f} after one epoch,
+{after:.2f} at the end. Before training, batch normalisation changes nothing in evaluation mode,
+because its stored mean is still 0 and its variance 1.
 
 *Patterns*: compare the row *filters 1* before and after training. A filter with a red row or column
-beside a blue one responds to an edge. A filter of one colour responds to brightness. In 3 x 3
-weights only simple patterns are possible; the 5 x 5 filters of ConvNetJS show more.
+beside a blue one responds to an edge. A filter of one colour responds to every part of the stroke,
+not only to edges. In 3 x 3 weights only simple patterns are possible; the 5 x 5 filters of
+ConvNetJS show more.
 """)
 
 # %% 7b. The network
@@ -223,15 +226,17 @@ weights only simple patterns are possible; the 5 x 5 filters of ConvNetJS show m
 # spectrogram as an image of one channel, trained with the training and validation sets, scored
 # on the test set. Kernel and channels are usual values, as the lab advises.
 step.heading("7b. The network, its training, its test score")
-step.text("""
+model = common.make_classifier(network, data).to(step.device)
+config = model.backbone.config
+step.text(f"""
 In training, the input is a random crop of 6 s. A validation or test clip is cut into windows of 6 s
 that cover it, and their logits are averaged. Two frames are averaged into one column of the image.
 Each block is convolution, batch normalisation, ReLU and max pooling, in this order, in one
-`nn.Sequential`. After the fourth block the channels are pooled over time (mean and maximum), but
-not over frequency. One dense layer gives one output (logit) per class. In the table, the output of
-a block is clips x channels x time x bands.
+`nn.Sequential`. The kernels are {config["kernel_size"]} x {config["kernel_size"]}, and the blocks
+have {", ".join(map(str, config["channels"]))} channels. After the fourth block the channels are
+pooled over time (mean and maximum), but not over frequency. One dense layer gives one output
+(logit) per class. In the table, the output of a block is clips x channels x time x bands.
 """)
-model = common.make_classifier(network, data).to(step.device)
 step.show_source(common.CNNBackbone, common.Classifier)
 step.table(*common.layer_table(model, data))
 
@@ -307,19 +312,21 @@ for label, without in variants.items():
     }
 caption = f"Digits, {n_epochs} epochs: one operation changed, mean ± sd of {n_seeds} seeds"
 step.table(pd.DataFrame(left_out).T.rename_axis("digit CNN"), caption)
-effects = {"lower": [], "higher": [], "not clearly different": []}
+effects = {"Clearly lower": [], "Clearly higher": [], "No clear difference": []}
 whole, *changed = means
 for label in changed:
     difference, clear = means[label] - means[whole], spreads[label] + spreads[whole]
-    unlike = "lower" if difference < 0 else "higher"
-    effects[unlike if abs(difference) > clear else "not clearly different"].append(label)
-effects = ", ".join(f"{effect} ({'; '.join(of)})" for effect, of in effects.items() if of)
-step.text(f"""
-Compared with all four operations, the accuracy is {effects}. A difference that is smaller than the
-sum of the two standard deviations is not clear. Leaving out pooling or ReLU may cost nothing. Two
-possible reasons: in small images pooling has little to summarise (scikit-learn's have 8 x 8
-pixels), and without it the output layer has more weights. Without ReLU, max pooling still makes the
-network non-linear.
+    unlike = "Clearly lower" if difference < 0 else "Clearly higher"
+    effects[unlike if abs(difference) > clear else "No clear difference"].append(label)
+step.text("""
+The accuracy, compared with all four operations (a difference that is smaller than the sum of the
+two standard deviations is not clear):
+""")
+step.text("\n".join(f"- {effect}: {', '.join(of)}." for effect, of in effects.items() if of))
+step.text("""
+Without pooling the accuracy may even rise: small images have little to summarise (scikit-learn's
+have 8 x 8 pixels), and the output layer gets more weights. Without ReLU it may stay the same,
+because max pooling is not linear either.
 """)
 
 # %% 7c. The trained genre network at work
@@ -334,7 +341,7 @@ maps = {name: output for (_, name), output in activations(backbone.blocks[:1], i
 channel = int(maps["ReLU"][0].flatten(1).std(1).argmax())  # the one that varies most in a clip
 caption = (
     "The operations of block 1, from left to right. Above: one channel of a clip (red positive, "
-    "blue negative; a column is 46 ms, after pooling 186 ms; the scales differ). Below: all "
+    "blue negative, none after ReLU; a column is 46 ms, after pooling 186 ms). Below: all "
     f"values of all channels and {len(x)} clips"
 )
 step.figure(plots.plot_operations(maps, channel, n_frames * HOP / SR), "block_operations", caption)

@@ -57,21 +57,22 @@ step.text(f"""
     We use `{networks["lstm"]}` ({run_title(networks["lstm"])}), {why}, and the CNN of step 7. Both
     start from random weights. The layers up to the head stay the same, see steps 5 and 7. The head
     gives one number per clip, on the scale of the labels (0 to 1), instead of one number per class.
+    It can lie a little outside this scale; in `submission.csv` it is cut to 0 to 1.
 
     Cross-entropy treats every wrong class as equally wrong. Here the labels are real numbers, so
     the loss must grow with the distance between prediction and label. We replace cross-entropy by
     the sum of two terms:
 
-    - *The squared error*, in units of the labels' standard deviation. It makes the predicted
-      values fit the labels.
+    - *The squared error*, divided by the variance of the labels. It makes the predicted values
+      fit the labels.
     - *Half of 1 - r*, where r is Pearson's correlation between predictions and labels in the
       batch. The lab's metric, Spearman's correlation, is Pearson's correlation of the ranks. A
       small change of a prediction mostly leaves its rank as it is, so Spearman's correlation has
       no useful gradient and cannot be the loss. Pearson's correlation of the values has a useful
       gradient, and it too is high if the predictions rise with the labels.
 
-    If outputs and labels have different shapes, the loss stops with an error. Without this check,
-    PyTorch would subtract every label from every prediction (B x B differences) and not warn.
+    The loss first checks that outputs and labels have the same shape. Without this check, PyTorch
+    would subtract labels (B,) from outputs (B, 1) as a B x B table, without an error.
 
     The optimiser, the learning rate and the parts of the training are those of steps 5 and 7. The
     number of examples is smaller. As in step 5 we keep the best epoch among {step.searched}, here
@@ -103,7 +104,7 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
 runs = common.train_all(step.training, trainings)
 n_val = runs["cnn_valence"].facts["n_val"]
 fold = " in the first fold" if step.args.folds > 1 else ""
-chance = f"where 95% of random predictions score within ±{2 / math.sqrt(n_val - 1):.1f}"
+chance = f"where about 95% of random predictions score within ±{2 / math.sqrt(n_val - 1):.1f}"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
@@ -119,6 +120,8 @@ How to read these curves: if the validation score falls and the validation loss 
 training loss still falls, this is a sign of overfitting. On so few clips it can also be chance. For
 the same reason these scores and those of 8e, on other clips, can differ much.
 """)
+if "last" in step.searched:
+    step.text(f"Only {step.searched} are searched, so an earlier one can have a higher score.")
 
 # %% 8e. Spearman's correlation on the held-out clips
 # The lab's metric, averaged over the three axes. It is computed over all held-out clips at
@@ -146,11 +149,11 @@ step.table(
 step.text(BASELINES)
 step.text("""
     Spearman's correlation compares ranks. It is 1 if the predictions put the clips into the right
-    order, and about 0 if their order has nothing to do with the labels. A constant has no order and
-    counts as 0 here. The root of the mean squared error (RMSE) compares the values. A model can
-    rank the clips well and still predict values too close to the mean. If clips of one artist are
-    among the training and the held-out clips, the scores are higher than they would be for new
-    artists.
+    order, -1 if the order is reversed, and about 0 if it has nothing to do with the labels. A
+    constant has no order and counts as 0 here. The root of the mean squared error (RMSE) compares
+    the values. A model can rank the clips well and still predict values too close to the mean. If
+    clips of one artist are among the training and the held-out clips, the scores may be higher than
+    they would be for new artists.
 """)
 if step.args.folds > 1:
     step.text("""

@@ -64,8 +64,8 @@ a network for the other half, and then froze or fine-tuned them. They conclude:
 
 This step compares fine-tuning with training from scratch (4). With `--compare-depths` it also
 compares numbers of frozen blocks, but it cannot tell the two reasons of (2) apart. The paper tells
-them apart by copying layers into a network for the *same* task: there only the cut can lower the
-score.
+them apart by copying layers into a network for the *same* task. There the copied features fit the
+task, so only the separation of the layers can lower the score.
 """)
 
 # %% 9b. The model that is transferred
@@ -79,12 +79,18 @@ network = GENRE_NETWORKS[genre_name]
 n_blocks = len(common.make_backbone(network).blocks)
 if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
+noise = ""
+if len(val):
+    n_val = val["val clips"].iloc[0]
+    noise = (
+        f" The scores are noisy: on {n_val} validation clips an accuracy near 0.5 has a 95% "
+        f"interval of ±{0.98 / n_val**0.5:.2f}. So another seed may put another network first."
+    )
 why = "the network with the highest validation macro-F1" if len(val) else "as none is saved yet"
 step.text(f"""
     We transfer `{genre_name}`, {why}. We expect that features that recognise the genre of new clips
     also help with emotions. The lab asks for a network trained on fma_genre_spectrograms, so we
-    leave out the networks trained on beats. The score of so few validation clips is noisy, so a
-    difference of a few hundredths can be due to chance. Test clips play no part in the choice.
+    leave out the networks trained on beats.{noise} Test clips play no part in the choice.
 """)
 if step.args.freeze > n_blocks:
     fault = f"the chosen model, {genre_name}, has {n_blocks} blocks; freeze at most that many"
@@ -110,8 +116,8 @@ the weights of epoch {genre.facts["best_epoch"]}, with a macro-F1 of
 {genre.facts["val"]["macro_f1"]:.3f} on {genre.facts["n_val"]} validation clips.
 
 - *The metric is macro-F1.* It counts every genre equally. A network that ignores the rare genres
-  can still have a high accuracy. The loss also depends on how confident the network is, which the
-  lab's scores do not measure.
+  can still have a high accuracy. We do not use the validation loss: it also depends on how
+  confident the network is, and the lab's scores do not.
 - *The epoch is the best among {step.searched}.* The score on few clips is noisy, so the best of all
   can be an early epoch by chance. The default recipe therefore searches the last 20% only. The
   saved weights are {saved}.
@@ -138,9 +144,9 @@ The fine-tuning has two phases:
 
 In each epoch, as many crops of each clip are used as in step 8. Both phases use the recipe and the
 learning rate of step 8. We did not tune them for the fine-tuning. So `transfer` and `scratch`
-differ in the weights that they start from, in the first phase, and in how the input is
-standardised. In the second phase the backbone changes too, so its first epochs may score lower than
-the first phase.
+differ in three things: the weights that they start from, the standardisation of the input, and that
+only `transfer` trains its head first. In the second phase the backbone changes too, so its first
+epochs may score lower than the first phase.
 """)
 
 
@@ -202,10 +208,15 @@ frozen = {"head": n_blocks} | {kind: depth for depth, kind in tunings.items()}
 table = tables.training_table(done)
 table.insert(0, "frozen blocks", [frozen.get(kind, 0) for kind, _ in runs])
 step.table(table, tables.SECONDS)
-full = f"It is `{twin}` of step 8 and is not trained again." if twin else "It is trained here too."
+full = (
+    f"It is `{twin}` of step 8, so it is not trained again and not in this table."
+    if twin
+    else "It is trained here too."
+)
 step.text(f"""
     `head` is the first phase, `transfer` the second one. `scratch` starts from random weights and
-    has at most the epochs of both phases. `scratch_full` has those of step 8. {full} The input of
+    has at most as many epochs as both phases together. `scratch_full` has as many epochs as the
+    networks of step 8. {full} The input of
     the copied network is standardised as in genre training, that of the others by the emotion
     training clips.
 
@@ -214,7 +225,7 @@ step.text(f"""
     one), so another epoch can have a higher score in the figure. If the validation loss rises after
     it, this may be overfitting. On so few clips it may also be chance.
 """)
-shown = itertools.product(("head", "transfer", "scratch"), emotions)
+shown = itertools.product(("head", "scratch", "transfer"), emotions)
 curves = {names[key]: runs[key].history for key in shown}
 caption = f"Losses, and Spearman's correlation on {len(data.val)} validation clips. {step.curves}"
 step.figure(plot_histories(curves, "Spearman"), "learning_curves", caption)
@@ -243,7 +254,7 @@ facts = step8.runs[f"{twin}_{axis}"] if twin else runs["scratch_full", axis].fac
 n_full = facts["epochs"] * facts["examples_per_epoch"]
 questions = {
     "scratch": "Do the genre weights help, if both networks are trained for equally many epochs? "
-    f"({HEAD_EPOCHS} of the epochs of `transfer` train the head only.)",
+    "(The epochs of `head` count for `transfer`.)",
     full: "Is there a difference between the short fine-tuning and a training from scratch on "
     f"{n_full:,} examples?",
 }

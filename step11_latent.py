@@ -197,7 +197,8 @@ for name, title in titles.items():
     plane, facts["PCA"] = separation(planes[name][3], labels)
     ids = latent[name]["ids"]
     hits[name] = {"full space": pd.Series(right, ids), "PCA plane": pd.Series(plane, ids)}
-    per_class[title] = hits[name]["full space"].groupby(latent[name]["classes"][labels]).mean()
+    for space, by_clip in hits[name].items():
+        per_class[title, space] = by_clip.groupby(latent[name]["classes"][labels]).mean()
     column = measures[title] = {}
     for space in (*SPACES, "PCA"):
         column[f"5-NN accuracy, {space}"] = with_interval(facts[space], "knn_accuracy")
@@ -207,7 +208,14 @@ for name, title in titles.items():
 measures = pd.DataFrame(measures).rename_axis("measure")
 per_class = pd.DataFrame(per_class).rename_axis("class")
 counts = np.bincount(latent["cnn_mel"]["labels"])
-per_class["clips"] = pd.Series(counts, latent["cnn_mel"]["classes"][: len(counts)])
+
+
+def class_table(titles):
+    """5-NN accuracy by class of some models, in the plane and in the full space, with a caption."""
+    shown = itertools.product(("PCA plane", "full space"), titles)
+    table = pd.DataFrame({f"{title}: {space}": per_class[title, space] for space, title in shown})
+    table.insert(0, "clips", pd.Series(counts, latent["cnn_mel"]["classes"][: len(counts)]))
+    return table.rename_axis("class"), "5-NN accuracy by class"
 
 
 def knn_difference(first, second, space="full space"):
@@ -218,7 +226,8 @@ def knn_difference(first, second, space="full space"):
     gain = (hits[first][space] - hits[second][space]).dropna().to_numpy()  # subtracted by id
     low, high = bootstrap(lambda i: gain[i].mean(), len(gain))
     facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": (low, high)}
-    line = f"5-NN in the {space}, {difference_line(first, second, facts)}."
+    pair = f"{roles[first]} and {roles[second]}"
+    line = f"5-NN in the {space}, {pair}: {difference_line(first, second, facts)}."
     return line, low > 0 or high < 0
 
 
@@ -230,9 +239,10 @@ shown = [titles[best], titles["cnn_mel"]]
 lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
 knn = {n: [f"{kept[n][space]['knn_accuracy']:.3f}" for space in SPACES] for n in titles}
 apart = {}  # the classes that are separated best and worst
-for name in (best, "cnn_mel"):
-    by = per_class[titles[name]]
-    apart[name] = f"{by.idxmax()} best ({by.max():.3f}) and {by.idxmin()} worst ({by.min():.3f})"
+for name, space in itertools.product((best, "cnn_mel"), ("PCA plane", "full space")):
+    by = per_class[titles[name], space]
+    facts = f"{by.idxmax()} best ({by.max():.3f}) and {by.idxmin()} worst ({by.min():.3f})"
+    apart[name, space] = facts
 step.table(measures[shown], "Separation of the genres, and the variance in the PCA plane")
 step.text(f"""
 *5-NN accuracy*: the {N_NEIGHBOURS} nearest other clips of a clip vote for its class. The accuracy
@@ -245,19 +255,21 @@ so first compare each model with its own untrained network. 95% intervals are ov
 are approximate: the clips are not independent, each is also a neighbour of others.
 
 **How far are the classes apart?** In the PCA plane the silhouette of the LSTM is
-{lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; 0 or less: the
-classes overlap). The 5-NN accuracy there is {lstm["knn_accuracy"]:.3f} and
-{cnn["knn_accuracy"]:.3f}. The plane keeps {kept[best]["pca_variance_2d"]:.0%} and
-{kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance. The output layer uses all dimensions, so
-an overlap in the plane says little about the test accuracy. In the full space training changes the
-5-NN accuracy from {knn[best][1]} to {knn[best][0]} (LSTM) and from {knn["cnn_mel"][1]} to
-{knn["cnn_mel"][0]} (CNN). By class, the LSTM separates {apart[best]}; the CNN separates
-{apart["cnn_mel"]}. Look in the two pictures for classes that lie apart.
+{lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; near 0: the
+classes overlap; below 0: many clips lie nearer to another class). The 5-NN accuracy there is
+{lstm["knn_accuracy"]:.3f} and {cnn["knn_accuracy"]:.3f}. The plane keeps
+{kept[best]["pca_variance_2d"]:.0%} and {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance.
+The output layer uses all dimensions, so an overlap in the plane says little about the test
+accuracy. In the full space training changes the 5-NN accuracy from {knn[best][1]} to {knn[best][0]}
+(LSTM) and from {knn["cnn_mel"][1]} to {knn["cnn_mel"][0]} (CNN).
+
+**Which classes?** In the PCA plane the LSTM separates {apart[best, "PCA plane"]}, the CNN
+{apart["cnn_mel", "PCA plane"]}. In the full space the LSTM separates {apart[best, "full space"]},
+the CNN {apart["cnn_mel", "full space"]}. Compare this with the two pictures.
 """)
 for space in ("PCA plane", "full space"):
     step.text(knn_difference("cnn_mel", best, space)[0])
-class_caption = "5-NN accuracy by class, in the full space"
-step.table(per_class[["clips", *shown]], class_caption)
+step.table(*class_table(shown))
 
 # %% 11c. The same for the worst LSTM
 # The lab: is there a qualitative difference to the others? Its PCA picture stands beside those of
@@ -275,17 +287,18 @@ shown = list(titles.values())
 step.table(measures[shown], "Separation of the genres, all three models")
 line, differs = knn_difference(best, worst)
 step.text(f"{line}\n\n{knn_difference('cnn_mel', worst)[0]}")
-step.table(per_class[["clips", *shown]], class_caption)
-gap = (per_class[titles[best]] - per_class[titles[worst]]).idxmax()
+step.table(*class_table(shown))
+best_by, worst_by = (per_class[titles[name], "full space"] for name in (best, worst))
+gap = (best_by - worst_by).idxmax()
 answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
-**Is there a difference?** {answer}, by the 5-NN accuracy of best and worst LSTM in the full space
-(see the lines above the table): {knn[best][0]} for the best LSTM, {knn["cnn_mel"][0]} for the CNN,
-{knn[worst][0]} for the worst LSTM. Before training it was {knn[best][1]}, {knn["cnn_mel"][1]} and
-{knn[worst][1]}. In the plane it is {kept[best]["PCA"]["knn_accuracy"]:.3f},
+**Is there a difference?** {answer}. In the full space the 5-NN accuracy is {knn[best][0]} for the
+best LSTM and {knn[worst][0]} for the worst one (the interval of the difference stands above the
+table), and {knn["cnn_mel"][0]} for the CNN. Before training it was {knn[best][1]},
+{knn["cnn_mel"][1]} and {knn[worst][1]}. In the plane it is {kept[best]["PCA"]["knn_accuracy"]:.3f},
 {kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. By class,
-in the full space, the best LSTM is furthest ahead of the worst in {gap}:
-{per_class[titles[best]][gap]:.3f} against {per_class[titles[worst]][gap]:.3f}.
+in the full space, the best LSTM is furthest ahead of the worst in {gap}: {best_by[gap]:.3f} against
+{worst_by[gap]:.3f}.
 
 **Is the difference qualitative?** Look at the pictures: which genres have a region of their own in
 the upper panels, and do they have one in the lower left panel? Does that panel look more like the
@@ -362,11 +375,11 @@ for name, title in titles.items():
     means = {method: [np.mean(facts[method][key]) for key in keys] for method in methods}
     means = pd.DataFrame(means, CRITERIA.values()).round(3)  # as the tables show them
     best_by[title] = means.apply(lambda row: ", ".join(row.index[row == row.max()]), axis=1)
-    won = [
-        f"{one} works better than {other}"
-        for one, other in itertools.permutations(methods, 2)
-        if all(min(facts[one][key]) > max(facts[other][key]) for key in keys)
-    ]
+    won = []
+    for one in methods:
+        beaten = [m for m in methods if all(min(facts[one][k]) > max(facts[m][k]) for k in keys)]
+        if beaten:
+            won.append(f"{one} works better than {' and '.join(beaten)}")
     better.append(f"- {title}: {', '.join(won) or 'no method is better by all three criteria'}.")
 step.text("""
 **Which method works better for these data?** With a high trustworthiness, neighbours in the map are

@@ -20,11 +20,14 @@ def epochs_kept(run) -> str:
 
 
 # Below tables of trainings, and above paired differences.
-SECONDS = "Wall-clock seconds; trainings may run in parallel, so compare them roughly"
+SECONDS = (
+    "The trainings. Wall-clock seconds can only be compared roughly, because trainings may run at "
+    "the same time"
+)
 INTERVALS = (
     "The intervals show how much a difference depends on the choice of the clips. They do not show "
-    "how much it depends on the seed of the training. Among several 95% intervals, one can exclude "
-    "0 by chance alone."
+    "how much it depends on the seed of the training. About one in twenty such intervals does not "
+    "contain 0 by chance alone, even if the models are equally good."
 )
 
 
@@ -86,7 +89,7 @@ def emotion_table(scores) -> pd.DataFrame:
     keys, rows = (*EMOTIONS, "mean_spearman"), {}
     for name, row in scores.items():
         rows[name] = {key: with_interval(row, key) for key in keys if key in row}
-    frame = pd.DataFrame(rows, keys).dropna(how="all").fillna("").T.rename_axis("model")
+    frame = pd.DataFrame(rows, keys).dropna(how="all").fillna("none").T.rename_axis("model")
     return frame.rename(columns={"mean_spearman": "mean of the three"})
 
 

@@ -85,7 +85,7 @@ def test_the_second_phase_goes_on_from_the_head_that_was_learned_first(runs, tmp
 
 def test_what_was_frozen_and_how_much_was_trained(runs):
     run = runs.transfer
-    table = read_table(run.folder, "Wall-clock seconds")
+    table = read_table(run.folder, "The trainings")
     assert set(table.index) == set(run.runs) - set(run.table["model"])
     for axis in EMOTIONS:
         names = {depth: f"transfer_{axis}{end}" for depth, end in DEPTHS.items()}
