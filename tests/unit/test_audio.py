@@ -114,9 +114,11 @@ def test_a_damaged_stretch_does_not_end_a_file(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def test_joined_files_may_change_rate_and_channels(tmp_path):
+@pytest.mark.parametrize("channels", [(1, 2), (1, 1)])  # unlike: they change a frame earlier
+def test_joined_files_may_change_rate_and_channels(tmp_path, channels):
     """All of it comes out at the first rate: at another it would play at the wrong speed."""
-    parts = [write(tmp_path / f"{n}.mp3", 3, n * SR, n).read_bytes() for n in (1, 2)]
+    forms = zip(("1.mp3", "2.mp3"), (SR, 2 * SR), channels, strict=True)
+    parts = [write(tmp_path / name, 3, rate, n).read_bytes() for name, rate, n in forms]
     (tmp_path / "song.mp3").write_bytes(b"".join(parts))
     assert decoded(tmp_path / "song.mp3")[0] == pytest.approx(6, abs=0.2)
 

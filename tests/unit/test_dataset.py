@@ -231,8 +231,9 @@ def test_folds_hold_every_clip_out_once(tmp_path):
         split_ids(source, "emotion", few, 0, n_folds)
 
 
-def test_an_emotion_clip_in_one_form_only_is_refused(own_data):
-    path = own_data / "multitask_dataset_beat/train_labels.txt"
+@pytest.mark.parametrize("lacking", ["multitask_dataset_beat", "multitask_dataset"])
+def test_an_emotion_clip_in_one_form_only_is_refused(own_data, lacking):
+    path = own_data / lacking / "train_labels.txt"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="multitask_dataset_beat: clip .* only one of"):
         load_data(Source(own_data), beat=True, target="emotion", n_folds=2)
