@@ -90,7 +90,7 @@ class SpectrogramDataset(Dataset):
             spare = (lengths - self.crop).clamp(min=0)
             starts = starts + (torch.rand(len(indices)) * (spare + 1)).long()
             lengths = lengths.clamp(max=self.crop)
-        frames = self.store.frames  # fetched by rows, which lie in one piece, then cut to the bands
+        frames = self.store.frames  # whole rows first (contiguous in memory), then the bands
         t = torch.arange(int(lengths.max()))
         # (B, T) rows of the store; past its end a clip repeats its last frame.
         rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)
@@ -312,7 +312,7 @@ class LSTMBackbone(Backbone):
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
-        # Beats given to an LSTM of frames are single columns, without deviation (`StepNorm`).
+        # If an LSTM of frames gets beats (step 6), a time step is one column, see `StepNorm`.
         n = min(self.frames_per_step, self.config["frames_per_step"])
         describe = frame_statistics if n > 1 else average_frames
         x, lengths = describe(x, lengths, self.frames_per_step)  # (B, S, 3 F) or (B, S, F)
@@ -324,7 +324,7 @@ class LSTMBackbone(Backbone):
                 outputs.append(reverse(layer["backwards"](reverse(x, lengths))[0], lengths))
             x = torch.cat(outputs, dim=2)  # (B, S, H * directions)
         if self.readout == "last":
-            # The last step of the clip forwards; backwards that direction ends at step 0.
+            # Forwards, the output at the clip's last step; backwards, at step 0, where it ends.
             forward_h, *backward_h = x.chunk(len(self.blocks[0]), dim=2)
             last = forward_h[torch.arange(len(x), device=x.device), (lengths - 1).to(x.device)]
             return torch.cat([last] + [h[:, 0] for h in backward_h], dim=1)  # (B, H * directions)
@@ -433,7 +433,7 @@ class CNNBackbone(Backbone):
         sizes = zip([1, *channels[:-1]], channels, self.pools, strict=True)
         self.blocks = nn.ModuleList(itertools.starmap(block, sizes))
         self.feature_size = 2 * channels[-1] * (n_bands // 2 ** len(channels))
-        self.to(memory_format=torch.channels_last)  # what convolutions compute fastest in
+        self.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
@@ -538,8 +538,8 @@ def regression_loss(outputs, targets, std) -> torch.Tensor:
 
     The first term makes the predicted values fit. The second is small if the predictions rise
     linearly with the labels. It replaces Spearman's correlation, which has no useful gradient.
-    (For speech emotion, scored by the correlation coefficient CCC, Atmaja & Akagi, 2020, found
-    CCC to be a better loss than the squared error. The sum used here is our own.)
+    (In speech, where emotions are scored by the correlation coefficient CCC, Atmaja & Akagi
+    (2020) found that CCC is a better loss than the squared error. The sum here is our own.)
 
     outputs, targets : torch.Tensor [shape=(B,)]
     std : float, of the training labels of this emotion

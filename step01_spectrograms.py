@@ -197,17 +197,17 @@ share = {MEASURES[key][0]: genre_share(measures[key], genres) for key in measure
 table = measure_table(mean, "genre")
 table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
 caption = (
-    f"Mean over each genre's drawn clips, at most {per_genre} of a genre. Last row: the share of "
+    f"Mean over at most {per_genre} randomly chosen clips of each genre. Last row: the share of "
     "the variance that the genre explains"
 )
 step.table(table, caption)
 most, least = max(share, key=share.get), min(share, key=share.get)
 step.text(f"""
-"Explained by genre" is the share of a measure's variance over clips that lies between the genres
-(epsilon squared). For a measure that has nothing to do with genre, this share is near 0 and may be
-negative. Here it is largest for the {most}, {share[most]:.0%}, and smallest for the {least},
-{share[least]:.0%}.
-The rest of the variance lies between clips of the same genre.
+A measure varies from clip to clip. "Explained by genre" is the share of this variance that comes
+from differences between the genres (epsilon squared). For a measure that has nothing to do with
+genre, this share is near 0 and may be negative. Here it is largest for the {most},
+{share[most]:.0%}, and smallest for the {least}, {share[least]:.0%}. The rest of the variance lies
+between clips of the same genre.
 """)
 
 # %% A sound file of your own, through the lab's extractor

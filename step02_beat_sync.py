@@ -83,10 +83,10 @@ step.figure(fig, "lstm_cost", caption)
 step.text(f"""
 An LSTM's step needs the state of the step before, so the steps of a clip cannot be computed in
 parallel on any device. The {n_batch} timed clips have {n_full} frames or {n_beat} beats (medians).
-To time fewer steps, the full clips are cut. A training pass takes {1e3 * seconds[n_full]:.1f} ms at
-{n_full} steps, {ratio:.0f} times the {1e3 * seconds[n_beat]:.1f} ms at {n_beat}. The slope of a
-straight line through the points of the figure is {exponent:.2f}. With a slope of 1, the time
-doubles when the number of steps doubles.
+To measure the time for fewer steps, we cut the full clips. A training pass takes
+{1e3 * seconds[n_full]:.1f} ms at {n_full} steps, {ratio:.0f} times the {1e3 * seconds[n_beat]:.1f}
+ms at {n_beat}. The slope of a straight line through the points of the figure is {exponent:.2f}.
+With a slope of 1, the time doubles when the number of steps doubles.
 """)
 
 # %% 2a. And why? How far back the gradient of the last output reaches
@@ -124,10 +124,10 @@ caption = (
 )
 step.table(pd.DataFrame(table).T.rename_axis("spectrograms"), caption)
 step.text(f"""
-So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats. Seen
-backwards from the end of a clip, the gradient falls below 1% of its value at the last step after
-{reach["full"]["seconds"]:.1f} s on full clips and after {reach["beat-synced"]["seconds"]:.1f} s on
-beats. What lies earlier hardly changes the weights when the training begins.
+So training is not efficient on full clips: a pass takes {ratio:.0f} times as long as on beats. The
+gradient is below 1% of its value at the last step for everything that is more than
+{reach["full"]["seconds"]:.1f} s (full clips) or {reach["beat-synced"]["seconds"]:.1f} s (beats)
+before the end of a clip. What lies earlier hardly changes the weights when the training begins.
 
 There are two reasons. The steps are computed one after the other, so the time grows with their
 number. And the gradient vanishes: on its way back from the last step it is multiplied by one

@@ -113,8 +113,9 @@ ax.set(xlabel="Semitones above the clip's strongest pitch class", ylabel="Genre"
 fig.colorbar(image, ax=ax, label="Share of the clip's chroma", extend="max")
 caption = (
     "Mean chroma of each genre. The rows of each clip are rotated, so that its strongest pitch "
-    "class is 0. It is grey, because its values are above the colour scale. Equal shares would be "
-    "1/12, or .083. 7 semitones are a fifth, 5 a fourth, 4 a major third"
+    "class is 0. This column is grey, because its values are above the colour scale. A clip's 12 "
+    "values are divided by their sum, so equal ones would be 1/12 = .083. 7 semitones are a "
+    "fifth, 5 a fourth, 4 a major third"
 )
 step.figure(fig, "genre_chroma", caption)
 
@@ -126,7 +127,7 @@ share = {name: genre_share(values[name], genres) for name in values}
 table = by_genre.map("{:.3f}".format).rename_axis("genre")
 table.loc["explained by genre"] = [f"{value:.0%}" for value in share.values()]
 caption = (
-    f"Mean over each genre's drawn clips, at most {per_genre} of a genre. Last row: the share of "
+    f"Mean over at most {per_genre} randomly chosen clips of each genre. Last row: the share of "
     "the variance that the genre explains"
 )
 step.table(table, caption)

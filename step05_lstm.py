@@ -52,10 +52,10 @@ step.heading("5a. An LSTM for the spectrograms of step 4's Dataset")
 step.text("""
 A textbook LSTM, as you may have it from the second lab, reads one frame per time step, with two
 layers in one direction, and predicts the class from its output at the last time step. `--plain`
-trains such an LSTM. Its input is the Dataset's: spectrograms x (clips, time steps, bands) and their
-lengths, which it needs to leave out the padding. It has as many inputs as a spectrogram has bands
-(128 mel, 12 chroma, 140 both) and as many outputs as there are classes. Here four things are
-changed:
+trains such an LSTM. Its input is what the Dataset returns: a batch of spectrograms of shape (clips,
+time steps, bands), and their lengths. It needs the lengths to leave out the padding. It has as many
+inputs as a spectrogram has bands (128 mel, 12 chroma, 140 both) and as many outputs as there are
+classes. Here four things are changed:
 
 1. Eight frames make one time step. It holds the mean, the standard deviation and the mean absolute
    change of every band (`frame_statistics`). A sequence of all frames takes long to train on, and
@@ -125,10 +125,10 @@ step.text(f"""
     - *Optimiser*: Adam with a constant learning rate of {facts["lr"]:g}.
     - *Loss*: cross-entropy. Dropout is applied before the output layer.
     - *Epoch*: we keep the epoch with the highest validation macro-F1 among {step.searched}. The
-      best of all epochs can be an early one by chance, because the validation clips are few. In
-      cross-validation of the LSTM on mel, the best of *all* epochs had a macro-F1 on new clips that
-      was .08 lower than that of the best of the last 20% (docs/experiments.md). The validation
-      score of the kept epoch is optimistic, because it is the highest of several.
+      best of all epochs can be an early one by chance, because the validation clips are few. We
+      compared both rules in cross-validation of the LSTM on mel. On new clips, the best of *all*
+      epochs had a macro-F1 .08 lower than the best of the last 20% (docs/experiments.md). The
+      validation score of the kept epoch is optimistic, because it is the highest of several.
 
     The default recipe is Adam, cross-entropy, dropout, random crops and the parts in the table.
     `--recipe lab` leaves these parts out and keeps the best of all epochs, so you can measure the

@@ -205,15 +205,15 @@ true_digit = int(digits[3][0])
 step.figure(plots.plot_activations(columns, true_digit), "digit_activations", caption)
 before, early, after = (float(chances[true_digit]) for _, chances in columns.values())
 step.text(f"""
-The map of a filter of the first convolution is reddest where the stroke lies under its red weights
-and empty pixels under its blue ones. This can be at one edge of a stroke (compare *filters 1* and
-*Conv2d 1*). The filter's bias is added everywhere, also where the image is empty. Batch
-normalisation shifts and scales each map, ReLU removes what is negative, and max pooling keeps the
-strongest response in each 2 x 2 square. The second block does the same with the maps of the first.
-The output layer gives one number per digit, and softmax turns these into probabilities. The true
-digit, {true_digit}, has a probability of {before:.2f} before training, {early:.2f} after one epoch,
-{after:.2f} at the end. Before training, batch normalisation changes nothing in evaluation mode,
-because its stored mean is still 0 and its variance 1.
+Place a filter of the first convolution on the image. Its map is reddest where the red weights lie
+on the stroke and the blue weights on empty pixels. This can be at one edge of a stroke (compare
+*filters 1* and *Conv2d 1*). The filter's bias is added everywhere, also where the image is empty.
+Batch normalisation shifts and scales each map, ReLU removes what is negative, and max pooling keeps
+the strongest response in each 2 x 2 square. The second block does the same with the maps of the
+first. The output layer gives one number per digit, and softmax turns these into probabilities. The
+true digit, {true_digit}, has a probability of {before:.2f} before training, {early:.2f} after one
+epoch, {after:.2f} at the end. Before training, batch normalisation changes nothing in evaluation
+mode, because its stored mean is still 0 and its variance 1.
 
 *Patterns*: compare the row *filters 1* before and after training. A filter with a red row or column
 beside a blue one responds to an edge. A filter of one colour responds to every part of the stroke,
@@ -359,7 +359,7 @@ that it has stored in training, and then scales the result. The activations keep
 which allows higher learning rates (Ioffe & Szegedy, 2015). Why it works is still debated (Santurkar
 et al., 2018).
 
-**ReLU** sets negative values to zero: a channel shows where its pattern is and is zero elsewhere.
+**ReLU** sets negative values to zero. So a channel is above zero where its pattern occurs.
 It makes the network non-linear. Convolutions in a row without it are only one linear map. For
 positive values its slope is 1, so it does not make the gradient smaller.
 

@@ -104,7 +104,7 @@ for emotion, (kind, name) in itertools.product(EMOTIONS, networks.items()):
 runs = common.train_all(step.training, trainings)
 n_val = runs["cnn_valence"].facts["n_val"]
 fold = " in the first fold" if step.args.folds > 1 else ""
-chance = f"where about 95% of random predictions score within ±{2 / math.sqrt(n_val - 1):.1f}"
+chance = f"about 95% of random predictions have a Spearman within ±{2 / math.sqrt(n_val - 1):.1f}"
 for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.heading(f"8{letter}. {emotion.capitalize()}")
     pair = {f"{kind}_{emotion}": runs[f"{kind}_{emotion}"] for kind in networks}
@@ -112,7 +112,7 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     step.figure(
         plot_histories({name: run.history for name, run in pair.items()}, "Spearman"),
         f"learning_curves_{emotion}",
-        f"{emotion.capitalize()}: loss and score by epoch{fold}, on {n_val} validation clips, "
+        f"{emotion.capitalize()}: loss and score by epoch{fold}. On {n_val} validation clips "
         f"{chance}. {step.curves}",
     )
 step.text("""

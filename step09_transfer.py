@@ -143,10 +143,11 @@ The fine-tuning has two phases:
 2. Everything that is not frozen is trained, for at most {TUNE_EPOCHS} epochs.
 
 In each epoch, as many crops of each clip are used as in step 8. Both phases use the recipe and the
-learning rate of step 8. We did not tune them for the fine-tuning. So `transfer` and `scratch`
-differ in three things: the weights that they start from, the standardisation of the input, and that
-only `transfer` trains its head first. In the second phase the backbone changes too, so its first
-epochs may score lower than the first phase.
+learning rate of step 8. We did not tune them for the fine-tuning. `scratch` is the same network
+trained from random weights. So `transfer` (the second phase) and `scratch` differ in three things:
+the weights that they start from, the standardisation of the input, and that only `transfer` trains
+its head first. In the second phase the backbone changes too, so its first epochs may score lower
+than the first phase.
 """)
 
 
@@ -254,7 +255,7 @@ facts = step8.runs[f"{twin}_{axis}"] if twin else runs["scratch_full", axis].fac
 n_full = facts["epochs"] * facts["examples_per_epoch"]
 questions = {
     "scratch": "Do the genre weights help, if both networks are trained for equally many epochs? "
-    "(The epochs of `head` count for `transfer`.)",
+    "(The epochs of `head` are included in those of `transfer`.)",
     full: "Is there a difference between the short fine-tuning and a training from scratch on "
     f"{n_full:,} examples?",
 }

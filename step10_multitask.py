@@ -206,8 +206,9 @@ step.text(BASELINES)
 step.text("""
     `multitask_average` is the mean of the predictions of `multitask_from_genre` and
     `multitask_lstm`. We chose these two before this run, by cross-validation on the 278 labelled
-    clips of docs/results.md. On other clips its score is a fair one. If this run uses those same
-    clips, its held-out clips took part in the choice, and the score of the average is too high.
+    clips of docs/results.md. If this run uses other clips, the score of `multitask_average` is
+    fair. If it uses those clips, its held-out clips took part in the choice, and the score is too
+    high.
 """)
 pairs = [("multitask", "svr"), ("multitask_from_genre", "multitask")]
 if alike and step8.runs["lstm"]["network"] == "fused":  # the same input

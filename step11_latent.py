@@ -221,14 +221,18 @@ def class_table(titles):
 def knn_difference(first, second, space="full space"):
     """5-NN accuracy, one model minus another on the same clips.
 
-    Returns a line about it, and whether the interval shows a difference.
+    Returns a line about it, and what the interval shows.
     """
     gain = (hits[first][space] - hits[second][space]).dropna().to_numpy()  # subtracted by id
     low, high = bootstrap(lambda i: gain[i].mean(), len(gain))
     facts = {"n_clips": len(gain), "accuracy": gain.mean(), "accuracy_ci95": (low, high)}
     pair = f"{roles[first]} and {roles[second]}"
     line = f"5-NN in the {space}, {pair}: {difference_line(first, second, facts)}."
-    return line, low > 0 or high < 0
+    winner = first if low > 0 else second if high < 0 else None
+    verdict = (
+        f"the {roles[winner]} separates the genres better" if winner else "no difference is shown"
+    )
+    return line, verdict
 
 
 panels = [planes[name] for name in (best, "cnn_mel")]
@@ -238,38 +242,57 @@ commonest = counts.max() / counts.sum()
 shown = [titles[best], titles["cnn_mel"]]
 lstm, cnn = (kept[name]["PCA"] for name in (best, "cnn_mel"))
 knn = {n: [f"{kept[n][space]['knn_accuracy']:.3f}" for space in SPACES] for n in titles}
-apart = {}  # the classes that are separated best and worst
+extremes, recognised = {}, {}  # classes by their 5-NN accuracy
 for name, space in itertools.product((best, "cnn_mel"), ("PCA plane", "full space")):
     by = per_class[titles[name], space]
-    facts = f"{by.idxmax()} best ({by.max():.3f}) and {by.idxmin()} worst ({by.min():.3f})"
-    apart[name, space] = facts
+    lowest = f"lowest for {by.idxmin()} ({by.min():.3f})"
+    extremes[name, space] = f"highest for {by.idxmax()} ({by.max():.3f}) and {lowest}"
+    recognised[name, space] = ", ".join(by.index[by > 0.5]) or "no class"
 step.table(measures[shown], "Separation of the genres, and the variance in the PCA plane")
 step.text(f"""
 *5-NN accuracy*: the {N_NEIGHBOURS} nearest other clips of a clip vote for its class. The accuracy
 is the share of clips for which the vote is right. (If n classes have equally many votes and the
 right one is among them, the clip counts 1/n.) Always naming the most common class gives
-{commonest:.3f}. *Silhouette*: (b - a) / max(a, b), averaged over the clips; a is a clip's mean
-distance to its own class, b to the nearest other class. *Untrained*: the same network with random
-weights. Models with different numbers of dimensions cannot be compared by their silhouettes alone,
-so first compare each model with its own untrained network. 95% intervals are over test clips. They
-are approximate: the clips are not independent, each is also a neighbour of others.
+{commonest:.3f}. *Silhouette*: the mean over the clips of `(b - a) / max(a, b)`. Here `a` is the
+mean distance of a clip to the other clips of its class, and `b` that to the clips of the nearest
+other class. *Untrained*: the same network with random weights. Models with different numbers of
+dimensions cannot be compared by their silhouettes alone, so first compare each model with its own
+untrained network. 95% intervals are over test clips. They are approximate: the clips are not
+independent, each is also a neighbour of others.
 
-**How far are the classes apart?** In the PCA plane the silhouette of the LSTM is
-{lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; near 0: the
-classes overlap; below 0: many clips lie nearer to another class). The 5-NN accuracy there is
+**How far are the classes apart?** In the PCA plane, most clips of these classes are recognised by
+their neighbours (5-NN accuracy above 0.5): with the LSTM {recognised[best, "PCA plane"]}, with the
+CNN {recognised["cnn_mel", "PCA plane"]}. The other classes overlap with others. The silhouette of
+the LSTM is {lstm["silhouette"]:+.3f}, that of the CNN {cnn["silhouette"]:+.3f} (1: far apart; near
+0: the classes overlap; below 0: many clips lie nearer to another class). The 5-NN accuracy there is
 {lstm["knn_accuracy"]:.3f} and {cnn["knn_accuracy"]:.3f}. The plane keeps
 {kept[best]["pca_variance_2d"]:.0%} and {kept["cnn_mel"]["pca_variance_2d"]:.0%} of the variance.
 The output layer uses all dimensions, so an overlap in the plane says little about the test
 accuracy. In the full space training changes the 5-NN accuracy from {knn[best][1]} to {knn[best][0]}
 (LSTM) and from {knn["cnn_mel"][1]} to {knn["cnn_mel"][0]} (CNN).
 
-**Which classes?** In the PCA plane the LSTM separates {apart[best, "PCA plane"]}, the CNN
-{apart["cnn_mel", "PCA plane"]}. In the full space the LSTM separates {apart[best, "full space"]},
-the CNN {apart["cnn_mel", "full space"]}. Compare this with the two pictures.
+**Which classes?** In the PCA plane the 5-NN accuracy of the LSTM is
+{extremes[best, "PCA plane"]}. That of the CNN is {extremes["cnn_mel", "PCA plane"]}. In the full
+space that of the LSTM is {extremes[best, "full space"]}, and that of the CNN is
+{extremes["cnn_mel", "full space"]}. A large class has a higher one by chance alone. Compare this
+with the two pictures.
 """)
-for space in ("PCA plane", "full space"):
-    step.text(knn_difference("cnn_mel", best, space)[0])
 step.table(*class_table(shown))
+verdicts = {}
+for space in ("PCA plane", "full space"):
+    line, verdicts[space] = knn_difference("cnn_mel", best, space)
+    step.text(line)
+change = {
+    name: " to ".join(f"{kept[name][space]['silhouette']:+.3f}" for space in reversed(SPACES))
+    for name in (best, "cnn_mel")
+}
+step.text(f"""
+**Comparison of the two models' spaces** by their 5-NN accuracy: in the PCA plane
+{verdicts["PCA plane"]}; in the full space {verdicts["full space"]}. In the full space, training
+changes the silhouette from {change[best]} (LSTM) and from {change["cnn_mel"]} (CNN). A network can
+classify better and still have a lower 5-NN accuracy, because its output layer weights the
+dimensions, and the distance counts all alike.
+""")
 
 # %% 11c. The same for the worst LSTM
 # The lab: is there a qualitative difference to the others? Its PCA picture stands beside those of
@@ -285,20 +308,19 @@ caption = (
 step.figure(plot_maps(panels, 2), "pca_worst", caption)
 shown = list(titles.values())
 step.table(measures[shown], "Separation of the genres, all three models")
-line, differs = knn_difference(best, worst)
+line, verdict = knn_difference(best, worst)
 step.text(f"{line}\n\n{knn_difference('cnn_mel', worst)[0]}")
 step.table(*class_table(shown))
 best_by, worst_by = (per_class[titles[name], "full space"] for name in (best, worst))
 gap = (best_by - worst_by).idxmax()
-answer = "Yes" if differs else "No difference is shown"
 step.text(f"""
-**Is there a difference?** {answer}. In the full space the 5-NN accuracy is {knn[best][0]} for the
-best LSTM and {knn[worst][0]} for the worst one (the interval of the difference stands above the
-table), and {knn["cnn_mel"][0]} for the CNN. Before training it was {knn[best][1]},
+**Is there a difference?** In the full space {verdict}. There the 5-NN accuracy is {knn[best][0]}
+for the best LSTM and {knn[worst][0]} for the worst one (the interval of the difference stands above
+the table), and {knn["cnn_mel"][0]} for the CNN. Before training it was {knn[best][1]},
 {knn["cnn_mel"][1]} and {knn[worst][1]}. In the plane it is {kept[best]["PCA"]["knn_accuracy"]:.3f},
-{kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. By class,
-in the full space, the best LSTM is furthest ahead of the worst in {gap}: {best_by[gap]:.3f} against
-{worst_by[gap]:.3f}.
+{kept["cnn_mel"]["PCA"]["knn_accuracy"]:.3f} and {kept[worst]["PCA"]["knn_accuracy"]:.3f}. In the
+full space, {gap} is the class with the largest lead of the best LSTM over the worst LSTM:
+{best_by[gap]:.3f} against {worst_by[gap]:.3f}.
 
 **Is the difference qualitative?** Look at the pictures: which genres have a region of their own in
 the upper panels, and do they have one in the lower left panel? Does that panel look more like the

@@ -26,8 +26,8 @@ SECONDS = (
 )
 INTERVALS = (
     "The intervals show how much a difference depends on the choice of the clips. They do not show "
-    "how much it depends on the seed of the training. About one in twenty such intervals does not "
-    "contain 0 by chance alone, even if the models are equally good."
+    "how much it depends on the seed of the training. Even if two models are equally good, about "
+    "one in twenty such intervals does not contain 0, just by chance."
 )
 
 

@@ -99,7 +99,7 @@ def test_measures_rise_with_the_genres_frequency(run, small_data):
     assert spectra.argmax(1).tolist() == pytest.approx(loudest, abs=6)
     assert spectra.mean(0) == pytest.approx(0, abs=1e-4)  # compared with the mean of the genres
     shares = [round(100 * genre_share(found[key], genres)) for key in found]
-    row = read_table(folder, "Mean over each genre's").loc["explained by genre"]
+    row = read_table(folder, "Mean over at most").loc["explained by genre"]
     assert row.tolist() == [f"{share}%" for share in shares]
     most = rf"largest for the .* {max(shares)}%, and .* {min(shares)}%\."
     assert re.search(most, " ".join((folder / "summary.md").read_text().split()))
