@@ -154,11 +154,11 @@ def lock_folder(folder) -> filelock.FileLock:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fault = "another process is writing there; wait for it, or choose another --out-dir"
+        fault = "another process is writing there; wait for it, or choose another output folder"
         raise InputError(f"{folder}: {fault}") from None
     except (OSError, NotImplementedError) as error:  # no permission, read-only or full; no locks
         if not os.access(folder, os.W_OK):
-            fault = f"cannot be written ({error}); choose another --out-dir"
+            fault = f"cannot be written ({error}); choose another output folder"
             raise InputError(f"{folder}: {fault}") from None
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
