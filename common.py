@@ -92,7 +92,7 @@ class SpectrogramDataset(Dataset):
             lengths = lengths.clamp(max=self.crop)
         frames = self.store.frames  # whole rows first (contiguous in memory), then the bands
         t = torch.arange(int(lengths.max()))
-        # (B, T) rows of the store; past its end a clip repeats its last frame.
+        # (B, T) rows of the store. Past a clip's end its last frame, which becomes 0 below.
         rows = starts[:, None] + torch.minimum(t, lengths[:, None] - 1)
         x = frames.index_select(0, rows.flatten().to(frames.device)).unflatten(0, rows.shape)
         x = x[..., BANDS[self.features]].float()  # (B, T, F)
@@ -312,7 +312,8 @@ class LSTMBackbone(Backbone):
 
     def forward(self, x, lengths):
         """x (B, T, F), lengths (B,) on the CPU -> (B, feature_size)."""
-        # If an LSTM of frames gets beats (step 6), a time step is one column, see `StepNorm`.
+        # Step 6 gives beats to an LSTM of frames: a beat is then one time step, and `StepNorm`
+        # sets the features that it lacks to their training means.
         n = min(self.frames_per_step, self.config["frames_per_step"])
         describe = frame_statistics if n > 1 else average_frames
         x, lengths = describe(x, lengths, self.frames_per_step)  # (B, S, 3 F) or (B, S, F)

@@ -119,8 +119,7 @@ caption = (
 )
 step.figure(fig, "lstm_gradient", caption)
 caption = (
-    "Number of steps, counted from the end of the clip, whose gradient is above 1% of that of the "
-    "last step"
+    "How many steps at the end of the clip have a gradient above 1% of the last step's gradient"
 )
 step.table(pd.DataFrame(table).T.rename_axis("spectrograms"), caption)
 step.text(f"""
@@ -189,7 +188,8 @@ step.text(f"""
   the first and the last column may cover more than one beat.
 - The level changes by {changes["level change (dB)"].mean():+.1f} dB on average. The lab's extractor
   sets 0 dB at the loudest cell of each array. In the beat-synchronised array this cell is a median,
-  so it is never louder than the loudest cell of the full array, and the other values mostly rise.
+  so it is never louder than the loudest cell of the full array. So 0 dB now stands for a lower
+  level, and the other values, which are relative to it, mostly rise.
   A median also removes short loud sounds, so the mean level of some clips falls.
 """)
 

@@ -165,8 +165,8 @@ table = pd.DataFrame(lstm).T.rename(lambda name: name.replace("synced", "synchro
 table = table.astype({"rows": int, "steps": int, "steps above 1%": int}).rename_axis("input")
 caption = (
     f"LSTM of 128 units, {n_batch} clips, before training. Pass: wall-clock time of forward and "
-    "backward, the fastest of 8. Steps above 1%: counted from the end of the clip, with a gradient "
-    "above 1% of that of the last step"
+    "backward, the fastest of 8. Steps above 1%: how many steps at the end of the clip have a "
+    "gradient above 1% of the last step's"
 )
 step.table(table, caption)
 full, beat, mel = (lstm[name] for name in ("chroma, full", "chroma, beat-synced", "mel, full"))

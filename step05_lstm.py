@@ -131,9 +131,9 @@ step.text(f"""
       validation score of the kept epoch is optimistic, because it is the highest of several.
 
     The default recipe is Adam, cross-entropy, dropout, random crops and the parts in the table.
-    `--recipe lab` leaves these parts out and keeps the best of all epochs, so you can measure the
-    difference on your clips. `--plain` leaves them out too. The parts lower the log loss of the
-    LSTM; no effect on its macro-F1 was shown.
+    `--recipe lab` leaves out the parts in the table and keeps the best of all epochs, so you can
+    measure the difference on your clips. `--plain` leaves them out too. The parts lower the log
+    loss of the LSTM; no effect on its macro-F1 was shown.
 """)
 step.table(*parts_table("lstm"))
 step.table(training_table(runs, "macro-F1"), SECONDS)

@@ -117,8 +117,9 @@ for letter, emotion in zip("bcd", EMOTIONS, strict=True):
     )
 step.text("""
 How to read these curves: if the validation score falls and the validation loss rises while the
-training loss still falls, this is a sign of overfitting. On so few clips it can also be chance. For
-the same reason these scores and those of 8e, on other clips, can differ much.
+training loss still falls, this is a sign of overfitting. On so few clips it can also be chance.
+Because the clips are few, these scores can also differ much from those of 8e, which are on other
+clips.
 """)
 if "last" in step.searched:
     step.text(f"Only {step.searched} are searched, so an earlier one can have a higher score.")

@@ -272,10 +272,10 @@ accuracy. In the full space training changes the 5-NN accuracy from {knn[best][1
 (LSTM) and from {knn["cnn_mel"][1]} to {knn["cnn_mel"][0]} (CNN).
 
 **Which classes?** In the PCA plane the 5-NN accuracy of the LSTM is
-{extremes[best, "PCA plane"]}. That of the CNN is {extremes["cnn_mel", "PCA plane"]}. In the full
-space that of the LSTM is {extremes[best, "full space"]}, and that of the CNN is
-{extremes["cnn_mel", "full space"]}. A large class has a higher one by chance alone. Compare this
-with the two pictures.
+{extremes[best, "PCA plane"]}, that of the CNN {extremes["cnn_mel", "PCA plane"]}. In the full
+space the LSTM's 5-NN accuracy is {extremes[best, "full space"]}, the CNN's
+{extremes["cnn_mel", "full space"]}. A large class gets a higher 5-NN accuracy by chance alone,
+because more of the possible neighbours belong to it. Compare this with the two pictures.
 """)
 step.table(*class_table(shown))
 verdicts = {}

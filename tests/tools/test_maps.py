@@ -162,6 +162,8 @@ def test_the_maps_can_be_walked_in(open_page, outputs, small_data, width):
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Enter"):
         page.keyboard.press(key)
     i = min(wrong, key=lambda i: points[i][0])
-    assert page.text_content(".hoverlayer") == points[i][2]
+    # Plotly draws the text a moment after the key.
+    hovers = "text => document.querySelector('.hoverlayer').textContent == text"
+    page.wait_for_function(hovers, arg=points[i][2], timeout=5000)
     assert page.evaluate("audio.src") == f"data:audio/mpeg;base64,{sounds[i]}"
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
