@@ -190,9 +190,9 @@ step.table(means.rename(index=FORMS, columns=COLUMNS).rename_axis("chromagrams")
 same = float((measures["full"]["strongest"] == measures["beat-synced"]["strongest"]).mean())
 shown = []
 for i in (0, 1):
-    full, beat = (measures[form]["strongest"].iloc[i] for form in FORMS)
-    unlike = f"{full} in the full form and {beat} in the beat-synchronised form"
-    shown.append(f"in {titles[i]} it is {f'{full} in both' if full == beat else unlike}")
+    first, second = (measures[form]["strongest"].iloc[i] for form in FORMS)
+    unlike = f"{first} in the full form and {second} in the beat-synchronised form"
+    shown.append(f"in {titles[i]} it is {f'{first} in both' if first == second else unlike}")
 full, beat = means.loc["full"], means.loc["beat-synced"]
 step.text(f"""
 - The strongest pitch class is the same in both forms in {same:.0%} of {len(clips)} clips:

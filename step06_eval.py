@@ -151,13 +151,10 @@ for (name, set_name), table in predictions.items():
         step.show(f"`{name}` on the {set_name} test set:\n\n```text\n{report}\n```")
     else:
         write_text(step.folder / f"report_{name}_{set_name}.txt", report + "\n")
-found = {
-    name: {label: row["f1"] for label, row in scores[name, set_name]["per_class"].items()}
-    for name, set_name in scores
-    if name in models and set_name != own_set[name]
-}
+other = {name: scores[name, s] for name, s in scores if name in models and s != own_set[name]}
+by_class = {name: pd.DataFrame(found["per_class"]).T["f1"] for name, found in other.items()}
 caption = "F1 of each class on the test set of the other form"
-step.table(pd.DataFrame(found).rename_axis("class"), caption)
+step.table(pd.DataFrame(by_class).rename_axis("class"), caption)
 caption = (
     f"Confusion matrix of `{best}`, the best LSTM by validation, on the {own_set[best]} test set. "
     "Number: clips (empty: none). Colour: share of the true class, darker is more"
@@ -258,5 +255,4 @@ runs = {
     name: {"val": {"macro_f1": val[name]} if name in val else {}, "test": scores[name, own]}
     for name, own in own_set.items()
 }
-other = {name: scores[name, s] for name, s in scores if name in models and s != own_set[name]}
 step.finish(runs, other_test_set=other, best_by_validation=best)

@@ -121,7 +121,7 @@ training loss still falls, this is a sign of overfitting. On so few clips it can
 Because the clips are few, these scores can also differ much from those of 8e, which are on other
 clips.
 """)
-if "last" in step.searched:
+if step.args.recipe != "lab":
     step.text(f"Only {step.searched} are searched, so an earlier one can have a higher score.")
 
 # %% 8e. Spearman's correlation on the held-out clips

@@ -77,16 +77,14 @@ val = val.loc[[name for name in val.index if not GENRE_NETWORKS[name].beat]]
 genre_name = val.index[0] if len(val) else "cnn_mel"
 network = GENRE_NETWORKS[genre_name]
 n_blocks = len(common.make_backbone(network).blocks)
+why, noise = "as none is saved yet", ""
 if len(val):
     step.table(val, "The networks on fma_genre_spectrograms that steps 5 and 7 have saved")
-noise = ""
-if len(val):
-    n_val = val["val clips"].iloc[0]
+    why, n_val = "the network with the highest validation macro-F1", val["val clips"].iloc[0]
     noise = (
         f" The scores are noisy: on {n_val} validation clips an accuracy near 0.5 has a 95% "
         f"interval of ±{0.98 / n_val**0.5:.2f}. So another seed may put another network first."
     )
-why = "the network with the highest validation macro-F1" if len(val) else "as none is saved yet"
 step.text(f"""
     We transfer `{genre_name}`, {why}. We expect that features that recognise the genre of new clips
     also help with emotions. The lab asks for a network trained on fma_genre_spectrograms, so we
